@@ -1,0 +1,71 @@
+"""Every error FedKL raises on purpose.
+
+Each subclasses :class:`FedKLError` and the builtin that a caller would expect, so both
+``except FedKLError`` and ``except ValueError`` work. A message says what was got, what was
+expected and what to do next; the command line prints it on one line and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedKLError(Exception):
+    """Root of all errors that are the caller's to mend."""
+
+
+class ConfigError(FedKLError, ValueError):
+    """A setting is unknown, out of range, or contradicts another."""
+
+
+class DataError(FedKLError, ValueError):
+    """Data is there but cannot be used (corrupt file, too few examples, empty partition)."""
+
+
+class DataNotFoundError(FedKLError, FileNotFoundError):
+    """A data set is nowhere to be found; the message lists the ways to get it."""
+
+
+class ModelError(FedKLError, ValueError):
+    """A model name, factory or initialization cannot be used."""
+
+
+class KeyFileError(FedKLError, ValueError):
+    """A key file is missing, damaged, too open, or does not open with this passphrase."""
+
+
+class SecretError(FedKLError, TypeError):
+    """Something tried to turn a secret into text, bytes or a pickle."""
+
+
+class LockError(FedKLError, ValueError):
+    """A model cannot be locked or unlocked as asked."""
+
+
+class StateError(FedKLError, ValueError):
+    """Names, shapes or dtypes of a state do not match the model it is meant for."""
+
+
+class UpdateError(FedKLError, ValueError):
+    """The server refuses an update; the message names the client and the tensor."""
+
+
+class CheckpointError(FedKLError, ValueError):
+    """A checkpoint or tensor file is missing, truncated or edited."""
+
+
+class FederationError(FedKLError, RuntimeError):
+    """A federation cannot go on (too few clients left, a worker died)."""
+
+
+class OutputError(FedKLError, OSError):
+    """A folder or file cannot be written."""
+
+
+def unknown(kind: str, got: str, choices: Iterable[str]) -> str:
+    """Message for an unknown name: what was got, the nearest names, and all names."""
+    names = sorted(choices)
+    near = difflib.get_close_matches(got, names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return f"unknown {kind} {got!r}.{hint} Choose one of: {', '.join(names)}."
