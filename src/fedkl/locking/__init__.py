@@ -1,0 +1,58 @@
+"""Locking any model with a client's key. The public surface of the package."""
+
+from fedkl.locking.api import (
+    affines,
+    check_optimizer,
+    is_locked,
+    lock,
+    lock_like,
+    lock_spec,
+    set_key,
+    sources_of,
+    unlock,
+    unwrap,
+)
+from fedkl.locking.merging import merge
+from fedkl.locking.schemes import PRESETS, SCHEMES, Channel, PrivateNorm, Scheme, SharedNorm
+from fedkl.locking.select import Layers
+from fedkl.locking.spec import LockSpec, SiteSpec
+from fedkl.locking.state import (
+    load_private_state,
+    load_shared_state,
+    private_names,
+    private_state,
+    shared_state,
+    state_problems,
+)
+from fedkl.locking.survey import Lockable, lockable
+
+__all__ = [
+    "PRESETS",
+    "SCHEMES",
+    "Channel",
+    "Layers",
+    "LockSpec",
+    "Lockable",
+    "PrivateNorm",
+    "Scheme",
+    "SharedNorm",
+    "SiteSpec",
+    "affines",
+    "check_optimizer",
+    "is_locked",
+    "load_private_state",
+    "load_shared_state",
+    "lock",
+    "lock_like",
+    "lock_spec",
+    "lockable",
+    "merge",
+    "private_names",
+    "private_state",
+    "set_key",
+    "shared_state",
+    "sources_of",
+    "state_problems",
+    "unlock",
+    "unwrap",
+]

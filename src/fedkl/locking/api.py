@@ -1,0 +1,268 @@
+"""lock, unlock, merge: the verbs of the house."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from fedkl.errors import LockError
+from fedkl.key import Key
+from fedkl.locking.check import verify
+from fedkl.locking.schemes import Channel, Scheme, scheme_of
+from fedkl.locking.select import Layers, Target, select
+from fedkl.locking.sites import (
+    INSERTED_NAME,
+    LockedNorm,
+    NormAfter,
+    affine_shape,
+    current_affine,
+    insert_norm,
+    lock_norm,
+    new_norm,
+    remove_norm,
+    unlock_norm,
+)
+from fedkl.locking.sources import AffineSource, KeyedAffine
+from fedkl.locking.spec import LockSpec, SiteSpec
+from fedkl.locking.survey import registered, trace
+
+
+def lock(
+    model: nn.Module,
+    key: Key | None,
+    *,
+    scheme: str | Scheme = "channel",
+    layers: Layers = "all",
+    example: Any = None,
+    norm: str = "batch",
+    inplace: bool = False,
+    share_statistics: bool = False,
+    **settings: Any,
+) -> nn.Module:
+    """A copy of ``model`` whose norms take scale and shift from ``key`` (arXiv 2305.04095).
+
+    Build the optimizer after locking; :func:`check_optimizer` finds one that was built before.
+
+    Args:
+        model: Any module. Stays as it is unless ``inplace``.
+        key: The client's key. None only for the keyless schemes ``norm`` and ``fedbn``.
+        scheme: ``channel``, ``fedbn``, ``norm``, a preset (``paper``, ``paper-sigmoid``) or a
+            :class:`Scheme`. Further keyword arguments are its settings (``spread=1.0``).
+        layers: ``first`` (executed on ``example``), ``all``, a module's name, a regular
+            expression over whole names, a list of names, or ``predicate(name, module)``.
+        example: A tensor, tuple of arguments or dict of keyword arguments the model runs on.
+            With it the lock is verified: in train, eval and no-grad mode every lock must matter.
+        norm: Kind of norm inserted where there is none: ``batch``, ``group`` or ``instance``.
+        share_statistics: Whether running statistics of locked norms are shared. They are functions
+            of private features; the released code of the paper shares them.
+
+    Returns:
+        The locked model; same forward signature.
+
+    Raises:
+        LockError: Nothing can be locked, a lock would have no effect, the model is locked already,
+            or ``layers`` names something that cannot carry a lock.
+        ConfigError: Unknown scheme, setting or kind of norm.
+    """
+    value = scheme_of(scheme, **settings)
+    model = unwrap(model)
+    _check_arguments(model, key, value, layers, example)
+    order = registered(model) if example is None else trace(model, example)
+    targets = select(model, layers, order, traced=example is not None)
+    locked = model if inplace else deepcopy(model)
+    try:
+        sources = _install(locked, key, value, targets, norm, share_statistics)
+        if example is not None:
+            verify(locked, sources, example)
+    except Exception:
+        if inplace:
+            unlock(locked, inplace=True)
+        raise
+    return locked
+
+
+def lock_like(model: nn.Module, key: Key | None, spec: LockSpec, *, inplace: bool = False) -> Any:
+    """Locks ``model`` as ``spec`` says, without an example. Same errors as :func:`lock`."""
+    locked = model if inplace else deepcopy(model)
+    targets = [
+        Target(s.name.removesuffix(f".{INSERTED_NAME}") if s.inserted else s.name, s.inserted)
+        for s in spec.sites
+    ]
+    names = dict(locked.named_modules(remove_duplicate=False))
+    missing = [t.name for t in targets if t.name not in names]
+    if missing:
+        raise LockError(
+            f"the lock spec names {', '.join(missing)}, which this model does not have; "
+            "build the model with the architecture the spec was made for."
+        )
+    _install(locked, key, spec.scheme_value(), targets, spec.norm, spec.statistics_shared)
+    return locked
+
+
+def _check_arguments(
+    model: nn.Module, key: Key | None, scheme: Scheme, layers: Layers, example: Any
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise LockError(f"expected a torch.nn.Module to lock, got {type(model).__name__}.")
+    if scheme.keyed and not isinstance(key, Key):
+        raise LockError(
+            f"scheme {scheme.name!r} needs a fedkl.Key, got {type(key).__name__}: "
+            "pass Key.generate() or Key.load(path)."
+        )
+    if is_locked(model):
+        raise LockError("the model is locked already; unlock(model) first.")
+    chained = isinstance(scheme, Channel) and scheme.chain and layers != "first"
+    if example is None and (scheme.needs_example or chained):
+        raise LockError(
+            f"scheme {scheme.name!r} with these settings needs an example: it depends on the order "
+            "of execution or on activation sizes. Pass example=one input batch."
+        )
+
+
+def _install(
+    model: nn.Module,
+    key: Key | None,
+    scheme: Scheme,
+    targets: list[Target],
+    norm: str,
+    share_statistics: bool,
+) -> dict[str, AffineSource]:
+    """Installs one source per target (in place) and writes the spec down on the model."""
+    sources: dict[str, AffineSource] = {}
+    sites, previous = [], None
+    for target in targets:
+        site, module = target.name, model.get_submodule(target.name)
+        if target.insert:
+            insert_norm(module, new_norm(module, norm))
+            module = module.get_submodule(INSERTED_NAME)
+            site = f"{site}.{INSERTED_NAME}" if site else INSERTED_NAME
+        source = scheme.source(site, *current_affine(module), key, previous)
+        sites.append(
+            SiteSpec(site, type(module).__name__, affine_shape(module), target.insert)
+        )
+        if source is not None:
+            lock_norm(module, source, statistics_shared=share_statistics)
+            source.train(module.training)
+            sources[site] = previous = source
+    model.__dict__["_fedkl_spec"] = LockSpec(
+        scheme.name, scheme.settings(), tuple(sites), norm, share_statistics
+    )
+    return sources
+
+
+def unlock(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """A copy of ``model`` without locks: original scale and shift, inserted norms gone.
+
+    What was trained since in the shared tensors stays. Without training in between, the outputs
+    are bit-identical to the model before :func:`lock`.
+
+    Raises:
+        LockError: The model is not locked.
+    """
+    root = unwrap(model)
+    root = root if inplace else deepcopy(root)
+    lock_spec(root)
+    for module in list(root.modules()):
+        if isinstance(module, LockedNorm):
+            unlock_norm(module)  # type: ignore[arg-type]
+    for module in list(root.modules()):
+        if isinstance(module, NormAfter):
+            remove_norm(module)  # type: ignore[arg-type]
+    _forget(root)
+    return root
+
+
+def set_key(model: nn.Module, key: Key) -> None:
+    """Puts another key into a locked model; the lock's weights stay (in place).
+
+    This is the thief who got the lock's weights but not the key, and the user with a wrong key.
+
+    Raises:
+        LockError: No lock of the model takes a key.
+    """
+    spec = lock_spec(model)
+    scheme = spec.scheme_value()
+    sources = [m for m in unwrap(model).modules() if isinstance(m, KeyedAffine)]
+    if not sources or not isinstance(scheme, Channel):
+        raise LockError(f"scheme {spec.scheme!r} takes no key.")
+    vector = key.vector(scheme.length, scheme.law)
+    for source in sources:
+        source.set_key_vector(vector)
+
+
+def affines(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """(γ, β) of every lock by site name, detached. Private: for the client's own use."""
+    with torch.no_grad():
+        return {
+            name: (source.scale().clone(), source.shift().clone())
+            for name, source in sources_of(model).items()
+        }
+
+
+def sources_of(model: nn.Module) -> dict[str, AffineSource]:
+    """The affine source of every lock by site name."""
+    return {
+        name: module.get_submodule("keylock")  # type: ignore[misc]
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, LockedNorm) and isinstance(module, nn.Module)
+    }
+
+
+def lock_spec(model: nn.Module) -> LockSpec:
+    """What the public may know of the model's lock.
+
+    Raises:
+        LockError: The model is not locked.
+    """
+    for module in unwrap(model).modules():
+        spec = module.__dict__.get("_fedkl_spec")
+        if isinstance(spec, LockSpec):
+            return spec
+    raise LockError("the model is not locked; lock(model, key) first.")
+
+
+def is_locked(model: nn.Module) -> bool:
+    """Whether any scheme, ``norm`` included, was applied to ``model``."""
+    return any("_fedkl_spec" in module.__dict__ for module in unwrap(model).modules())
+
+
+def _forget(model: nn.Module) -> None:
+    for module in model.modules():
+        module.__dict__.pop("_fedkl_spec", None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises unless ``optimizer`` holds every parameter of every lock.
+
+    Raises:
+        LockError: Names the missing parameters; happens when the optimizer was built before
+            :func:`lock`, which returns a copy with new parameters.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [
+        f"{site}.keylock.{name}"
+        for site, source in sources_of(model).items()
+        for name, p in source.named_parameters()
+        if p.requires_grad and id(p) not in held
+    ]
+    if missing:
+        raise LockError(
+            f"the optimizer does not hold {len(missing)} lock parameter(s): "
+            f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. Build it after lock(), "
+            "from the locked model's parameters()."
+        )

@@ -1,0 +1,184 @@
+"""After locking, the example runs again: a lock without effect is an error, never a silent no-op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fedkl.errors import LockError
+from fedkl.locking.sites import LOCK_NAME
+from fedkl.locking.sources import AffineSource
+from fedkl.locking.survey import call
+from fedkl.rng import borrowed, derive
+
+
+def verify(model: nn.Module, sources: Mapping[str, AffineSource], example: Any) -> None:
+    """Runs ``example`` in train, eval and no-grad mode and checks that every lock matters.
+
+    In train mode the outputs' gradient with respect to every γ and β must not vanish. In eval
+    and no-grad mode every lock must be read; one that is not is an error unless its layer plays
+    no part there either (auxiliary heads). Statistics, modes and gradients are put back.
+
+    Raises:
+        LockError: Names the locks without effect, or the mode in which the model fails.
+    """
+    with _restored(model):
+        with _nothing_zero(model):
+            silent = _without_influence(model, sources, example)
+        if silent:
+            raise LockError(
+                f"these locks do not change the output: {', '.join(sorted(silent))}. The model "
+                "does not call these modules, or reads their weights past them; leave them out "
+                "with layers=…"
+            )
+        for grad in (True, False):
+            _check_eval(model, sources, example, grad=grad)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    buffers = {id(b): (b, b.detach().clone()) for b in model.buffers()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for buffer, before in buffers.values():
+            buffer.copy_(before)
+
+
+@contextmanager
+def _nothing_zero(model: nn.Module) -> Iterator[None]:
+    """Parameters that start as zeros (heads, residual scales) would hide every influence."""
+    zeros = [p for p in model.parameters() if p.is_floating_point() and not bool(p.any())]
+    with torch.no_grad():
+        for index, p in enumerate(zeros):
+            noise = torch.randn(p.shape, generator=derive(0, "zeros", index))
+            p.copy_(noise * 0.02)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()
+
+
+def _run(model: nn.Module, example: Any, mode: str) -> list[Tensor]:
+    try:
+        with borrowed(derive(0, "verify")):
+            output = call(model, example)
+    except Exception as error:
+        hint = (
+            " A batch norm needs more than one value per channel in train mode: use an example "
+            "of at least two inputs."
+            if "more than 1 value" in str(error)
+            else ""
+        )
+        raise LockError(
+            f"the locked model fails on the example in {mode} mode: "
+            f"{type(error).__name__}: {error}.{hint}"
+        ) from error
+    leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return leaves or _attributes(output)
+
+
+def _attributes(output: Any) -> list[Tensor]:
+    values = vars(output).values() if hasattr(output, "__dict__") else ()
+    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def _without_influence(
+    model: nn.Module, sources: Mapping[str, AffineSource], example: Any
+) -> set[str]:
+    """Names of the locks whose γ and β both have no gradient in train mode."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in sources}
+
+    def recorder(name: str, compute: Any) -> Any:
+        def record() -> Tensor:
+            value: Tensor = compute()
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()
+            seen[name].append(value)
+            return value
+
+        return record
+
+    model.train()
+    for name, source in sources.items():
+        source.__dict__["_scale"] = recorder(name, source._scale)
+        source.__dict__["_shift"] = recorder(name, source._shift)
+    try:
+        with torch.enable_grad():
+            outputs = [t for t in _run(model, example, "train") if t.requires_grad]
+            values = [value for found in seen.values() for value in found]
+            total = sum((_probe(t) for t in outputs), torch.zeros(()))
+            grads = iter(
+                torch.autograd.grad(total, values, allow_unused=True)
+                if outputs and values
+                else [None] * len(values)
+            )
+    finally:
+        for source in sources.values():
+            del source.__dict__["_scale"], source.__dict__["_shift"]
+    moved = {
+        name: [g for g in [next(grads) for _ in found] if g is not None and bool((g != 0).any())]
+        for name, found in seen.items()
+    }
+    return {name for name, found in moved.items() if not found}
+
+
+def _probe(output: Tensor) -> Tensor:
+    """A number that depends on every entry; a plain sum would cancel behind a norm."""
+    flat = output.float().reshape(-1)
+    weights = torch.randn(flat.shape, generator=derive(0, "probe")).to(flat.device)
+    return (flat * weights).sum().cpu()
+
+
+def _check_eval(
+    model: nn.Module, sources: Mapping[str, AffineSource], example: Any, *, grad: bool
+) -> None:
+    mode = "eval" if grad else "no-grad"
+    model.eval()
+    for source in sources.values():
+        source._witness = set()
+    try:
+        with torch.set_grad_enabled(grad):
+            before = _run(model, example, mode)
+        unread = [name for name, source in sources.items() if not source._witness]
+    finally:
+        for source in sources.values():
+            source._witness = None
+    bypassed = [n for n in unread if _matters(model, n, example, before, grad=grad)]
+    if bypassed:
+        raise LockError(
+            f"in {mode} mode the model reads past these locks: {', '.join(bypassed)} (a fused "
+            "inference path does not call the layer). Lock the norm instead, or leave them out."
+        )
+
+
+def _matters(
+    model: nn.Module, name: str, example: Any, before: list[Tensor], *, grad: bool
+) -> bool:
+    """Whether the layer that the unread lock ``name`` stands behind changes the output."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    parameters = [p for n, p in layer.named_parameters() if LOCK_NAME not in n.split(".")]
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for p in parameters:
+                p.mul_(-1.5)
+        with torch.set_grad_enabled(grad):
+            after = _run(model, example, "eval")
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, kept, strict=True):
+                p.copy_(value)
+    return len(before) != len(after) or any(
+        a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=True)
+    )

@@ -1,0 +1,94 @@
+"""merge: a locked model as an ordinary private one."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.errors import LockError
+from fedkl.locking.api import is_locked, lock_spec, unwrap
+from fedkl.locking.sites import LockedNorm, NormAfter, apply_last, remove_norm, unlock_norm
+
+
+class Shift(nn.Module):
+    """Adds a learned β; stands behind an RMS norm, which has none."""
+
+    def __init__(self, beta: Tensor) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x + β over the last axes of ``x``."""
+        return x + self.beta
+
+
+class LastAxis(nn.Module):
+    """Applies a norm over (N, C) to the last axis of (..., C)."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as ``x``."""
+        return apply_last(self.norm, x)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """An ordinary model with γ and β baked into its norms: computes the same, carries no key.
+
+    The result is private (γ and β are in it), can be pickled, and runs without FedKL's lock. An
+    inserted norm becomes ``nn.Sequential(layer, norm)``, so those names change.
+
+    Raises:
+        LockError: The model is not locked.
+    """
+    lock_spec(model)
+    root = deepcopy(unwrap(model))
+    for module in list(root.modules()):
+        if isinstance(module, LockedNorm):
+            _bake(module)  # type: ignore[arg-type]
+    root = _replace(root, {})
+    for module in root.modules():
+        module.__dict__.pop("_fedkl_spec", None)
+    assert not is_locked(root)
+    return root
+
+
+def _bake(norm: nn.Module) -> None:
+    with torch.no_grad():
+        source = norm.get_submodule("keylock")
+        scale, shift = source.scale().clone(), source.shift().clone()  # type: ignore[operator]
+    unlock_norm(norm)
+    norm.weight = nn.Parameter(scale)
+    if isinstance(norm, nn.RMSNorm):
+        norm.__dict__["_fedkl_shift"] = shift
+    else:
+        norm.bias = nn.Parameter(shift)
+    for flag in ("affine", "elementwise_affine"):
+        if hasattr(norm, flag):
+            setattr(norm, flag, True)
+
+
+def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    """Exchanges normed layers and shifted RMS norms for sequences, everywhere they are used."""
+    if id(module) in done:
+        return done[id(module)]
+    done[id(module)] = module
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _replace(child, done)
+    result = module
+    if isinstance(module, NormAfter):
+        norm = remove_norm(module)  # type: ignore[arg-type]
+        result = nn.Sequential(module, LastAxis(norm) if isinstance(module, nn.Linear) else norm)
+    elif "_fedkl_shift" in module.__dict__:
+        result = nn.Sequential(module, Shift(module.__dict__.pop("_fedkl_shift")))
+    result.training = module.training
+    done[id(module)] = result
+    return result
+
+
+__all__ = ["LastAxis", "LockError", "Shift", "merge"]

@@ -1,0 +1,201 @@
+"""Schemes: how γ and β of a site come about, as plain data plus one factory method."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.errors import ConfigError, LockError, unknown
+from fedkl.key import Key, KeyStream
+from fedkl.locking.sources import ACTIVATIONS, AffineSource, KeyedAffine, PrivateAffine
+
+KEY_LAWS: Final = ("sign", "uniform", "normal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme(ABC):
+    """What stands at every site. Public: it is part of the lock spec."""
+
+    name: ClassVar[str]
+    keyed: ClassVar[bool] = False
+    private: ClassVar[bool] = True
+    needs_example: ClassVar[bool] = False
+
+    @abstractmethod
+    def source(
+        self,
+        site: str,
+        scale: Tensor,
+        shift: Tensor,
+        key: Key | None,
+        previous: AffineSource | None,
+    ) -> AffineSource | None:
+        """The affine source of one site, or None where the norm keeps its own affine.
+
+        Args:
+            site: Name of the norm, which also names the key stream.
+            scale: The norm's γ before locking; gives shape, dtype and device.
+            shift: The norm's β before locking.
+            key: The client's key, None for keyless schemes.
+            previous: The source of the site executed before this one, None at the first.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as a dict of plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedNorm(Scheme):
+    """The ordinary norm a lock would stand on, γ and β shared: the control ``norm``."""
+
+    name: ClassVar[str] = "norm"
+    private: ClassVar[bool] = False
+
+    def source(
+        self,
+        site: str,
+        scale: Tensor,
+        shift: Tensor,
+        key: Key | None,
+        previous: AffineSource | None,
+    ) -> AffineSource | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateNorm(Scheme):
+    """Private, learned, keyless γ and β: the control ``fedbn`` (FedBN, Li et al. 2021)."""
+
+    name: ClassVar[str] = "fedbn"
+
+    def source(
+        self,
+        site: str,
+        scale: Tensor,
+        shift: Tensor,
+        key: Key | None,
+        previous: AffineSource | None,
+    ) -> AffineSource:
+        return PrivateAffine(scale, shift)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel(Scheme):
+    """The paper's lock: one γ and one β per channel, computed from the key.
+
+    Args:
+        spread: Standard deviation of γ and β at the start (identity activation). Weights are
+            N(0, spread²) and the key vector is scaled by 1/√length. None: the initialization of
+            ``nn.Linear`` and an unscaled key, as in the paper's released code.
+        activation: ``identity``, ``relu``, ``sigmoid`` or ``tanh``.
+        bias: Whether the two maps have a bias.
+        law: Law of the key vector: ``sign``, ``uniform`` or ``normal``.
+        length: Length of the key vector (1024 in the paper).
+        chain: Whether every later lock is fed by the γ and β of the one before.
+    """
+
+    name: ClassVar[str] = "channel"
+    keyed: ClassVar[bool] = True
+
+    spread: float | None = 3.0
+    activation: str = "identity"
+    bias: bool = False
+    law: str = "sign"
+    length: int = 1024
+    chain: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(unknown("activation", self.activation, ACTIVATIONS))
+        if self.law not in KEY_LAWS:
+            raise ConfigError(unknown("key law", self.law, KEY_LAWS))
+        if self.length < 1:
+            raise ConfigError(f"key length must be at least 1, got {self.length}.")
+        if self.spread is not None and not (0 < self.spread < math.inf):
+            raise ConfigError(f"spread must be a positive number, got {self.spread}.")
+
+    def source(
+        self,
+        site: str,
+        scale: Tensor,
+        shift: Tensor,
+        key: Key | None,
+        previous: AffineSource | None,
+    ) -> AffineSource:
+        if key is None:
+            raise LockError("scheme 'channel' needs a key, got none: pass Key.generate().")
+        before = previous if self.chain and isinstance(previous, KeyedAffine) else None
+        inputs = math.prod(before.shape) if before else self.length
+        source = KeyedAffine(
+            tuple(scale.shape),
+            inputs,
+            factor=1.0 if self.spread is None else inputs**-0.5,
+            bias=self.bias,
+            activation=self.activation,
+            key_vector=None if before else key.vector(self.length, self.law),
+            previous=before,
+        )
+        self._initialize(source, key.stream(site), chained=before is not None)
+        return source.to(scale.device, scale.dtype)
+
+    def _initialize(self, source: KeyedAffine, stream: KeyStream, *, chained: bool) -> None:
+        """Lock weights start from the key: nobody else can redo the draw."""
+        with torch.no_grad():
+            for parameter in (source.scale_weight, source.shift_weight):
+                if self.spread is None:
+                    _uniform(parameter, stream)
+                else:
+                    # Along a chain the spread is handed on; multiplying again would compound it.
+                    parameter.copy_(stream.normal(tuple(parameter.shape)))
+                    parameter.mul_(1.0 if chained else self.spread)
+            for bias in (source.scale_bias, source.shift_bias):
+                if bias is not None and self.spread is None:
+                    _uniform(bias, stream, source.scale_weight.shape[1])
+
+
+def _uniform(parameter: nn.Parameter, stream: KeyStream, inputs: int | None = None) -> None:
+    """nn.Linear's initialization, U(-1/√inputs, 1/√inputs), from a key stream."""
+    bound = (inputs or parameter.shape[-1]) ** -0.5
+    parameter.copy_((stream.uniform(tuple(parameter.shape)) * 2 - 1) * bound)
+
+
+SCHEMES: Final[Mapping[str, type[Scheme]]] = {
+    "channel": Channel,
+    "fedbn": PrivateNorm,
+    "norm": SharedNorm,
+}
+
+_PAPER: Final[dict[str, Any]] = {"spread": None, "bias": True, "law": "uniform", "chain": True}
+PRESETS: Final[Mapping[str, Scheme]] = {
+    "paper": Channel(activation="relu", **_PAPER),
+    "paper-sigmoid": Channel(activation="sigmoid", **_PAPER),
+}
+
+
+def scheme_of(scheme: str | Scheme, **settings: Any) -> Scheme:
+    """A scheme from its name, a preset's name, or itself.
+
+    Raises:
+        ConfigError: The name or a setting is unknown, with the nearest names.
+    """
+    if isinstance(scheme, Scheme):
+        return scheme
+    if scheme in PRESETS:
+        preset = PRESETS[scheme]
+        kind, values = type(preset), {**preset.settings(), **settings}
+    elif scheme in SCHEMES:
+        kind, values = SCHEMES[scheme], settings
+    else:
+        raise ConfigError(unknown("scheme", scheme, [*SCHEMES, *PRESETS]))
+    known = {field.name for field in fields(kind)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(unknown(f"setting of scheme {scheme!r}", name, known))
+    return kind(**values)

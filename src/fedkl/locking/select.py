@@ -1,0 +1,131 @@
+"""Which sites a request such as ``layers="first"`` or ``layers=r"layer1\\..*"`` means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedkl.errors import LockError, unknown
+from fedkl.locking.survey import Trace, is_norm, kind_of, refusal
+
+Layers = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One place to lock: a norm, or a layer behind which a norm has to be inserted first."""
+
+    name: str
+    insert: bool
+
+
+def select(model: nn.Module, layers: Layers, order: Trace, *, traced: bool) -> list[Target]:
+    """The targets of ``layers``, in order of execution, each module once.
+
+    ``first``: the first norm, convolution or linear layer that runs; a layer stands for the norm
+    right behind it, or has one inserted. ``all``: every norm, and the first layer if it has none;
+    in a network without norms every convolution, or else every linear layer but the last.
+
+    Raises:
+        LockError: Nothing is selected, or something selected cannot carry a lock (each reason).
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if layers == "first":
+        if not traced:
+            raise LockError(
+                "layers='first' means the first layer that runs, which takes an example: "
+                "pass example=one input batch, or name the layer."
+            )
+        names = _first(modules, order)
+    elif layers == "all":
+        names = _all(modules, order, traced=traced)
+    else:
+        names = _asked(modules, layers, order)
+    targets = _targets(modules, names, order)
+    if not targets:
+        raise LockError(_nothing(modules, layers))
+    return targets
+
+
+def _free(modules: dict[str, nn.Module], order: Trace) -> list[str]:
+    ran = [*order.order, *(n for n in modules if n not in order.order)]
+    return [n for n in ran if kind_of(modules[n]) != "other" and refusal(modules[n]) is None]
+
+
+def _first(modules: dict[str, nn.Module], order: Trace) -> list[str]:
+    return [n for n in order.order if refusal(modules[n]) is None][:1]
+
+
+def _all(modules: dict[str, nn.Module], order: Trace, *, traced: bool) -> list[str]:
+    free = _free(modules, order)
+    norms = [n for n in free if is_norm(modules[n])]
+    if norms:
+        first = _first(modules, order) if traced else []
+        return [*first, *norms]
+    convolutions = [n for n in free if kind_of(modules[n]) == "convolution"]
+    # The last linear layer is the head: a norm behind it would normalize the logits.
+    return convolutions or free[:-1]
+
+
+def _asked(modules: dict[str, nn.Module], layers: Layers, order: Trace) -> list[str]:
+    if isinstance(layers, str) and layers in modules:
+        chosen = [layers]
+    elif isinstance(layers, str | re.Pattern):
+        pattern = _pattern(layers)
+        chosen = [
+            n
+            for n in modules
+            if n and pattern.fullmatch(n) and kind_of(modules[n]) != "other"
+        ]
+        if not chosen and isinstance(layers, str) and re.fullmatch(r"[\w.]+", layers):
+            raise LockError(unknown("layer", layers, [n for n in modules if n]))
+    elif callable(layers):
+        chosen = [n for n in modules if kind_of(modules[n]) != "other" and layers(n, modules[n])]
+    else:
+        chosen = list(layers)
+        for name in chosen:
+            if name not in modules:
+                raise LockError(unknown("layer", str(name), [n for n in modules if n]))
+    refused = {n: refusal(modules[n]) for n in chosen}
+    problems = [f"{n or 'the model itself'}: {why}" for n, why in refused.items() if why]
+    if problems:
+        raise LockError("cannot lock " + "; ".join(problems) + ".")
+    return sorted(chosen, key=lambda n: order.order.index(n) if n in order.order else 10**9)
+
+
+def _pattern(layers: str | re.Pattern[str]) -> re.Pattern[str]:
+    try:
+        return re.compile(layers)
+    except re.error as error:
+        raise LockError(
+            f"layers={layers!r} is neither a module's name nor a regular expression: {error}."
+        ) from error
+
+
+def _targets(modules: dict[str, nn.Module], names: list[str], order: Trace) -> list[Target]:
+    targets, seen = [], set()
+    for name in names:
+        behind = order.norm_behind.get(name)
+        if not is_norm(modules[name]) and behind and refusal(modules[behind]) is None:
+            name = behind
+        if id(modules[name]) not in seen:
+            seen.add(id(modules[name]))
+            targets.append(Target(name, insert=not is_norm(modules[name])))
+    return targets
+
+
+def _nothing(modules: dict[str, nn.Module], layers: Layers) -> str:
+    reasons = {
+        f"{type(m).__name__} ({n or 'the model itself'}): {why}"
+        for n, m in modules.items()
+        if kind_of(m) != "other" or any(True for _ in m.parameters(False))
+        if (why := refusal(m))
+    }
+    listed = "; ".join(sorted(reasons)[:4]) or "it has no norm, convolution or linear layer"
+    return (
+        f"nothing to lock for layers={layers!r}: {listed}. "
+        "fedkl.lockable(model) lists every module and why."
+    )

@@ -1,0 +1,197 @@
+"""Sites: how a module of someone else's model is made to carry a lock.
+
+The module's class is exchanged for a generated subclass, as ``torch.nn.utils.parametrize`` and
+FSDP2 do. Identity, hooks, state-dict names and every parent stay as they were, and code that
+reads ``norm.weight`` without calling ``norm`` gets γ as well.
+"""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from functools import cache
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from fedkl.errors import ConfigError, LockError, SecretError, unknown
+from fedkl.locking.sources import PICKLE_REMEDY, AffineSource
+
+LOCK_NAME: Final = "keylock"
+INSERTED_NAME: Final = "inserted_norm"
+STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
+
+CONVOLUTIONS: Final[dict[type[nn.Module], int]] = {
+    nn.Conv1d: 1,
+    nn.Conv2d: 2,
+    nn.Conv3d: 3,
+    nn.ConvTranspose1d: 1,
+    nn.ConvTranspose2d: 2,
+    nn.ConvTranspose3d: 3,
+}
+_BATCH: Final = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_INSTANCE: Final = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+INSERTABLE: Final = ("batch", "group", "instance")
+
+
+class Swapped:
+    """Marks a module whose class this package has exchanged."""
+
+
+class LockedNorm(Swapped):
+    """A norm whose γ and β come from its child ``keylock``."""
+
+
+class NormAfter(Swapped):
+    """A convolution or linear layer with a norm inserted behind it."""
+
+
+def _guarded(base: type[nn.Module]) -> dict[str, Any]:
+    """Members that every exchanged class has: it can be copied but not pickled."""
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        raise SecretError(PICKLE_REMEDY)
+
+    def copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__ = deepcopy(self.__dict__, memo)
+        return new
+
+    return {
+        "__reduce_ex__": reduce,
+        "__deepcopy__": copy,
+        "__module__": base.__module__,
+        "_fedkl_base": base,
+    }
+
+
+@cache
+def _locked_class(base: type[nn.Module]) -> type[nn.Module]:
+    members = _guarded(base)
+    members["weight"] = property(lambda self: self._modules[LOCK_NAME].scale())
+    if issubclass(base, nn.RMSNorm):
+
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            out: Tensor = base.forward(self, x)
+            return out + self.get_submodule(LOCK_NAME).shift()
+
+        members["forward"] = forward
+    else:
+        members["bias"] = property(lambda self: self._modules[LOCK_NAME].shift())
+    return type(f"Locked{base.__name__}", (LockedNorm, base), members)
+
+
+@cache
+def _normed_class(base: type[nn.Module]) -> type[nn.Module]:
+    members = _guarded(base)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = base.forward(self, *args, **kwargs)
+        norm = self._modules[INSERTED_NAME]
+        assert norm is not None
+        if isinstance(self, nn.Linear):
+            return apply_last(norm, out)
+        result: Tensor = norm(out)
+        return result
+
+    members["forward"] = forward
+    return type(f"Normed{base.__name__}", (NormAfter, base), members)
+
+
+def apply_last(norm: nn.Module, x: Tensor) -> Tensor:
+    """Applies a norm over (N, C) to the last axis of ``x`` (..., C)."""
+    result: Tensor = norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+    return result
+
+
+def affine_shape(norm: nn.Module) -> tuple[int, ...]:
+    """Shape of γ: (C,) for batch, group and instance norm, ``normalized_shape`` otherwise."""
+    if isinstance(norm, _BatchNorm | _InstanceNorm):
+        return (norm.num_features,)
+    if isinstance(norm, nn.GroupNorm):
+        return (norm.num_channels,)
+    if isinstance(norm, nn.LayerNorm | nn.RMSNorm):
+        return tuple(norm.normalized_shape)
+    raise LockError(f"{type(norm).__name__} is not a norm that can carry a lock.")
+
+
+def current_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The norm's γ and β, ones and zeros where it has none. On its device, in its dtype."""
+    shape = affine_shape(norm)
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    tensors = [t for t in (weight, bias, *norm.buffers()) if t is not None and t.is_floating_point()]
+    like = tensors[0] if tensors else torch.empty(())
+    scale = torch.ones(shape, device=like.device, dtype=like.dtype) if weight is None else weight
+    shift = torch.zeros(shape, device=like.device, dtype=like.dtype) if bias is None else bias
+    return scale.detach(), shift.detach()
+
+
+def lock_norm(norm: nn.Module, source: AffineSource, *, statistics_shared: bool) -> None:
+    """Makes ``norm`` take γ and β from ``source`` (in place)."""
+    original = {name: norm._parameters.pop(name, None) for name in ("weight", "bias")}
+    norm.__dict__["_fedkl_original"] = original
+    norm.__dict__["_fedkl_statistics_shared"] = statistics_shared
+    norm.__class__ = _locked_class(type(norm))
+    norm.add_module(LOCK_NAME, source)
+
+
+def unlock_norm(norm: nn.Module) -> None:
+    """Gives ``norm`` its own class and the affine it had before locking (in place)."""
+    scale, _ = current_affine(norm)
+    del norm._modules[LOCK_NAME]
+    original = norm.__dict__.pop("_fedkl_original")
+    del norm.__dict__["_fedkl_statistics_shared"]
+    norm.__class__ = type(norm)._fedkl_base  # type: ignore[attr-defined]
+    for name, parameter in original.items():
+        if name == "bias" and isinstance(norm, nn.RMSNorm):
+            continue
+        if parameter is not None:
+            parameter.data = parameter.data.to(scale.device, scale.dtype)
+        norm.register_parameter(name, parameter)
+
+
+def insert_norm(layer: nn.Module, norm: nn.Module) -> None:
+    """Puts ``norm`` behind ``layer`` (in place)."""
+    layer.__class__ = _normed_class(type(layer))
+    layer.add_module(INSERTED_NAME, norm)
+
+
+def remove_norm(layer: nn.Module) -> nn.Module:
+    """Takes an inserted norm away again and returns it (in place)."""
+    norm = layer._modules.pop(INSERTED_NAME)
+    assert norm is not None
+    layer.__class__ = type(layer)._fedkl_base  # type: ignore[attr-defined]
+    return norm
+
+
+def new_norm(layer: nn.Module, kind: str) -> nn.Module:
+    """An ordinary norm with affine that fits behind ``layer``.
+
+    Raises:
+        ConfigError: ``kind`` is not one of :data:`INSERTABLE`.
+        LockError: The norm has nothing to average over there.
+    """
+    if kind not in INSERTABLE:
+        raise ConfigError(unknown("norm to insert", kind, INSERTABLE))
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    linear = isinstance(layer, nn.Linear)
+    features = layer.out_features if linear else layer.out_channels
+    assert isinstance(features, int)
+    dims = 1 if linear else next(d for c, d in CONVOLUTIONS.items() if isinstance(layer, c))
+    norm: nn.Module
+    if kind == "batch":
+        norm = _BATCH[dims](features)
+    elif kind == "group":
+        norm = nn.GroupNorm(math.gcd(features, 32), features)
+    elif linear:
+        raise LockError(
+            "an instance norm behind a linear layer would average over nothing; "
+            "pass norm='batch' or norm='group'."
+        )
+    else:
+        norm = _INSTANCE[dims](features, affine=True)
+    return norm.to(weight.device, weight.dtype).train(layer.training)

@@ -1,0 +1,184 @@
+"""Affine sources: the modules that compute the scale γ and shift β of a locked norm."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.errors import SecretError
+
+ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "identity": lambda value: value,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+PICKLE_REMEDY = (
+    "a locked model holds a key and is not pickled; save its tensors with "
+    "safetensors from model.state_dict(), save the key with key.save(path), and lock a fresh "
+    "model with it after loading"
+)
+
+
+class Sealed:
+    """A tensor that is neither parameter nor buffer and never shows itself.
+
+    It is in no state dict, its repr is redacted and it refuses to be pickled.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __repr__(self) -> str:
+        return "Sealed(<secret>)"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SecretError(PICKLE_REMEDY)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sealed:
+        return Sealed(self.tensor.clone())
+
+
+class AffineSource(nn.Module, ABC):
+    """Computes γ and β of one site. Child ``keylock`` of every locked norm."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+        self._witness: set[str] | None = None
+
+    def scale(self) -> Tensor:
+        """γ, shaped like the norm's own weight."""
+        if self._witness is not None:
+            self._witness.add("scale")
+        return self._scale().view(self.shape)
+
+    def shift(self) -> Tensor:
+        """β, shaped like the norm's own bias."""
+        if self._witness is not None:
+            self._witness.add("shift")
+        return self._shift().view(self.shape)
+
+    @abstractmethod
+    def _scale(self) -> Tensor: ...
+
+    @abstractmethod
+    def _shift(self) -> Tensor: ...
+
+
+class PrivateAffine(AffineSource):
+    """Learned γ and β that stay on the client, without a key (FedBN, Li et al. 2021)."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__(tuple(scale.shape))
+        self.gamma = nn.Parameter(scale.detach().clone())
+        self.beta = nn.Parameter(shift.detach().clone())
+
+    def _scale(self) -> Tensor:
+        return self.gamma
+
+    def _shift(self) -> Tensor:
+        return self.beta
+
+
+class KeyedAffine(AffineSource):
+    """γ = act(W_γ u + b_γ), β = act(W_β u + b_β) (arXiv 2305.04095, section 4).
+
+    ``u`` is the key vector, or the γ (for the scale) and the β (for the shift) of ``previous`` in
+    the chained form, times ``factor``. Both matrices are parameters of this module and private.
+
+    Args:
+        shape: Shape of γ and of β.
+        inputs: Length of ``u``.
+        factor: Number that ``u`` is multiplied by; 1/√inputs makes a step of size lr on γ out of
+            a step of size lr on W, whatever the key's length.
+        bias: Whether the maps have a bias.
+        activation: A name in :data:`ACTIVATIONS`.
+        key_vector: The key vector, or None with ``previous``.
+        previous: The source whose γ and β are mapped on.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        inputs: int,
+        *,
+        factor: float,
+        bias: bool,
+        activation: str,
+        key_vector: Tensor | None,
+        previous: KeyedAffine | None,
+    ) -> None:
+        super().__init__(shape)
+        features = math.prod(shape)
+        self.factor = factor
+        self.activation = activation
+        self.scale_weight = nn.Parameter(torch.empty(features, inputs))
+        self.shift_weight = nn.Parameter(torch.empty(features, inputs))
+        self.scale_bias = nn.Parameter(torch.zeros(features)) if bias else None
+        self.shift_bias = nn.Parameter(torch.zeros(features)) if bias else None
+        self._sealed = None if key_vector is None else Sealed(key_vector * factor)
+        # A tuple hides the neighbor from nn.Module, which would register it as a child.
+        self._previous = (previous,)
+
+    def set_key_vector(self, vector: Tensor) -> None:
+        """Puts another key's vector in place; a source that is fed by another has none."""
+        if self._sealed is not None:
+            old = self._sealed.tensor
+            self._sealed = Sealed((vector * self.factor).to(old.device, old.dtype))
+
+    def _scale(self) -> Tensor:
+        previous = self._previous[0]
+        return self._map(
+            self.scale_weight, self.scale_bias, previous._scale() if previous else None
+        )
+
+    def _shift(self) -> Tensor:
+        previous = self._previous[0]
+        return self._map(
+            self.shift_weight, self.shift_bias, previous._shift() if previous else None
+        )
+
+    def _map(self, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> Tensor:
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            # A lock in half precision would hear another key.
+            with torch.autocast(device, enabled=False):
+                return self._linear(weight, bias, before)
+        return self._linear(weight, bias, before)
+
+    def _linear(self, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> Tensor:
+        if before is None:
+            assert self._sealed is not None
+            value = torch.mv(weight, self._sealed.tensor)
+        else:
+            value = torch.mv(weight, before * self.factor)
+        return ACTIVATIONS[self.activation](value if bias is None else value + bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeyedAffine:
+        super()._apply(fn, recurse)
+        if self._sealed is not None:
+            self._sealed = Sealed(fn(self._sealed.tensor))
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SecretError(PICKLE_REMEDY)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeyedAffine:
+        copy = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copy
+        copy.__dict__ = deepcopy(self.__dict__, memo)
+        return copy
+
+    def extra_repr(self) -> str:
+        inputs = self.scale_weight.shape[1]
+        return f"features={math.prod(self.shape)}, inputs={inputs}, activation={self.activation}"

@@ -1,0 +1,79 @@
+"""The lock spec: what the public may know of a lock (Kerckhoffs)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedkl.errors import CheckpointError
+from fedkl.locking.schemes import Scheme, scheme_of
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """One lock.
+
+    Attributes:
+        name: Name of the locked norm; ``<layer>.inserted_norm`` where one was inserted.
+        norm: Class name of the norm.
+        shape: Shape of γ and β.
+        inserted: Whether the norm was inserted behind a layer that had none.
+    """
+
+    name: str
+    norm: str
+    shape: tuple[int, ...]
+    inserted: bool
+
+
+@dataclass(frozen=True)
+class LockSpec:
+    """Everything about a lock but the key and the private tensors.
+
+    Attributes:
+        scheme: Scheme name.
+        settings: The scheme's settings (spread, activation, law of the key vector, …).
+        sites: The locks in order of execution.
+        norm: Kind of the inserted norms.
+        statistics_shared: Whether running statistics of locked norms leave the client.
+    """
+
+    scheme: str
+    settings: Mapping[str, Any]
+    sites: tuple[SiteSpec, ...]
+    norm: str
+    statistics_shared: bool
+
+    def scheme_value(self) -> Scheme:
+        """The scheme as a value."""
+        return scheme_of(self.scheme, **self.settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LockSpec:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: Fields are missing or of the wrong kind.
+        """
+        try:
+            sites = tuple(
+                SiteSpec(s["name"], s["norm"], tuple(s["shape"]), bool(s["inserted"]))
+                for s in data["sites"]
+            )
+            return cls(
+                scheme=data["scheme"],
+                settings=dict(data["settings"]),
+                sites=sites,
+                norm=data["norm"],
+                statistics_shared=bool(data["statistics_shared"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"not a lock spec: field {error} is missing or of the wrong kind; "
+                "use the one that lock_spec(model).to_dict() wrote."
+            ) from error

@@ -1,0 +1,96 @@
+"""The split of a locked model's tensors: what may leave the client, and what never does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.errors import StateError
+from fedkl.locking.api import unwrap
+from fedkl.locking.sites import LOCK_NAME, STATISTICS, LockedNorm
+
+
+def private_names(model: nn.Module) -> set[str]:
+    """Names of the tensors in the model's state dict that must not leave the client."""
+    names: set[str] = set()
+    for prefix, module in unwrap(model).named_modules(remove_duplicate=False):
+        if not isinstance(module, LockedNorm) or not isinstance(module, nn.Module):
+            continue
+        dot = f"{prefix}." if prefix else ""
+        names |= {f"{dot}{LOCK_NAME}.{n}" for n in module.get_submodule(LOCK_NAME).state_dict()}
+        if not module.__dict__["_fedkl_statistics_shared"]:
+            names |= {f"{dot}{n}" for n in STATISTICS if module._buffers.get(n) is not None}
+    return names
+
+
+def shared_state(model: nn.Module) -> dict[str, Tensor]:
+    """What may leave the client: the state dict under the original names, without the lock.
+
+    The tensors are detached but not copied; clone them before training goes on. Integer buffers
+    such as ``num_batches_tracked`` of shared norms are in it and must not be averaged.
+    """
+    private = private_names(model)
+    return {n: t for n, t in unwrap(model).state_dict().items() if n not in private}
+
+
+def private_state(model: nn.Module) -> dict[str, Tensor]:
+    """What stays: lock parameters and statistics of locked norms. Never the key itself.
+
+    Together with :func:`shared_state` this is the whole state dict, with nothing in both.
+    """
+    private = private_names(model)
+    return {n: t for n, t in unwrap(model).state_dict().items() if n in private}
+
+
+def load_shared_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies ``state`` into the model (in place), over exactly the names of its shared state.
+
+    Raises:
+        StateError: Names are missing or unexpected, or shapes or dtypes differ; nothing is copied.
+    """
+    _load(shared_state(model), state, "shared state")
+
+
+def load_private_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies a client's own private tensors into its locked model (in place).
+
+    Raises:
+        StateError: As :func:`load_shared_state`.
+    """
+    _load(private_state(model), state, "private state")
+
+
+def state_problems(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+    """How ``got`` differs from ``expected`` in names, shapes and dtypes; empty if it does not."""
+    problems = []
+    if missing := [n for n in expected if n not in got]:
+        problems.append(f"missing {_some(missing)}")
+    if extra := [n for n in got if n not in expected]:
+        problems.append(f"unexpected {_some(extra)}")
+    for name in expected:
+        if name in got and not isinstance(got[name], Tensor):
+            problems.append(f"{name} is a {type(got[name]).__name__}, expected a tensor")
+        elif name in got and got[name].shape != expected[name].shape:
+            want, have = tuple(expected[name].shape), tuple(got[name].shape)
+            problems.append(f"{name} has shape {have}, expected {want}")
+        elif name in got and got[name].dtype != expected[name].dtype:
+            problems.append(f"{name} is {got[name].dtype}, expected {expected[name].dtype}")
+    return problems
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _load(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    problems = state_problems(own, state)
+    if problems:
+        raise StateError(
+            f"this {what} does not fit the model: {'; '.join(problems)}. Use a state of the same "
+            "architecture and lock spec."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
