@@ -13,6 +13,7 @@ from fedkl.locking.api import (
     unwrap,
 )
 from fedkl.locking.merging import merge
+from fedkl.locking.reuse import replaced_affines, restart_lock
 from fedkl.locking.schemes import PRESETS, SCHEMES, Channel, PrivateNorm, Scheme, SharedNorm
 from fedkl.locking.select import Layers
 from fedkl.locking.spec import LockSpec, SiteSpec
@@ -49,6 +50,8 @@ __all__ = [
     "merge",
     "private_names",
     "private_state",
+    "replaced_affines",
+    "restart_lock",
     "set_key",
     "shared_state",
     "sources_of",

@@ -142,10 +142,10 @@ class Channel(Scheme):
             key_vector=None if before else key.vector(self.length, self.law),
             previous=before,
         )
-        self._initialize(source, key.stream(site), chained=before is not None)
+        self.initialize(source, key.stream(site), chained=before is not None)
         return source.to(scale.device, scale.dtype)
 
-    def _initialize(self, source: KeyedAffine, stream: KeyStream, *, chained: bool) -> None:
+    def initialize(self, source: KeyedAffine, stream: KeyStream, *, chained: bool) -> None:
         """Lock weights start from the key: nobody else can redo the draw."""
         with torch.no_grad():
             for parameter in (source.scale_weight, source.shift_weight):

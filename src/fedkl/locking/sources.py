@@ -130,6 +130,11 @@ class KeyedAffine(AffineSource):
         # A tuple hides the neighbor from nn.Module, which would register it as a child.
         self._previous = (previous,)
 
+    @property
+    def chained(self) -> bool:
+        """Whether another source feeds this one."""
+        return self._previous[0] is not None
+
     def set_key_vector(self, vector: Tensor) -> None:
         """Puts another key's vector in place; a source that is fed by another has none."""
         if self._sealed is not None:

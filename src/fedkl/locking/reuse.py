@@ -1,0 +1,69 @@
+"""One locked model for many clients: start a lock anew, or look at a model under other γ and β."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.key import Key
+from fedkl.locking.api import lock_spec, set_key, sources_of, unwrap
+from fedkl.locking.schemes import Channel
+from fedkl.locking.sites import LOCK_NAME, STATISTICS
+from fedkl.locking.sources import KeyedAffine, PrivateAffine
+from fedkl.locking.state import private_state
+
+
+def restart_lock(model: nn.Module, key: Key | None) -> None:
+    """Puts the private state back to where :func:`fedkl.lock` starts it for ``key`` (in place).
+
+    A model locked once serves any number of clients: this is what a client that has no private
+    state yet begins with.
+    """
+    spec = lock_spec(model)
+    scheme = spec.scheme_value()
+    if isinstance(scheme, Channel):
+        assert key is not None
+        set_key(model, key)
+    root = unwrap(model)
+    private = private_state(model)
+    for site, source in sources_of(model).items():
+        norm = root.get_submodule(site)
+        if isinstance(source, KeyedAffine) and isinstance(scheme, Channel):
+            assert key is not None
+            scheme.initialize(source, key.stream(site), chained=source.chained)
+        elif isinstance(source, PrivateAffine):
+            _to_original(norm, source)
+        reset = getattr(norm, "reset_running_stats", None)
+        if reset is not None and any(f"{site}.{name}" in private for name in STATISTICS):
+            reset()
+
+
+def _to_original(norm: nn.Module, source: PrivateAffine) -> None:
+    original = norm.__dict__["_fedkl_original"]
+    weight, bias = original["weight"], original["bias"]
+    with torch.no_grad():
+        source.gamma.copy_(weight) if weight is not None else source.gamma.fill_(1.0)
+        source.beta.copy_(bias) if bias is not None else source.beta.zero_()
+
+
+@contextmanager
+def replaced_affines(
+    model: nn.Module, values: Mapping[str, tuple[Tensor, Tensor]]
+) -> Iterator[None]:
+    """Within the block the named sites use the given (γ, β) instead of their lock.
+
+    This is how a thief without key and lock runs the global model: with γ = 1 and β = 0, or with
+    a guess. The lock is back afterwards.
+    """
+    root = unwrap(model)
+    kept = sources_of(model)
+    try:
+        for site, (scale, shift) in values.items():
+            root.get_submodule(site)._modules[LOCK_NAME] = PrivateAffine(scale, shift)
+        yield
+    finally:
+        for site in values:
+            root.get_submodule(site)._modules[LOCK_NAME] = kept[site]
