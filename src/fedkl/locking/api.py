@@ -22,13 +22,15 @@ from fedkl.locking.sites import (
     current_affine,
     insert_norm,
     lock_norm,
+    locked_norms,
     new_norm,
     remove_norm,
+    source_of,
     unlock_norm,
 )
 from fedkl.locking.sources import AffineSource, KeyedAffine
 from fedkl.locking.spec import LockSpec, SiteSpec
-from fedkl.locking.survey import registered, trace
+from fedkl.locking.survey import refusal, registered, trace
 
 
 def lock(
@@ -71,50 +73,78 @@ def lock(
     value = scheme_of(scheme, **settings)
     model = unwrap(model)
     _check_arguments(model, key, value, layers, example)
-    order = registered(model) if example is None else trace(model, example)
-    targets = select(model, layers, order, traced=example is not None)
     locked = model if inplace else deepcopy(model)
+    # A model's own forward may count or cache: it runs on the copy, never on the argument.
+    order = registered(locked) if example is None else trace(locked, example)
+    targets = select(locked, layers, order, traced=example is not None)
     try:
         sources = _install(locked, key, value, targets, norm, share_statistics)
         if example is not None:
             verify(locked, sources, example)
     except Exception:
-        if inplace:
-            unlock(locked, inplace=True)
+        _remove(locked)
         raise
     return locked
 
 
-def lock_like(model: nn.Module, key: Key | None, spec: LockSpec, *, inplace: bool = False) -> Any:
-    """Locks ``model`` as ``spec`` says, without an example. Same errors as :func:`lock`."""
+def lock_like(
+    model: nn.Module, key: Key | None, spec: LockSpec, *, inplace: bool = False
+) -> nn.Module:
+    """Locks ``model`` as ``spec`` says, without an example.
+
+    Raises:
+        LockError: As :func:`lock`, or the model is not of the architecture ``spec`` was made for.
+    """
+    scheme = spec.scheme_value()
+    model = unwrap(model)
+    _check_model(model, key, scheme)
+    targets = [Target(_place(site), site.inserted) for site in spec.sites]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if missing := [t.name for t in targets if t.name not in modules]:
+        raise LockError(f"the lock spec names {', '.join(missing)}, which this model lacks{_FIT}")
+    if refused := {t.name: why for t in targets if (why := refusal(modules[t.name]))}:
+        raise LockError(f"the lock spec does not fit this model: {refused}{_FIT}")
     locked = model if inplace else deepcopy(model)
-    targets = [
-        Target(s.name.removesuffix(f".{INSERTED_NAME}") if s.inserted else s.name, s.inserted)
-        for s in spec.sites
-    ]
-    names = dict(locked.named_modules(remove_duplicate=False))
-    missing = [t.name for t in targets if t.name not in names]
-    if missing:
-        raise LockError(
-            f"the lock spec names {', '.join(missing)}, which this model does not have; "
-            "build the model with the architecture the spec was made for."
-        )
-    _install(locked, key, spec.scheme_value(), targets, spec.norm, spec.statistics_shared)
+    try:
+        _install(locked, key, scheme, targets, spec.norm, spec.statistics_shared)
+        made = {site.name: site for site in lock_spec(locked).sites}
+        if wrong := [s.name for s in spec.sites if made.get(s.name) != s]:
+            raise LockError(f"kind or size of {', '.join(wrong)} is not the lock spec's{_FIT}")
+    except Exception:
+        _remove(locked)
+        raise
     return locked
 
 
-def _check_arguments(
-    model: nn.Module, key: Key | None, scheme: Scheme, layers: Layers, example: Any
-) -> None:
+_FIT = "; build the model with the architecture the spec was made for."
+
+
+def _place(site: SiteSpec) -> str:
+    """Name of the module to lock: behind a layer that had no norm, that layer's."""
+    return site.name.removesuffix(INSERTED_NAME).removesuffix(".") if site.inserted else site.name
+
+
+def _check_model(model: nn.Module, key: Key | None, scheme: Scheme) -> None:
     if not isinstance(model, nn.Module):
         raise LockError(f"expected a torch.nn.Module to lock, got {type(model).__name__}.")
+    if is_locked(model):
+        raise LockError("the model is locked already; unlock(model) first.")
+    if lazy := [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]:
+        raise LockError(
+            f"{', '.join(lazy[:4])} has no shape yet, its module is lazy; run the model once "
+            "before locking."
+        )
     if scheme.keyed and not isinstance(key, Key):
         raise LockError(
             f"scheme {scheme.name!r} needs a fedkl.Key, got {type(key).__name__}: "
             "pass Key.generate() or Key.load(path)."
         )
-    if is_locked(model):
-        raise LockError("the model is locked already; unlock(model) first.")
+
+
+def _check_arguments(
+    model: nn.Module, key: Key | None, scheme: Scheme, layers: Layers, example: Any
+) -> None:
+    _check_model(model, key, scheme)
     chained = isinstance(scheme, Channel) and scheme.chain and layers != "first"
     if example is None and (scheme.needs_example or chained):
         raise LockError(
@@ -141,9 +171,7 @@ def _install(
             module = module.get_submodule(INSERTED_NAME)
             site = f"{site}.{INSERTED_NAME}" if site else INSERTED_NAME
         source = scheme.source(site, *current_affine(module), key, previous)
-        sites.append(
-            SiteSpec(site, type(module).__name__, affine_shape(module), target.insert)
-        )
+        sites.append(SiteSpec(site, type(module).__name__, affine_shape(module), target.insert))
         if source is not None:
             lock_norm(module, source, statistics_shared=share_statistics)
             source.train(module.training)
@@ -166,14 +194,19 @@ def unlock(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     root = unwrap(model)
     root = root if inplace else deepcopy(root)
     lock_spec(root)
-    for module in list(root.modules()):
-        if isinstance(module, LockedNorm):
-            unlock_norm(module)  # type: ignore[arg-type]
-    for module in list(root.modules()):
-        if isinstance(module, NormAfter):
-            remove_norm(module)  # type: ignore[arg-type]
-    _forget(root)
+    _remove(root)
     return root
+
+
+def _remove(model: nn.Module) -> None:
+    """Takes every lock off ``model`` (in place), also off one that was locked only in part."""
+    for module in list(model.modules()):
+        if isinstance(module, LockedNorm):
+            unlock_norm(module)
+        elif isinstance(module, NormAfter):
+            # Its norm, a descendant, is thrown away: no need to unlock that.
+            remove_norm(module)
+        module.__dict__.pop("_fedkl_spec", None)
 
 
 def set_key(model: nn.Module, key: Key) -> None:
@@ -182,8 +215,10 @@ def set_key(model: nn.Module, key: Key) -> None:
     This is the thief who got the lock's weights but not the key, and the user with a wrong key.
 
     Raises:
-        LockError: No lock of the model takes a key.
+        LockError: No lock of the model takes a key, or ``key`` is none.
     """
+    if not isinstance(key, Key):
+        raise LockError(f"expected a fedkl.Key, got {type(key).__name__}.")
     spec = lock_spec(model)
     scheme = spec.scheme_value()
     sources = [m for m in unwrap(model).modules() if isinstance(m, KeyedAffine)]
@@ -205,11 +240,7 @@ def affines(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 def sources_of(model: nn.Module) -> dict[str, AffineSource]:
     """The affine source of every lock by site name."""
-    return {
-        name: module.get_submodule("keylock")  # type: ignore[misc]
-        for name, module in unwrap(model).named_modules()
-        if isinstance(module, LockedNorm) and isinstance(module, nn.Module)
-    }
+    return {name: source_of(norm) for name, norm in locked_norms(unwrap(model))}
 
 
 def lock_spec(model: nn.Module) -> LockSpec:
@@ -228,11 +259,6 @@ def lock_spec(model: nn.Module) -> LockSpec:
 def is_locked(model: nn.Module) -> bool:
     """Whether any scheme, ``norm`` included, was applied to ``model``."""
     return any("_fedkl_spec" in module.__dict__ for module in unwrap(model).modules())
-
-
-def _forget(model: nn.Module) -> None:
-    for module in model.modules():
-        module.__dict__.pop("_fedkl_spec", None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

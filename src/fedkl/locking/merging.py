@@ -7,9 +7,15 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import LockError
 from fedkl.locking.api import is_locked, lock_spec, unwrap
-from fedkl.locking.sites import LockedNorm, NormAfter, apply_last, remove_norm, unlock_norm
+from fedkl.locking.sites import (
+    LockedNorm,
+    NormAfter,
+    apply_last,
+    remove_norm,
+    source_of,
+    unlock_norm,
+)
 
 
 class Shift(nn.Module):
@@ -49,7 +55,7 @@ def merge(model: nn.Module) -> nn.Module:
     root = deepcopy(unwrap(model))
     for module in list(root.modules()):
         if isinstance(module, LockedNorm):
-            _bake(module)  # type: ignore[arg-type]
+            _bake(module)
     root = _replace(root, {})
     for module in root.modules():
         module.__dict__.pop("_fedkl_spec", None)
@@ -59,8 +65,8 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _bake(norm: nn.Module) -> None:
     with torch.no_grad():
-        source = norm.get_submodule("keylock")
-        scale, shift = source.scale().clone(), source.shift().clone()  # type: ignore[operator]
+        source = source_of(norm)
+        scale, shift = source.scale().clone(), source.shift().clone()
     unlock_norm(norm)
     norm.weight = nn.Parameter(scale)
     if isinstance(norm, nn.RMSNorm):
@@ -82,13 +88,11 @@ def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
             module._modules[name] = _replace(child, done)
     result = module
     if isinstance(module, NormAfter):
-        norm = remove_norm(module)  # type: ignore[arg-type]
+        norm = remove_norm(module)
         result = nn.Sequential(module, LastAxis(norm) if isinstance(module, nn.Linear) else norm)
+        result[1].training = module.training
     elif "_fedkl_shift" in module.__dict__:
         result = nn.Sequential(module, Shift(module.__dict__.pop("_fedkl_shift")))
     result.training = module.training
     done[id(module)] = result
     return result
-
-
-__all__ = ["LastAxis", "LockError", "Shift", "merge"]

@@ -45,6 +45,8 @@ def select(model: nn.Module, layers: Layers, order: Trace, *, traced: bool) -> l
     else:
         names = _asked(modules, layers, order)
     targets = _targets(modules, names, order)
+    if not traced:
+        targets = _known_without_running(modules, layers, targets)
     if not targets:
         raise LockError(_nothing(modules, layers))
     return targets
@@ -76,9 +78,7 @@ def _asked(modules: dict[str, nn.Module], layers: Layers, order: Trace) -> list[
     elif isinstance(layers, str | re.Pattern):
         pattern = _pattern(layers)
         chosen = [
-            n
-            for n in modules
-            if n and pattern.fullmatch(n) and kind_of(modules[n]) != "other"
+            n for n in modules if n and pattern.fullmatch(n) and kind_of(modules[n]) != "other"
         ]
         if not chosen and isinstance(layers, str) and re.fullmatch(r"[\w.]+", layers):
             raise LockError(unknown("layer", layers, [n for n in modules if n]))
@@ -91,9 +91,27 @@ def _asked(modules: dict[str, nn.Module], layers: Layers, order: Trace) -> list[
                 raise LockError(unknown("layer", str(name), [n for n in modules if n]))
     refused = {n: refusal(modules[n]) for n in chosen}
     problems = [f"{n or 'the model itself'}: {why}" for n, why in refused.items() if why]
+    if problems and any(True for n in chosen if any(True for _ in modules[n].children())):
+        problems.append(r"of a container name the layers, or write e.g. layers=r'layer1\..*'")
     if problems:
         raise LockError("cannot lock " + "; ".join(problems) + ".")
     return sorted(chosen, key=lambda n: order.order.index(n) if n in order.order else 10**9)
+
+
+def _known_without_running(
+    modules: dict[str, nn.Module], layers: Layers, targets: list[Target]
+) -> list[Target]:
+    """A norm inserted in front of the model's own norm would be undone by it: not unseen."""
+    inserted = [t.name for t in targets if t.insert]
+    if not inserted or not any(is_norm(m) for m in modules.values()):
+        return targets
+    norms = [t for t in targets if not t.insert]
+    if norms and (callable(layers) or isinstance(layers, str | re.Pattern)):
+        return norms
+    raise LockError(
+        f"whether a norm stands right behind {', '.join(inserted[:4])} shows only when the model "
+        "runs: pass example=one input batch, or name the norm itself."
+    )
 
 
 def _pattern(layers: str | re.Pattern[str]) -> re.Pattern[str]:
@@ -107,12 +125,15 @@ def _pattern(layers: str | re.Pattern[str]) -> re.Pattern[str]:
 
 def _targets(modules: dict[str, nn.Module], names: list[str], order: Trace) -> list[Target]:
     targets, seen = [], set()
+    # A norm under two parents has two names; its lock goes by the first.
+    first = {id(module): name for name, module in reversed(modules.items())}
     for name in names:
         behind = order.norm_behind.get(name)
         if not is_norm(modules[name]) and behind and refusal(modules[behind]) is None:
             name = behind
         if id(modules[name]) not in seen:
             seen.add(id(modules[name]))
+            name = first[id(modules[name])]
             targets.append(Target(name, insert=not is_norm(modules[name])))
     return targets
 
@@ -125,6 +146,8 @@ def _nothing(modules: dict[str, nn.Module], layers: Layers) -> str:
         if (why := refusal(m))
     }
     listed = "; ".join(sorted(reasons)[:4]) or "it has no norm, convolution or linear layer"
+    if layers == "all" and any(kind_of(m) == "linear" and not refusal(m) for m in modules.values()):
+        listed = "its only layer is the head, and a norm behind it would normalize the logits"
     return (
         f"nothing to lock for layers={layers!r}: {listed}. "
         "fedkl.lockable(model) lists every module and why."

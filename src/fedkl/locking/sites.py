@@ -8,9 +8,9 @@ reads ``norm.weight`` without calling ``norm`` gets γ as well.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from copy import deepcopy
-from functools import cache
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,24 +69,32 @@ def _guarded(base: type[nn.Module]) -> dict[str, Any]:
     }
 
 
-@cache
+# One generated class per class, so that isinstance and torch.compile see the same one each time.
+_LOCKED: Final[dict[type[nn.Module], type[nn.Module]]] = {}
+_NORMED: Final[dict[type[nn.Module], type[nn.Module]]] = {}
+
+
 def _locked_class(base: type[nn.Module]) -> type[nn.Module]:
+    if base in _LOCKED:
+        return _LOCKED[base]
     members = _guarded(base)
     members["weight"] = property(lambda self: self._modules[LOCK_NAME].scale())
     if issubclass(base, nn.RMSNorm):
 
         def forward(self: nn.Module, x: Tensor) -> Tensor:
-            out: Tensor = base.forward(self, x)
-            return out + self.get_submodule(LOCK_NAME).shift()
+            out: Tensor = base.forward(cast(nn.RMSNorm, self), x)
+            return out + source_of(self).shift()
 
         members["forward"] = forward
     else:
         members["bias"] = property(lambda self: self._modules[LOCK_NAME].shift())
-    return type(f"Locked{base.__name__}", (LockedNorm, base), members)
+    _LOCKED[base] = type(f"Locked{base.__name__}", (LockedNorm, base), members)
+    return _LOCKED[base]
 
 
-@cache
 def _normed_class(base: type[nn.Module]) -> type[nn.Module]:
+    if base in _NORMED:
+        return _NORMED[base]
     members = _guarded(base)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,7 +107,8 @@ def _normed_class(base: type[nn.Module]) -> type[nn.Module]:
         return result
 
     members["forward"] = forward
-    return type(f"Normed{base.__name__}", (NormAfter, base), members)
+    _NORMED[base] = type(f"Normed{base.__name__}", (NormAfter, base), members)
+    return _NORMED[base]
 
 
 def apply_last(norm: nn.Module, x: Tensor) -> Tensor:
@@ -123,11 +132,25 @@ def current_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """The norm's γ and β, ones and zeros where it has none. On its device, in its dtype."""
     shape = affine_shape(norm)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    tensors = [t for t in (weight, bias, *norm.buffers()) if t is not None and t.is_floating_point()]
+    tensors = [
+        t for t in (weight, bias, *norm.buffers()) if t is not None and t.is_floating_point()
+    ]
     like = tensors[0] if tensors else torch.empty(())
     scale = torch.ones(shape, device=like.device, dtype=like.dtype) if weight is None else weight
     shift = torch.zeros(shape, device=like.device, dtype=like.dtype) if bias is None else bias
     return scale.detach(), shift.detach()
+
+
+def source_of(norm: nn.Module) -> AffineSource:
+    """The affine source of a locked norm."""
+    return cast(AffineSource, norm.get_submodule(LOCK_NAME))
+
+
+def locked_norms(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every locked norm; ``aliases``: under all its names."""
+    for name, module in model.named_modules(remove_duplicate=not aliases):
+        if isinstance(module, LockedNorm):
+            yield name, cast(nn.Module, module)
 
 
 def lock_norm(norm: nn.Module, source: AffineSource, *, statistics_shared: bool) -> None:

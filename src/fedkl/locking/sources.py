@@ -21,7 +21,7 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 }
 
 PICKLE_REMEDY = (
-    "a locked model holds a key and is not pickled; save its tensors with "
+    "a locked model is not pickled, since it may hold a key; save its tensors with "
     "safetensors from model.state_dict(), save the key with key.save(path), and lock a fresh "
     "model with it after loading"
 )
@@ -164,13 +164,13 @@ class KeyedAffine(AffineSource):
     def _linear(self, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> Tensor:
         if before is None:
             assert self._sealed is not None
-            value = torch.mv(weight, self._sealed.tensor)
+            value = torch.mv(weight, self._sealed.tensor.to(weight.device))
         else:
-            value = torch.mv(weight, before * self.factor)
+            value = torch.mv(weight, before.to(weight.device) * self.factor)
         return ACTIVATIONS[self.activation](value if bias is None else value + bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeyedAffine:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._sealed is not None:
             self._sealed = Sealed(fn(self._sealed.tensor))
         return self

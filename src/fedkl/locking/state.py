@@ -9,15 +9,13 @@ from torch import Tensor, nn
 
 from fedkl.errors import StateError
 from fedkl.locking.api import unwrap
-from fedkl.locking.sites import LOCK_NAME, STATISTICS, LockedNorm
+from fedkl.locking.sites import LOCK_NAME, STATISTICS, locked_norms
 
 
 def private_names(model: nn.Module) -> set[str]:
     """Names of the tensors in the model's state dict that must not leave the client."""
     names: set[str] = set()
-    for prefix, module in unwrap(model).named_modules(remove_duplicate=False):
-        if not isinstance(module, LockedNorm) or not isinstance(module, nn.Module):
-            continue
+    for prefix, module in locked_norms(unwrap(model), aliases=True):
         dot = f"{prefix}." if prefix else ""
         names |= {f"{dot}{LOCK_NAME}.{n}" for n in module.get_submodule(LOCK_NAME).state_dict()}
         if not module.__dict__["_fedkl_statistics_shared"]:

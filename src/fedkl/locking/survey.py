@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 
 from fedkl.errors import LockError
 from fedkl.locking.sites import CONVOLUTIONS, LockedNorm, NormAfter, affine_shape
+from fedkl.rng import borrowed, derive
 
 NORMS: Final[dict[type[nn.Module], str]] = {
     _BatchNorm: "batch norm",
@@ -218,8 +218,8 @@ def trace(model: nn.Module, example: Any) -> Trace:
     tracer = _Tracer(model)
     model.eval()
     try:
-        with torch.enable_grad():
-            tree_leaves(call(model, example))
+        with torch.enable_grad(), borrowed(derive(0, "trace")):
+            call(model, example)
     except Exception as error:
         raise LockError(
             f"the model does not run on the example: {type(error).__name__}: {error}. "
