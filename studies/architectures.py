@@ -132,7 +132,7 @@ def runs(locked: Any, x: Any) -> bool:
     out = locked(x)
     logits = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
     labels = torch.arange(BATCH) % CLASSES
-    sum(torch.nn.functional.cross_entropy(t, labels) for t in logits).backward()
+    torch.stack([torch.nn.functional.cross_entropy(t, labels) for t in logits]).sum().backward()
     grads = [p.grad for source in sources_of(locked).values() for p in source.parameters()]
     locked.zero_grad(set_to_none=True)
     return all(bool(torch.isfinite(t).all()) for t in logits) and all(
@@ -240,7 +240,8 @@ def table(document: dict[str, Any]) -> str:
         "",
         *(f"- **{name}**: {text}" for name, text in CHECKS.items()),
         "",
-        f"Scheme `channel`, random weights (zeros replaced by noise), {CLASSES} classes, batch {BATCH}, images {IMAGE}² "
+        "Scheme `channel`, random weights (zeros replaced by noise), "
+        f"{CLASSES} classes, batch {BATCH}, images {IMAGE}² "
         f"({', '.join(f'{n} {s}²' for n, s in IMAGES.items())}), key length {LENGTH['first']} for "
         f"first and {LENGTH['all']} for all (to save memory). Shares count the lock's parameters "
         "against the model's. One thread.",
