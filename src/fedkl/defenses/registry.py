@@ -1,0 +1,88 @@
+"""The defenses by name, and their settings as plain data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fedkl.defenses.base import Composed, Defense, LockDefense, NoDefense
+from fedkl.errors import ConfigError, unknown
+from fedkl.locking import PRESETS, scheme_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenseConfig:
+    """Which defense, and how it is set.
+
+    Attributes:
+        name: ``none``, ``norm``, ``fedbn``, ``channel``, or several joined by ``+``.
+        preset: ``paper`` or ``paper-sigmoid`` for ``channel``; settings given beside it win.
+        layers: ``first``, ``all``, a module's name or a regular expression.
+        norm: Norm inserted where there is none: ``batch``, ``group`` or ``instance``.
+        share_statistics: Share the running statistics of locked norms, as the released code does.
+        spread, activation, bias, law, length, chain: Settings of the channel scheme; None is its
+            (or the preset's) default.
+    """
+
+    name: str = "none"
+    preset: str | None = None
+    layers: str = "all"
+    norm: str = "batch"
+    share_statistics: bool = False
+    spread: float | None = None
+    activation: str | None = None
+    bias: bool | None = None
+    law: str | None = None
+    length: int | None = None
+    chain: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ConfigError(unknown("preset", self.preset, PRESETS))
+        make_defense(self)
+
+
+_CHANNEL_SETTINGS: Final = ("spread", "activation", "bias", "law", "length", "chain")
+
+
+def _lock(config: DefenseConfig, name: str) -> Defense:
+    settings: dict[str, Any] = {}
+    if name == "channel":
+        given = {field: getattr(config, field) for field in _CHANNEL_SETTINGS}
+        settings = {field: value for field, value in given.items() if value is not None}
+        name = config.preset or name
+    return LockDefense(
+        scheme_of(name, **settings),
+        layers=config.layers,
+        norm=config.norm,
+        share_statistics=config.share_statistics,
+    )
+
+
+DEFENSES: Final[Mapping[str, Callable[[DefenseConfig], Defense]]] = {
+    "none": lambda config: NoDefense(),
+    "norm": lambda config: _lock(config, "norm"),
+    "fedbn": lambda config: _lock(config, "fedbn"),
+    "channel": lambda config: _lock(config, "channel"),
+}
+
+
+def make_defense(config: DefenseConfig) -> Defense:
+    """The defense that ``config`` describes.
+
+    Raises:
+        ConfigError: An unknown name or setting, or two locks in one composition.
+    """
+    names = re.split(r"\s*\+\s*", config.name)
+    for name in names:
+        if name not in DEFENSES:
+            raise ConfigError(unknown("defense", name, DEFENSES))
+    parts = [DEFENSES[name](config) for name in names]
+    if sum(isinstance(part, LockDefense) for part in parts) > 1:
+        raise ConfigError(
+            f"defense {config.name!r} has two locks; a model carries one: "
+            "keep one of norm, fedbn, channel."
+        )
+    return parts[0] if len(parts) == 1 else Composed(parts)

@@ -1,0 +1,40 @@
+"""Federated training in this process, and what its keys are worth."""
+
+from fedkl.federation.aggregate import aggregate, check_update
+from fedkl.federation.client import ClientResult, ClientTask, Update, Workspace, client_update
+from fedkl.federation.config import (
+    METHODS,
+    DataConfig,
+    EvaluationConfig,
+    FederationConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    config_from,
+    load_config,
+)
+from fedkl.federation.engine import Event, RunResult, run
+from fedkl.federation.evaluate import Accuracy
+
+__all__ = [
+    "METHODS",
+    "Accuracy",
+    "ClientResult",
+    "ClientTask",
+    "DataConfig",
+    "EvaluationConfig",
+    "Event",
+    "FederationConfig",
+    "ModelConfig",
+    "RunConfig",
+    "RunResult",
+    "TrainingConfig",
+    "Update",
+    "Workspace",
+    "aggregate",
+    "check_update",
+    "client_update",
+    "config_from",
+    "load_config",
+    "run",
+]

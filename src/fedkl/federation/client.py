@@ -1,0 +1,292 @@
+"""The one client update, used by every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedkl.data import Images, augment
+from fedkl.defenses import Defense
+from fedkl.errors import StateError
+from fedkl.federation.config import TrainingConfig
+from fedkl.federation.optim import (
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+)
+from fedkl.key import Key
+from fedkl.locking import (
+    is_locked,
+    private_names,
+    private_state,
+    restart_lock,
+    set_key,
+    shared_state,
+    state_problems,
+)
+from fedkl.rng import borrowed
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends in one round.
+
+    Attributes:
+        client: Number of the client.
+        round: Number of the round, from 1.
+        kind: ``state`` (shared state after training) or ``gradient`` (gradients of the shared
+            parameters and values of the shared buffers).
+        tensors: Under the original model's tensor names.
+        examples: Number of examples it was made from.
+    """
+
+    client: int
+    round: int
+    kind: str
+    tensors: Mapping[str, Tensor]
+    examples: int
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """What a client starts a round with. ``private`` None: it has not taken part yet."""
+
+    client: int
+    round: int
+    index: Tensor
+    key: Key | None
+    private: Mapping[str, Tensor] | None
+    moments: Mapping[str, Tensor]
+    join: bool
+    lr: float
+
+    def __repr__(self) -> str:
+        return f"ClientTask(client={self.client}, round={self.round}, examples={len(self.index)})"
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What a round leaves behind: the update for the server, the rest for the client's own disk."""
+
+    update: Update
+    private: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    loss: float
+
+    def __repr__(self) -> str:
+        return f"ClientResult({self.update.client}, {self.update.round}, loss={self.loss:.4f})"
+
+
+class Workspace:
+    """One locked model that plays one client after the other, and what all clients share.
+
+    Args:
+        model: Prepared by ``defense``; its tensors are overwritten by every task.
+        defense: The defense that prepared it.
+        images: The images that task indices point into.
+        training: Settings of the local training.
+        method: ``centralized``, ``fedavg`` or ``fedsgd``.
+        augmented: Random crops and flips.
+        device: Where to train.
+        join_steps: Lock-only steps of a client that has been absent.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        defense: Defense,
+        images: Images,
+        training: TrainingConfig,
+        *,
+        method: str = "fedavg",
+        augmented: bool = False,
+        device: str = "cpu",
+        join_steps: int = 0,
+    ) -> None:
+        self.model = model.to(device)
+        self.defense = defense
+        self.images = images
+        self.training = training
+        self.method = method
+        self.augmented = augmented
+        self.device = torch.device(device)
+        self.join_steps = join_steps
+        # state_dict's tensors are views of the parameters: reading and writing them is free.
+        self.shared = shared_state(model)
+        self.private = private_state(model)
+        self.names = {p: n for n, p in model.named_parameters()}
+        hidden = private_names(model)
+        self.private_parameters = [p for p, n in self.names.items() if n in hidden]
+        self.has_batch_norm = any(isinstance(m, _BatchNorm) for m in model.modules())
+
+    def enter(
+        self, shared: Mapping[str, Tensor], key: Key | None, private: Mapping[str, Tensor] | None
+    ) -> None:
+        """Turns the model into the client's: global state, its key, its private state.
+
+        Raises:
+            StateError: The states do not fit the model.
+        """
+        _copy(self.shared, self.defense.receive(shared), "shared state")
+        if not is_locked(self.model):
+            return
+        if private is None:
+            restart_lock(self.model, key)
+            return
+        if key is not None:
+            set_key(self.model, key)
+        _copy(self.private, private, "private state")
+
+    def join(
+        self, shared: Mapping[str, Tensor], index: Tensor, generator: torch.Generator, lr: float
+    ) -> None:
+        """A few steps on the lock alone, for a client that comes to a model it does not know."""
+        if not self.private_parameters or self.join_steps == 0:
+            return
+        self.model.train()
+        optimizer = make_optimizer(self.private_parameters, lr, self.training)
+        with borrowed(generator):
+            for rows in self.batches(index, generator, steps=self.join_steps):
+                self.model.zero_grad(set_to_none=True)
+                self._loss(rows, generator).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        # Shared batch norms have seen these images as well; only the lock may move.
+        _copy(self.shared, self.defense.receive(shared), "shared state")
+
+    def batches(
+        self, index: Tensor, generator: torch.Generator, *, steps: int | None = None
+    ) -> Iterator[Tensor]:
+        """Rows of each step: ``local_epochs`` passes, or ``steps`` steps over as many as needed.
+
+        A last batch of one example is left out where the model has batch norms, which cannot
+        normalize it.
+        """
+        size, epochs, done = self.training.batch_size, 0, 0
+        steps = self.training.local_steps if steps is None else steps
+        while (done < steps) if steps is not None else (epochs < self.training.local_epochs):
+            order = index[torch.randperm(len(index), generator=generator)]
+            for rows in torch.split(order, size):
+                if len(rows) == 1 and len(index) > 1 and self.has_batch_norm:
+                    continue
+                yield rows
+                done += 1
+                if done == steps:
+                    return
+            epochs += 1
+
+    def _loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        x, y = self.images.batch(rows)
+        if self.augmented:
+            x = augment(x, generator)
+        return cross_entropy(logits(self.model(x.to(self.device))), y.to(self.device))
+
+    def train(
+        self, task: ClientTask, generator: torch.Generator
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Local training of the model as it is. Returns the mean loss and the optimizer's state."""
+        self.model.train()
+        optimizer = make_optimizer(self.model.parameters(), task.lr, self.training)
+        if task.moments:
+            load_optimizer_tensors(optimizer, self.names, task.moments)
+        total, steps = torch.zeros((), device=self.device), 0
+        with borrowed(generator):
+            for rows in self.batches(task.index, generator):
+                optimizer.zero_grad(set_to_none=True)
+                loss = self._loss(rows, generator)
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.defense.step([p.grad for p in self.names if p.grad is not None])
+                optimizer.step()
+                total += loss.detach()
+                steps += 1
+        kept = optimizer_tensors(optimizer, self.names) if self.training.keep_momentum else {}
+        return float(total / max(1, steps)), {n: t.detach().clone() for n, t in kept.items()}
+
+    def gradient(
+        self, task: ClientTask, generator: torch.Generator
+    ) -> tuple[float, int, dict[str, Tensor], dict[str, Tensor]]:
+        """One batch's gradient at the received weights; the lock takes its own step."""
+        self.model.train()
+        rows = next(self.batches(task.index, generator, steps=1))
+        self.model.zero_grad(set_to_none=True)
+        with borrowed(generator):
+            loss = self._loss(rows, generator)
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.defense.step([p.grad for p in self.names if p.grad is not None])
+        tensors = {}
+        for parameter, name in self.names.items():
+            if name in self.shared:
+                grad = parameter.grad
+                tensors[name] = torch.zeros_like(parameter) if grad is None else grad.clone()
+        tensors |= {n: t.clone() for n, t in self.shared.items() if n not in tensors}
+        moments: dict[str, Tensor] = {}
+        if self.private_parameters:
+            optimizer = make_optimizer(self.private_parameters, task.lr, self.training)
+            load_optimizer_tensors(optimizer, self.names, task.moments)
+            optimizer.step()
+            kept = optimizer_tensors(optimizer, self.names) if self.training.keep_momentum else {}
+            moments = {n: t.detach().clone() for n, t in kept.items()}
+        self.model.zero_grad(set_to_none=True)
+        return float(loss), len(rows), tensors, moments
+
+
+def client_update(
+    workspace: Workspace,
+    shared: Mapping[str, Tensor],
+    task: ClientTask,
+    generator: torch.Generator,
+) -> ClientResult:
+    """One client's round: receive, join if it was absent, train, strip, protect, send.
+
+    A pure function of its arguments (the workspace's tensors are scratch space): the same global
+    state, task and generator give the same bits in every process.
+
+    Args:
+        workspace: The model and settings.
+        shared: Global shared state.
+        task: The client's data, key and private state.
+        generator: Batch order, augmentation and dropout.
+
+    Raises:
+        StateError: The global or private state does not fit the model.
+    """
+    workspace.enter(shared, task.key, task.private)
+    if task.join:
+        workspace.join(shared, task.index, generator, task.lr)
+    if workspace.method == "fedsgd":
+        loss, examples, tensors, moments = workspace.gradient(task, generator)
+        kind = "gradient"
+    else:
+        loss, moments = workspace.train(task, generator)
+        tensors = {name: tensor.clone() for name, tensor in workspace.shared.items()}
+        kind, examples = "state", len(task.index)
+    update = Update(task.client, task.round, kind, workspace.defense.share(tensors), examples)
+    private = {name: tensor.clone() for name, tensor in workspace.private.items()}
+    return ClientResult(update, private, moments, loss)
+
+
+def logits(output: Any) -> Tensor:
+    """Logits of a model's output: itself, or the first of several (auxiliary heads)."""
+    if isinstance(output, Tensor):
+        return output
+    first = output[0] if isinstance(output, tuple | list) else next(iter(output.values()))
+    assert isinstance(first, Tensor)
+    return first
+
+
+def _copy(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    problems = state_problems(own, state)
+    if problems:
+        raise StateError(
+            f"this {what} does not fit the model: {'; '.join(problems)}. "
+            "Use the architecture and lock spec that the run was started with."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])

@@ -1,0 +1,333 @@
+"""The in-process engine: rounds, evaluations and checkpoints around the one client update."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.data import DataBundle
+from fedkl.errors import ConfigError, FederationError, OutputError
+from fedkl.federation.aggregate import Tally, accepted, aggregate
+from fedkl.federation.checkpoint import Checkpoint, Checkpoints
+from fedkl.federation.config import RunConfig, config_from, differences
+from fedkl.federation.evaluate import Accuracy, combine
+from fedkl.federation.folder import claimed
+from fedkl.federation.logbook import Logbook
+from fedkl.federation.optim import (
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+)
+from fedkl.federation.pool import Pool, ProcessPool, SerialPool
+from fedkl.federation.session import Job, Result, Session, check_device
+from fedkl.files import write_json
+from fedkl.rng import derive
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a caller may want to show.
+
+    ``kind`` is ``note`` (a message), ``client`` (one client of a round is done), ``round`` (a
+    round is done) or ``evaluation``.
+    """
+
+    kind: str
+    round: int = 0
+    rounds: int = 0
+    done: int = 0
+    of: int = 0
+    loss: float = math.nan
+    accuracy: Accuracy | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run; ``to_dict`` is ``summary.json``."""
+
+    config: RunConfig
+    seconds: float
+    accuracy: Accuracy
+    validation: list[dict[str, Any]]
+    best: Mapping[str, Any]
+    counts: Mapping[str, int]
+    spec: Mapping[str, Any] | None
+    origin: str
+    shared: Mapping[str, Tensor]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "method": self.config.federation.method,
+            "defense": self.config.defense.name,
+            "rounds": self.config.federation.rounds,
+            "seconds": self.seconds,
+            "accuracy": self.accuracy.to_dict(),
+            "split": "test",
+            "best_validation": dict(self.best),
+            "counts": dict(self.counts),
+            "data": self.origin,
+            "lock_spec": self.spec,
+            "config": self.config.to_dict(),
+        }
+
+
+@dataclass
+class _Progress:
+    """What changes from round to round."""
+
+    shared: dict[str, Tensor]
+    server: dict[str, Tensor] = field(default_factory=dict)
+    round: int = 0
+    seconds: float = 0.0
+    best: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=lambda: {"refused": 0, "dropped": 0})
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    bundle: DataBundle | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> RunResult:
+    """Trains a federation and measures what its keys are worth.
+
+    Writes ``config.json``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``, ``clients/``
+    and, for defenses with a key, ``keys/`` below ``folder``. The result does not depend on
+    ``config.workers`` nor on interruptions; keys that are already in ``keys/`` are used.
+
+    Args:
+        config: The run.
+        folder: Its folder; must not hold another run unless ``resume``.
+        resume: Go on from the newest valid checkpoint.
+        bundle: Data loaded already.
+        on_event: Called with every event.
+
+    Raises:
+        ConfigError: The folder holds a run with other settings, or a device is missing.
+        CheckpointError: No checkpoint can be used.
+        FederationError: Too few updates are left in a round, or a worker died.
+    """
+    emit = on_event or (lambda event: None)
+    check_device(config.device)
+    with claimed(folder, resume=resume) as found, _one_thread():
+        if found is not None:
+            _check_same(config_from(found, source=str(folder / "config.json")), config)
+        write_json(folder / "config.json", config.to_dict())
+        session = Session(config, folder, bundle)
+        engine = _Engine(config, folder, session, emit)
+        with _pool(config, session, folder) as pool:
+            return engine.run(pool)
+
+
+def _check_same(old: RunConfig, new: RunConfig) -> None:
+    free = ("workers", "device", "federation.rounds", "checkpoint_every")
+    changed = [d for d in differences(old, new) if d.split(":")[0] not in free]
+    if changed:
+        raise ConfigError(
+            f"this run was started with other settings ({'; '.join(changed)}); resume with the "
+            "same ones or use another folder."
+        )
+
+
+def _pool(config: RunConfig, session: Session, folder: Path) -> Pool:
+    if config.workers == 1:
+        return SerialPool(session)
+    if config.device == "cpu" and hasattr(os, "fork"):
+        return ProcessPool(lambda: session, config.workers, fork=True)
+    return ProcessPool(_Fresh(config, folder), config.workers, fork=False)
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """Makes a session in a started process."""
+
+    config: RunConfig
+    folder: Path
+
+    def __call__(self) -> Session:
+        return Session(self.config, self.folder)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Engine:
+    def __init__(
+        self, config: RunConfig, folder: Path, session: Session, emit: Callable[[Event], None]
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.session = session
+        self.emit = emit
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.started = time.monotonic()
+        self.state = self._restore()
+        self.before = self.state.seconds
+        self.log = Logbook(folder, after=self.state.round)
+
+    def _restore(self) -> _Progress:
+        checkpoint, problems = self.checkpoints.latest()
+        for problem in problems:
+            self.emit(Event("note", message=problem))
+        if checkpoint is None:
+            return _Progress(self.session.initial())
+        self.emit(Event("note", message=f"resumed after round {checkpoint.round}"))
+        facts = checkpoint.facts
+        return _Progress(
+            shared=dict(checkpoint.shared),
+            server=dict(checkpoint.server),
+            round=checkpoint.round,
+            seconds=facts["seconds"],
+            best=dict(facts["best"]),
+            counts=dict(facts["counts"]),
+        )
+
+    def _seconds(self) -> float:
+        return round(self.before + time.monotonic() - self.started, 3)
+
+    def run(self, pool: Pool) -> RunResult:
+        """All rounds that are left, then the test set, once."""
+        rounds = self.config.federation.rounds
+        try:
+            while self.state.round < rounds:
+                self._round(pool, self.state.round + 1)
+            accuracy = self._measure(pool, "test")
+        finally:
+            self.log.close()
+        result = RunResult(
+            config=self.config,
+            seconds=self._seconds(),
+            accuracy=accuracy,
+            validation=self.log.lines,
+            best=self.state.best,
+            counts=self.state.counts,
+            spec=None if self.session.spec is None else self.session.spec.to_dict(),
+            origin=self.session.bundle.origin,
+            shared=self.state.shared,
+        )
+        write_json(self.folder / "summary.json", result.to_dict())
+        return result
+
+    def _round(self, pool: Pool, number: int) -> None:
+        config, state = self.config.federation, self.state
+        asked, dropped = self._sample(number)
+        state.counts["dropped"] += len(dropped)
+        keep_from = max(0, number - 1 - self.config.checkpoint_every)
+        jobs = [Job("train", client, number, keep_from=keep_from) for client in asked]
+        tally, losses = Tally(), list[float]()
+        results = self._watched(pool.run(jobs, state.shared), number, len(jobs), losses)
+        updates = accepted((r.update() for r in results), state.shared, tally)
+        mean = aggregate(updates, weighted=config.weighted) if jobs else {}
+        state.counts["refused"] += len(tally.refused)
+        for message in tally.refused.values():
+            self.emit(Event("note", message=message))
+        if len(tally.accepted) < config.min_clients:
+            raise FederationError(
+                f"round {number}: {len(tally.accepted)} update(s) left of {len(asked)} asked "
+                f"({len(dropped)} dropped out, {len(tally.refused)} refused), "
+                f"min_clients is {config.min_clients}. {' '.join(tally.refused.values())}"
+            )
+        state.shared = self._apply(mean, number) if config.method == "fedsgd" else mean
+        state.round = number
+        loss = math.fsum(losses) / max(1, len(losses))
+        every = self.config.evaluation.every
+        if every and (number % every == 0 or number == config.rounds):
+            self._evaluate(pool, number, loss, tally, dropped)
+        if number % self.config.checkpoint_every == 0 or number == config.rounds:
+            self._checkpoint()
+        self.emit(Event("round", number, config.rounds, loss=loss))
+
+    def _watched(
+        self, results: Iterator[Result], number: int, of: int, losses: list[float]
+    ) -> Iterator[Result]:
+        for done, result in enumerate(results, 1):
+            losses.append(result.facts["loss"])
+            rounds = self.config.federation.rounds
+            self.emit(Event("client", number, rounds, done, of, result.facts["loss"]))
+            yield result
+
+    def _sample(self, number: int) -> tuple[list[int], list[int]]:
+        """Clients that answer in this round, and those that drop out."""
+        config, count = self.config.federation, len(self.session.parts)
+        generator = derive(self.config.seed, "sample", number)
+        take = 1 if config.method == "centralized" else config.sampled
+        chosen = torch.randperm(count, generator=generator)[:take].sort().values.tolist()
+        lost = (torch.rand(len(chosen), generator=generator) < config.dropout).tolist()
+        answering = [c for c, gone in zip(chosen, lost, strict=True) if not gone]
+        return answering, [c for c, gone in zip(chosen, lost, strict=True) if gone]
+
+    def _apply(self, mean: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+        """The server's optimizer step of fedsgd. Buffers are taken as averaged."""
+        state, training = self.state, self.config.training
+        names = {n for n, _ in self.session.workspace.model.named_parameters()}
+        parameters = {n: nn.Parameter(t.clone()) for n, t in state.shared.items() if n in names}
+        lr = learning_rate(training, number, self.config.federation.rounds)
+        optimizer = make_optimizer(parameters.values(), lr, training)
+        by_parameter = {p: n for n, p in parameters.items()}
+        load_optimizer_tensors(optimizer, by_parameter, state.server)
+        for name, parameter in parameters.items():
+            parameter.grad = mean[name].clone()
+        optimizer.step()
+        state.server = {
+            n: t.detach().clone() for n, t in optimizer_tensors(optimizer, by_parameter).items()
+        }
+        return {n: parameters[n].detach() if n in parameters else mean[n] for n in state.shared}
+
+    def _measure(self, pool: Pool, split: str) -> Accuracy:
+        count = 1
+        if self.session.workspace.private:
+            count = min(self.config.evaluation.clients, len(self.session.parts))
+        jobs = [Job("examine", client, self.state.round, split) for client in range(count)]
+        return combine(r.accuracy() for r in pool.run(jobs, self.state.shared))
+
+    def _evaluate(
+        self, pool: Pool, number: int, loss: float, tally: Tally, dropped: list[int]
+    ) -> None:
+        accuracy = self._measure(pool, "validation")
+        line = {
+            "round": number,
+            "seconds": self._seconds(),
+            "loss": loss if math.isfinite(loss) else None,
+            "accuracy": accuracy.to_dict(),
+            "clients": len(tally.accepted),
+            "refused": sorted(tally.refused),
+            "dropped": dropped,
+        }
+        self.log.add(line)
+        if accuracy.own_key > self.state.best.get("own_key", -1.0):
+            self.state.best = {"round": number, "own_key": accuracy.own_key}
+            self.checkpoints.save_best(self._snapshot())
+        rounds = self.config.federation.rounds
+        self.emit(Event("evaluation", number, rounds, loss=loss, accuracy=accuracy))
+
+    def _snapshot(self) -> Checkpoint:
+        state = self.state
+        facts = {"seconds": self._seconds(), "best": state.best, "counts": state.counts}
+        return Checkpoint(state.round, state.shared, state.server, facts)
+
+    def _checkpoint(self) -> None:
+        self.checkpoints.save(self._snapshot())
+
+
+__all__ = ["Event", "OutputError", "RunResult", "run"]

@@ -1,0 +1,212 @@
+"""Accuracy with the key, with a wrong one, with somebody else's lock, and without any."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedkl.data import Images
+from fedkl.federation.client import Workspace, logits
+from fedkl.key import Key
+from fedkl.locking import affines, replaced_affines, set_key, sources_of
+from fedkl.metrics import count_correct
+
+EVAL_BATCH: Final = 250
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracies in [0, 1] over the evaluated clients; None where a thing does not apply.
+
+    Attributes:
+        own_key: Each client's own key and lock. Without a lock: the global model.
+        wrong_key: Own lock weights with fresh keys: mean over clients and keys.
+        wrong_key_p95: 95th percentile over clients and keys.
+        other_client: Another client's key, lock and statistics.
+        no_lock: The best of what a thief does with the global model alone (γ = 1, β = 0) or the
+            other clients' mean lock, statistics as they are or re-estimated on unlabelled images.
+            Without a lock: the same as ``own_key``, since anyone can use the model.
+        own_per_client, no_lock_per_client: The figures behind the means.
+        wrong_keys: Every single wrong key, all clients.
+        thief: Mean accuracy of every variant of the thief.
+    """
+
+    own_key: float
+    wrong_key: float | None
+    wrong_key_p95: float | None
+    other_client: float | None
+    no_lock: float | None
+    own_per_client: tuple[float, ...]
+    no_lock_per_client: tuple[float, ...]
+    wrong_keys: tuple[float, ...]
+    thief: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ClientAccuracy:
+    """What was measured for one client."""
+
+    own: float
+    wrong: tuple[float, ...]
+    other: float | None
+    thief: Mapping[str, float]
+
+
+def correct_share(model: nn.Module, images: Images, rows: Tensor, device: torch.device) -> float:
+    """Share of ``rows`` that ``model`` classifies correctly, in eval mode; exact at the end too."""
+    model.eval()
+    correct = 0
+    with torch.inference_mode():
+        for part in torch.split(rows, EVAL_BATCH):
+            x, y = images.batch(part)
+            correct += count_correct(logits(model(x.to(device))), y.to(device))
+    return correct / len(rows)
+
+
+def reestimate_statistics(
+    model: nn.Module, images: Images, rows: Tensor, device: torch.device
+) -> None:
+    """Running statistics of every batch norm anew, from unlabelled images (in place)."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative: every batch counts the same
+        norm.train()
+    with torch.no_grad():
+        for part in torch.split(rows, EVAL_BATCH):
+            model(images.batch(part)[0].to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What an evaluation is taken on.
+
+    Attributes:
+        images, rows: Labelled images.
+        wrong_rows: The part of them that wrong keys and thieves are tried on.
+        public, public_rows: Unlabelled images for re-estimated statistics.
+        wrong_keys: Number of fresh keys.
+    """
+
+    images: Images
+    rows: Tensor
+    wrong_rows: Tensor
+    public: Images
+    public_rows: Tensor
+    wrong_keys: int
+
+
+def examine(
+    workspace: Workspace,
+    exam: Exam,
+    key: Key | None,
+    others: Sequence[tuple[Key | None, Mapping[str, Tensor]]],
+) -> ClientAccuracy:
+    """Measures the client that ``workspace`` currently is.
+
+    Args:
+        workspace: After :meth:`Workspace.enter` (and ``join``, for a client that was absent).
+        exam: The images.
+        key: The client's own key.
+        others: Key and private state of other clients, the nearest first.
+    """
+    model, device = workspace.model, workspace.device
+    own_private = {n: t.clone() for n, t in workspace.private.items()}
+    before = {n: t.clone() for n, t in workspace.shared.items()}
+    own = correct_share(model, exam.images, exam.rows, device)
+    if not sources_of(model):
+        return ClientAccuracy(own, (), None, {})
+    wrong: list[float] = []
+    if key is not None:
+        for _ in range(exam.wrong_keys):
+            set_key(model, Key.generate())
+            wrong.append(correct_share(model, exam.images, exam.wrong_rows, device))
+        set_key(model, key)
+    other, locks = None, []
+    for number, (other_key, private) in enumerate(others):
+        _put(workspace, other_key, private)
+        locks.append(affines(model))
+        if number == 0:
+            other = correct_share(model, exam.images, exam.wrong_rows, device)
+    thief = _thief(workspace, exam, locks)
+    with torch.no_grad():
+        for name, tensor in workspace.shared.items():
+            tensor.copy_(before[name])
+    _put(workspace, key, own_private)
+    return ClientAccuracy(own, tuple(wrong), other, thief)
+
+
+def _put(workspace: Workspace, key: Key | None, private: Mapping[str, Tensor]) -> None:
+    if key is not None:
+        set_key(workspace.model, key)
+    with torch.no_grad():
+        for name, tensor in workspace.private.items():
+            tensor.copy_(private[name])
+
+
+def _thief(
+    workspace: Workspace, exam: Exam, locks: Sequence[Mapping[str, tuple[Tensor, Tensor]]]
+) -> dict[str, float]:
+    """Accuracy of each honest guess at the lock; none uses the victim's private tensors."""
+    model, device = workspace.model, workspace.device
+    neutral = {
+        site: (torch.ones_like(source.scale()), torch.zeros_like(source.shift()))
+        for site, source in sources_of(model).items()
+    }
+    guesses = {"neutral": neutral}
+    if locks:
+        guesses["others_mean"] = {
+            site: (
+                torch.stack([lock[site][0] for lock in locks]).mean(0),
+                torch.stack([lock[site][1] for lock in locks]).mean(0),
+            )
+            for site in neutral
+        }
+    found = {}
+    for name, guess in guesses.items():
+        with replaced_affines(model, guess):
+            for site in guess:
+                # Shared statistics are the thief's already; private ones it starts without.
+                reset = getattr(model.get_submodule(site), "reset_running_stats", None)
+                if reset is not None and f"{site}.running_mean" in workspace.private:
+                    reset()
+            found[name] = correct_share(model, exam.images, exam.wrong_rows, device)
+            reestimate_statistics(model, exam.public, exam.public_rows, device)
+            found[f"{name}+statistics"] = correct_share(model, exam.images, exam.wrong_rows, device)
+    return found
+
+
+def combine(found: Iterable[ClientAccuracy]) -> Accuracy:
+    """Means over clients; the thief takes its best variant per client."""
+    clients = list(found)
+    own = [c.own for c in clients]
+    wrong = sorted(value for c in clients for value in c.wrong)
+    other = [c.other for c in clients if c.other is not None]
+    thieves = [max(c.thief.values()) if c.thief else c.own for c in clients]
+    names = clients[0].thief
+    return Accuracy(
+        own_key=statistics.fmean(own),
+        wrong_key=statistics.fmean(wrong) if wrong else None,
+        wrong_key_p95=float(torch.tensor(wrong).quantile(0.95)) if wrong else None,
+        other_client=statistics.fmean(other) if other else None,
+        no_lock=statistics.fmean(thieves),
+        own_per_client=tuple(own),
+        no_lock_per_client=tuple(thieves),
+        wrong_keys=tuple(wrong),
+        thief={n: statistics.fmean([c.thief[n] for c in clients]) for n in names},
+    )

@@ -1,0 +1,62 @@
+"""A run folder belongs to one process at a time, and never to two runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedkl.errors import CheckpointError, OutputError
+from fedkl.files import make_folder, read_json
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; two runs in one folder go unnoticed there
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def claimed(folder: Path, *, resume: bool) -> Iterator[dict[str, Any] | None]:
+    """Holds ``folder`` for this process; yields the configuration of the run found in it.
+
+    The claim ends with the process, however it ends.
+
+    Raises:
+        OutputError: The folder cannot be written, another process is using it, or it holds a run
+            and ``resume`` is off.
+        CheckpointError: ``resume`` is on and there is no run, or its configuration is damaged.
+    """
+    path = folder / "config.json"
+    if resume and not path.exists():
+        raise CheckpointError(
+            f"there is no run to resume in {folder} (no config.json); check --out, or start one "
+            "without --resume."
+        )
+    if not resume and path.exists():
+        raise OutputError(
+            f"{folder} already holds a run; continue it with --resume or choose another --out."
+        )
+    make_folder(folder)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _claim(handle, folder)
+        found = read_json(path) if resume else None
+        if found is not None and not isinstance(found, dict):
+            raise CheckpointError(f"{path} is not a run's configuration; restore it from a copy.")
+        yield found
+    finally:
+        os.close(handle)
+
+
+def _claim(handle: int, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        # A record lock, not flock: forked workers do not inherit it and cannot outlive it.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise OutputError(
+            f"another process is using {folder}; wait for it, or choose another --out."
+        ) from error

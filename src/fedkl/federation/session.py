@@ -1,0 +1,238 @@
+"""Everything a process needs to play clients: data, parts, model, keys, private states."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkl.data import DataBundle, load, partition
+from fedkl.defenses import make_defense
+from fedkl.errors import ConfigError
+from fedkl.federation.client import ClientTask, Update, Workspace, client_update
+from fedkl.federation.config import RunConfig
+from fedkl.federation.evaluate import ClientAccuracy, Exam, examine
+from fedkl.federation.optim import learning_rate
+from fedkl.federation.store import ClientState, ClientStore
+from fedkl.key import Key
+from fedkl.locking import LockSpec, is_locked, lock_spec
+from fedkl.models import build
+from fedkl.rng import derive
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to do for one client.
+
+    Attributes:
+        kind: ``train`` or ``examine``.
+        client: Number of the client.
+        round: The round to train, or the last finished round to examine.
+        split: ``validation`` or ``test``, to examine.
+        keep_from: Round of the oldest checkpoint that may still be returned to.
+    """
+
+    kind: str
+    client: int
+    round: int
+    split: str = "validation"
+    keep_from: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job: plain facts, and the update's tensors."""
+
+    job: Job
+    facts: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def update(self) -> Update:
+        """The update of a ``train`` job."""
+        return Update(
+            self.job.client,
+            self.job.round,
+            self.facts["kind"],
+            self.tensors,
+            self.facts["examples"],
+        )
+
+    def accuracy(self) -> ClientAccuracy:
+        """The figures of an ``examine`` job."""
+        facts = self.facts
+        return ClientAccuracy(facts["own"], tuple(facts["wrong"]), facts["other"], facts["thief"])
+
+
+class Session:
+    """Plays any client of the run that ``config`` describes.
+
+    Args:
+        config: The run.
+        folder: Run folder with ``keys/`` and ``clients/``.
+        bundle: Data loaded already, to share it between runs.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, bundle: DataBundle | None = None) -> None:
+        self.config = config
+        self.bundle = load_data(config) if bundle is None else bundle
+        self.parts = _parts(config, self.bundle)
+        defense = make_defense(config.defense)
+        self.store = ClientStore(folder, keyed=defense.keyed)
+        plain = build(
+            config.model.name,
+            num_classes=self.bundle.num_classes,
+            channels=config.data.channels,
+            image_size=config.data.image_size,
+            generator=derive(config.seed, "model"),
+            init=None if config.model.init is None else Path(config.model.init),
+        )
+        example = self.bundle.public.batch(torch.arange(min(4, len(self.bundle.public))))[0]
+        # A throwaway key: enter() replaces key and lock by the client's before anything is used.
+        throwaway = Key.generate() if defense.keyed else None
+        centralized = config.federation.method == "centralized"
+        training = config.training
+        if centralized:
+            training = dataclasses.replace(training, keep_momentum=True)
+        self.workspace = Workspace(
+            defense.prepare(plain, throwaway, example),
+            defense,
+            self.bundle.train,
+            training,
+            method=config.federation.method,
+            augmented=config.data.augment,
+            device=config.device,
+            join_steps=0 if centralized else config.federation.join_steps,
+        )
+
+    def initial(self) -> dict[str, Tensor]:
+        """Global shared state before the first round."""
+        return {name: tensor.clone() for name, tensor in self.workspace.shared.items()}
+
+    @property
+    def spec(self) -> LockSpec | None:
+        """The lock spec, None without a lock."""
+        model = self.workspace.model
+        return lock_spec(model) if is_locked(model) else None
+
+    def run(self, job: Job, shared: Mapping[str, Tensor]) -> Result:
+        """Does ``job`` on the global state ``shared``."""
+        return self._train(job, shared) if job.kind == "train" else self._examine(job, shared)
+
+    def _train(self, job: Job, shared: Mapping[str, Tensor]) -> Result:
+        config = self.config
+        state = self._state(job.client, before=job.round)
+        task = ClientTask(
+            client=job.client,
+            round=job.round,
+            index=self.parts[job.client],
+            key=self.store.key(job.client),
+            private=state.private,
+            moments=state.moments,
+            join=job.round > 1 and state.round != job.round - 1,
+            lr=learning_rate(config.training, job.round, config.federation.rounds),
+        )
+        generator = derive(config.seed, "client", job.client, "round", job.round)
+        result = client_update(self.workspace, shared, task, generator)
+        if result.private or result.moments:
+            kept = ClientState(job.round, result.private, result.moments)
+            self.store.save(job.client, kept, keep_from=job.keep_from)
+        update = result.update
+        facts = {"kind": update.kind, "examples": update.examples, "loss": result.loss}
+        return Result(job, facts, update.tensors)
+
+    def _state(self, client: int, *, before: int) -> ClientState:
+        if not (self.workspace.private or self.workspace.training.keep_momentum):
+            return ClientState(before - 1, None, {})
+        return self.store.load(client, before=before)
+
+    def _examine(self, job: Job, shared: Mapping[str, Tensor]) -> Result:
+        state = self._state(job.client, before=job.round + 1)
+        key = self.store.key(job.client)
+        self.workspace.enter(shared, key, state.private)
+        if job.round > 0 and state.round < job.round:
+            config = self.config
+            lr = learning_rate(config.training, job.round, config.federation.rounds)
+            generator = derive(config.seed, "examine", job.client, job.round)
+            self.workspace.join(shared, self.parts[job.client], generator, lr)
+        found = examine(
+            self.workspace, self._exam(job.split), key, self._others(job.client, job.round)
+        )
+        return Result(job, dataclasses.asdict(found), {})
+
+    def _others(self, client: int, round_: int) -> list[tuple[Key | None, Mapping[str, Tensor]]]:
+        if not self.workspace.private:
+            return []
+        others = []
+        for step in range(1, min(self.config.evaluation.clients, len(self.parts) - 1) + 1):
+            other = (client + step) % len(self.parts)
+            state = self._state(other, before=round_ + 1)
+            if state.private is not None:
+                others.append((self.store.key(other), state.private))
+        return others
+
+    def _exam(self, split: str) -> Exam:
+        return self._exams[split]
+
+    @cached_property
+    def _exams(self) -> dict[str, Exam]:
+        config = self.config.evaluation
+        exams = {}
+        for split, images in (("validation", self.bundle.validation), ("test", self.bundle.test)):
+            order = torch.randperm(len(images), generator=derive(0, "exam", split))
+            rows = order if split == "test" else order[: config.images]
+            exams[split] = Exam(
+                images=images,
+                rows=rows,
+                wrong_rows=rows[: config.wrong_key_images],
+                public=self.bundle.public,
+                public_rows=torch.arange(min(config.thief_images, len(self.bundle.public))),
+                wrong_keys=config.wrong_keys,
+            )
+        return exams
+
+
+def load_data(config: RunConfig) -> DataBundle:
+    """The data of ``config``; raises as :func:`fedkl.data.load`."""
+    data = config.data
+    return load(
+        data.dataset,
+        root=None if data.root is None else Path(data.root),
+        seed=config.seed,
+        image_size=data.image_size,
+        channels=data.channels,
+    )
+
+
+def _parts(config: RunConfig, bundle: DataBundle) -> list[Tensor]:
+    data = config.data
+    parts = partition(
+        bundle.train.labels,
+        config.federation.clients,
+        data.partition,
+        generator=derive(config.seed, "partition"),
+        alpha=data.alpha,
+        shards_per_client=data.shards_per_client,
+        samples=data.samples,
+    )
+    return [torch.cat(parts)] if config.federation.method == "centralized" else parts
+
+
+def check_device(name: str) -> None:
+    """Raises unless torch can compute on ``name``.
+
+    Raises:
+        ConfigError: Unknown device, or not on this machine.
+    """
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device {name!r} cannot be used: {reason}; try device = 'cpu'."
+        ) from error

@@ -1,0 +1,104 @@
+"""Where the private states of many clients live: one small file per client and round, 0600.
+
+A file is never changed. A round that is repeated after a crash starts from the file of the round
+before, so what a killed run had written already does not matter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from torch import Tensor
+
+from fedkl.files import make_folder, read_tensors, write_tensors
+from fedkl.key import Key
+
+_PRIVATE: Final = "private/"
+_MOMENT: Final = "moment/"
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """Private state and optimizer moments of a client after round ``round`` (0: never)."""
+
+    round: int
+    private: Mapping[str, Tensor] | None
+    moments: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        return f"ClientState(round={self.round})"
+
+
+class ClientStore:
+    """Keys and private states below one run folder.
+
+    Args:
+        folder: The run's folder; ``keys/`` and ``clients/`` are made below it.
+        keyed: Whether clients have keys.
+    """
+
+    def __init__(self, folder: Path, *, keyed: bool) -> None:
+        self.keys = folder / "keys"
+        self.states = folder / "clients"
+        self.keyed = keyed
+        for path in [self.states, *([self.keys] if keyed else [])]:
+            make_folder(path)
+            os.chmod(path, 0o700)
+
+    def key(self, client: int) -> Key | None:
+        """The client's key; made on first use, from the operating system's randomness."""
+        if not self.keyed:
+            return None
+        path = self.keys / f"client-{client:05d}.key"
+        if not path.exists():
+            Key.generate().save(path)
+        return Key.load(path)
+
+    def _folder(self, client: int) -> Path:
+        return self.states / f"{client:05d}"
+
+    def rounds(self, client: int) -> list[int]:
+        """Rounds after which a state of the client was kept, ascending."""
+        try:
+            names = os.listdir(self._folder(client))
+        except FileNotFoundError:
+            return []
+        return sorted(int(n[6:-12]) for n in names if n.endswith(".safetensors"))
+
+    def _path(self, client: int, round_: int) -> Path:
+        return self._folder(client) / f"round-{round_:06d}.safetensors"
+
+    def load(self, client: int, *, before: int) -> ClientState:
+        """The client's state after its last round below ``before``.
+
+        Raises:
+            CheckpointError: The file is truncated or was edited.
+        """
+        past = [r for r in self.rounds(client) if r < before]
+        if not past:
+            return ClientState(0, None, {})
+        tensors, _ = read_tensors(self._path(client, past[-1]))
+        private = {n[len(_PRIVATE) :]: t for n, t in tensors.items() if n.startswith(_PRIVATE)}
+        moments = {n[len(_MOMENT) :]: t for n, t in tensors.items() if n.startswith(_MOMENT)}
+        return ClientState(past[-1], private, moments)
+
+    def save(self, client: int, state: ClientState, *, keep_from: int) -> None:
+        """Writes the state after ``state.round``; drops those no checkpoint needs any more.
+
+        Args:
+            client: Number of the client.
+            state: What to keep.
+            keep_from: Round of the oldest checkpoint that may still be returned to.
+        """
+        self._folder(client).mkdir(mode=0o700, exist_ok=True)
+        tensors = {_PRIVATE + n: t for n, t in (state.private or {}).items()}
+        tensors |= {_MOMENT + n: t for n, t in state.moments.items()}
+        # Not synced to the disk one by one: the digest in the file finds a torn write.
+        write_tensors(self._path(client, state.round), tensors, private=True, durable=False)
+        needed = [r for r in self.rounds(client) if r <= keep_from]
+        for old in needed[:-1]:
+            self._path(client, old).unlink(missing_ok=True)
