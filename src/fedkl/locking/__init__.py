@@ -14,7 +14,15 @@ from fedkl.locking.api import (
 )
 from fedkl.locking.merging import merge
 from fedkl.locking.reuse import replaced_affines, restart_lock
-from fedkl.locking.schemes import PRESETS, SCHEMES, Channel, PrivateNorm, Scheme, SharedNorm
+from fedkl.locking.schemes import (
+    PRESETS,
+    SCHEMES,
+    Channel,
+    PrivateNorm,
+    Scheme,
+    SharedNorm,
+    scheme_of,
+)
 from fedkl.locking.select import Layers
 from fedkl.locking.spec import LockSpec, SiteSpec
 from fedkl.locking.state import (
@@ -52,6 +60,7 @@ __all__ = [
     "private_state",
     "replaced_affines",
     "restart_lock",
+    "scheme_of",
     "set_key",
     "shared_state",
     "sources_of",
