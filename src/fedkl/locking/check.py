@@ -23,25 +23,27 @@ _ATTEMPTS: Final = 12
 def verify(model: nn.Module, sources: Mapping[str, AffineSource], example: Any) -> None:
     """Runs ``example`` in train, eval and no-grad mode and checks that every lock matters.
 
-    In train mode the outputs' gradient with respect to every γ and β must not vanish. In eval
-    and no-grad mode every lock must be read; one that is not is an error unless its layer plays
-    no part there either (auxiliary heads). Statistics, modes and gradients are put back.
+    In train mode (or else in eval mode, since a detection loss looks at few outputs) the outputs'
+    gradient with respect to every lock's γ or β must not vanish. In eval and no-grad mode every
+    lock must be read; one that is not is an error unless its layer plays no part there either
+    (auxiliary heads). Statistics, modes and gradients are put back.
 
     Raises:
         LockError: Names the locks without effect, or the mode in which the model fails.
     """
     with _restored(model), _nothing_zero(model):
         silent = set(sources)
-        for attempt in range(_ATTEMPTS):
+        for mode, draw in [*(("train", n) for n in range(_ATTEMPTS)), ("eval", 0)]:
             waiting = {name: source for name, source in sources.items() if name in silent}
-            silent = _without_influence(model, waiting, example, f"train {attempt}")
+            silent = _without_influence(model, waiting, example, mode, f"{mode} {draw}")
             if not silent:
                 break
         if silent:
             raise LockError(
-                f"these locks do not change the output: {', '.join(sorted(silent))}. The model "
-                "does not call these modules, or reads their weights past them; leave them out "
-                "with layers=…"
+                f"these locks do not change the output on this example: "
+                f"{', '.join(sorted(silent))}. The model does not call these modules, or reads "
+                "their weights past them, or (in detection) no target reaches them: pass a richer "
+                "example, or leave them out with layers=…"
             )
         for grad in (True, False):
             _check_eval(model, sources, example, grad=grad)
@@ -102,9 +104,9 @@ def _attributes(output: Any) -> list[Tensor]:
 
 
 def _without_influence(
-    model: nn.Module, sources: Mapping[str, AffineSource], example: Any, draw: str
+    model: nn.Module, sources: Mapping[str, AffineSource], example: Any, mode: str, draw: str
 ) -> set[str]:
-    """Names of the locks whose γ and β both have no gradient in train mode.
+    """Names of the locks whose γ and β both have no gradient in ``mode``.
 
     Probed at γ = 1, β = 0: whether a lock is heard is a property of the model, and a narrow
     layer whose own β happens to silence every ReLU behind it is no mistake of the caller's.
@@ -119,13 +121,13 @@ def _without_influence(
 
         return record
 
-    model.train()
+    model.train(mode == "train")
     for name, source in sources.items():
         source.__dict__["scale"] = recorder(name, source.scale, 1.0)
         source.__dict__["shift"] = recorder(name, source.shift, 0.0)
     try:
         with torch.enable_grad():
-            outputs = [t for t in _run(model, example, "train", draw) if t.requires_grad]
+            outputs = [t for t in _run(model, example, mode, draw) if t.requires_grad]
             values = [value for found in seen.values() for value in found]
             total = sum((_probe(t) for t in outputs), torch.zeros(()))
             grads = iter(
