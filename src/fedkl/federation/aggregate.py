@@ -95,4 +95,5 @@ def _add(sums: dict[str, Tensor], name: str, tensor: Tensor, weight: int) -> Non
     elif name in sums:
         sums[name].add_(tensor, alpha=weight)
     else:
-        sums[name] = tensor.to(torch.float64).mul_(weight)
+        # A copy even of float64: the update is the caller's.
+        sums[name] = tensor.to(torch.float64, copy=True).mul_(weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from fedkl.errors import CheckpointError
 from fedkl.files import make_folder, read_json, read_tensors, write_json, write_tensors
 
 _KEEP: Final = 2
+_NAME: Final = re.compile(r"round-(\d{6,})\.json")
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,23 @@ class Checkpoints:
 
     def rounds(self) -> list[int]:
         """Rounds with a committed checkpoint, valid or not, ascending."""
-        return sorted(int(path.stem[6:]) for path in self.folder.glob("round-*.json"))
+        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(name[1]) for name in names if name)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Commits ``checkpoint`` and drops those older than the one before."""
+        """Commits ``checkpoint``; drops those older than the one before, and any newer one.
+
+        A newer one is damaged, or the run would have gone on from there.
+        """
         stem = self._stem(checkpoint.round)
         tensors = {f"shared/{n}": t for n, t in checkpoint.shared.items()}
         tensors |= {f"server/{n}": t for n, t in checkpoint.server.items()}
         write_tensors(stem.with_suffix(".safetensors"), tensors, {"round": str(checkpoint.round)})
         facts = {"round": checkpoint.round, **checkpoint.facts}
         write_json(stem.with_suffix(".json"), {**facts, "sha256": _digest(facts)})
-        for old in self.rounds()[:-_KEEP]:
+        rounds = self.rounds()
+        keep = [r for r in rounds if r <= checkpoint.round][-_KEEP:]
+        for old in set(rounds) - set(keep):
             self._stem(old).with_suffix(".json").unlink(missing_ok=True)
             self._stem(old).with_suffix(".safetensors").unlink(missing_ok=True)
 

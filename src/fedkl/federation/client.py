@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkl.data import Images, augment
 from fedkl.defenses import Defense
-from fedkl.errors import StateError
+from fedkl.errors import DataError, StateError
 from fedkl.federation.config import TrainingConfig
 from fedkl.federation.optim import (
     load_optimizer_tensors,
@@ -121,6 +121,10 @@ class Workspace:
         self.shared = shared_state(model)
         self.private = private_state(model)
         self.names = {p: n for n, p in model.named_parameters()}
+        # Under every name: a tied parameter is in the state once for each.
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        # restart_lock draws from the key; what starts at a constant is put back from here.
+        self._start = {n: t.clone() for n, t in self.private.items()}
         hidden = private_names(model)
         self.private_parameters = [p for p, n in self.names.items() if n in hidden]
         self.has_batch_norm = any(isinstance(m, _BatchNorm) for m in model.modules())
@@ -137,6 +141,7 @@ class Workspace:
         if not is_locked(self.model):
             return
         if private is None:
+            _copy(self.private, self._start, "private state")
             restart_lock(self.model, key)
             return
         if key is not None:
@@ -166,14 +171,15 @@ class Workspace:
         """Rows of each step: ``local_epochs`` passes, or ``steps`` steps over as many as needed.
 
         A last batch of one example is left out where the model has batch norms, which cannot
-        normalize it.
+        normalize it; unless all batches are of one example by the client's size or by the settings.
         """
         size, epochs, done = self.training.batch_size, 0, 0
         steps = self.training.local_steps if steps is None else steps
+        whole = min(size, len(index)) > 1 and self.has_batch_norm
         while (done < steps) if steps is not None else (epochs < self.training.local_epochs):
             order = index[torch.randperm(len(index), generator=generator)]
             for rows in torch.split(order, size):
-                if len(rows) == 1 and len(index) > 1 and self.has_batch_norm:
+                if len(rows) == 1 and whole:
                     continue
                 yield rows
                 done += 1
@@ -185,7 +191,16 @@ class Workspace:
         x, y = self.images.batch(rows)
         if self.augmented:
             x = augment(x, generator)
-        return cross_entropy(logits(self.model(x.to(self.device))), y.to(self.device))
+        try:
+            output = self.model(x.to(self.device))
+        except ValueError as error:
+            if len(rows) > 1 or not self.has_batch_norm:
+                raise
+            raise DataError(
+                f"a batch norm cannot train on a batch of one example ({error}); use a larger "
+                "batch_size, give every client two examples or more, or use norm = 'group'."
+            ) from error
+        return cross_entropy(logits(output), y.to(self.device))
 
     def train(
         self, task: ClientTask, generator: torch.Generator
@@ -220,7 +235,7 @@ class Workspace:
             loss.backward()  # type: ignore[no-untyped-call]
         self.defense.step([p.grad for p in self.names if p.grad is not None])
         tensors = {}
-        for parameter, name in self.names.items():
+        for name, parameter in self.parameters.items():
             if name in self.shared:
                 grad = parameter.grad
                 tensors[name] = torch.zeros_like(parameter) if grad is None else grad.clone()

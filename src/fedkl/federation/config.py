@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -25,8 +26,8 @@ def _choice(kind: str, value: str, choices: typing.Iterable[str]) -> None:
 
 
 def _at_least(what: str, value: float | None, low: float) -> None:
-    if value is not None and not value >= low:
-        raise ConfigError(f"{what} must be at least {low:g}, got {value}.")
+    if value is not None and not low <= value < math.inf:
+        raise ConfigError(f"{what} must be a number of at least {low:g}, got {value}.")
 
 
 def _share(what: str, value: float, *, zero: bool) -> None:
@@ -56,6 +57,9 @@ class DataConfig:
         _choice("partition", self.partition, PARTITIONS)
         _at_least("image_size", self.image_size, 1)
         _at_least("samples", self.samples, 1)
+        _at_least("shards_per_client", self.shards_per_client, 1)
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"alpha must be a positive number, got {self.alpha}.")
         if self.channels not in (1, 3):
             raise ConfigError(f"channels must be 1 or 3, got {self.channels}.")
 
@@ -92,13 +96,16 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("schedule", self.schedule, SCHEDULES)
-        if not 0 < self.lr < float("inf"):
+        if not 0 < self.lr < math.inf:
             raise ConfigError(f"lr must be a positive number, got {self.lr}.")
         _at_least("batch_size", self.batch_size, 1)
         _at_least("local_epochs", self.local_epochs, 1)
         _at_least("local_steps", self.local_steps, 1)
         _at_least("momentum", self.momentum, 0)
         _at_least("weight_decay", self.weight_decay, 0)
+        _at_least("decay", self.decay, 0)
+        for milestone in self.milestones:
+            _at_least("a milestone", milestone, 0)
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov needs a momentum above 0; set nesterov = false.")
 
@@ -145,6 +152,8 @@ class FederationConfig:
     @property
     def sampled(self) -> int:
         """Clients asked in one round."""
+        if self.method == "centralized":
+            return 1
         return max(1, round(self.clients * self.fraction))
 
 
@@ -165,8 +174,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _at_least("every", self.every, 0)
-        for name in ("clients", "images", "wrong_keys", "wrong_key_images", "thief_images"):
+        for name in ("clients", "images", "wrong_keys", "wrong_key_images"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("thief_images", self.thief_images, 2)  # of one, statistics cannot be taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +279,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
-            return tuple(value)
+            item = typing.get_args(kind)[0]
+            return tuple(_value(item, part, f"{where}[{i}]") for i, part in enumerate(value))
         if isinstance(kind, type) and type(value) is kind:
             return value
     names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,9 @@ def run(
     """
     emit = on_event or (lambda event: None)
     check_device(config.device)
-    with claimed(folder, resume=resume) as found, _one_thread():
+    with claimed(folder, resume=resume) as found, one_thread():
         if found is not None:
-            _check_same(config_from(found, source=str(folder / "config.json")), config)
+            check_same(config_from(found, source=str(folder / "config.json")), config)
         write_json(folder / "config.json", config.to_dict())
         session = Session(config, folder, bundle)
         engine = _Engine(config, folder, session, emit)
@@ -133,8 +134,15 @@ def run(
             return engine.run(pool)
 
 
-def _check_same(old: RunConfig, new: RunConfig) -> None:
-    free = ("workers", "device", "federation.rounds", "checkpoint_every")
+def check_same(old: RunConfig, new: RunConfig) -> None:
+    """Raises unless a run of ``old`` may go on as ``new``.
+
+    Raises:
+        ConfigError: A setting differs that the result depends on.
+    """
+    free = ["workers", "device", "checkpoint_every"]
+    if new.training.schedule != "cosine":  # whose every rate depends on the number of rounds
+        free.append("federation.rounds")
     changed = [d for d in differences(old, new) if d.split(":")[0] not in free]
     if changed:
         raise ConfigError(
@@ -163,13 +171,22 @@ class _Fresh:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Within the block torch computes on one thread, as every worker does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def exam_jobs(session: Session, round_: int, split: str) -> list[Job]:
+    """One job per client to be measured; without a private state all clients are the same."""
+    count = 1
+    if session.workspace.private:
+        count = min(session.config.evaluation.clients, len(session.parts))
+    return [Job("examine", client, round_, split) for client in range(count)]
 
 
 class _Engine:
@@ -192,6 +209,11 @@ class _Engine:
             self.emit(Event("note", message=problem))
         if checkpoint is None:
             return _Progress(self.session.initial())
+        if checkpoint.round > self.config.federation.rounds:
+            raise ConfigError(
+                f"this run has done {checkpoint.round} rounds already, got rounds = "
+                f"{self.config.federation.rounds}; ask for at least as many."
+            )
         self.emit(Event("note", message=f"resumed after round {checkpoint.round}"))
         facts = checkpoint.facts
         return _Progress(
@@ -233,12 +255,13 @@ class _Engine:
         config, state = self.config.federation, self.state
         asked, dropped = self._sample(number)
         state.counts["dropped"] += len(dropped)
-        keep_from = max(0, number - 1 - self.config.checkpoint_every)
-        jobs = [Job("train", client, number, keep_from=keep_from) for client in asked]
+        keep = [*self.checkpoints.rounds(), state.best.get("round", 0)]
+        jobs = [Job("train", client, number, keep=keep) for client in asked]
         tally, losses = Tally(), list[float]()
         results = self._watched(pool.run(jobs, state.shared), number, len(jobs), losses)
         updates = accepted((r.update() for r in results), state.shared, tally)
-        mean = aggregate(updates, weighted=config.weighted) if jobs else {}
+        first = next(updates, None)
+        mean = {} if first is None else aggregate(chain([first], updates), weighted=config.weighted)
         state.counts["refused"] += len(tally.refused)
         for message in tally.refused.values():
             self.emit(Event("note", message=message))
@@ -246,7 +269,8 @@ class _Engine:
             raise FederationError(
                 f"round {number}: {len(tally.accepted)} update(s) left of {len(asked)} asked "
                 f"({len(dropped)} dropped out, {len(tally.refused)} refused), "
-                f"min_clients is {config.min_clients}. {' '.join(tally.refused.values())}"
+                f"min_clients is {config.min_clients}; lower dropout, the learning rate or "
+                f"min_clients. {' '.join(tally.refused.values())}".rstrip()
             )
         state.shared = self._apply(mean, number) if config.method == "fedsgd" else mean
         state.round = number
@@ -280,8 +304,11 @@ class _Engine:
     def _apply(self, mean: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """The server's optimizer step of fedsgd. Buffers are taken as averaged."""
         state, training = self.state, self.config.training
-        names = {n for n, _ in self.session.workspace.model.named_parameters()}
-        parameters = {n: nn.Parameter(t.clone()) for n, t in state.shared.items() if n in names}
+        workspace = self.session.workspace
+        # A frozen parameter has no gradient, but weight decay would move it.
+        learns = {n: workspace.names[p] for n, p in workspace.parameters.items() if p.requires_grad}
+        canonical = {n: learns[n] for n in state.shared if n in learns}
+        parameters = {n: nn.Parameter(state.shared[n].clone()) for n in canonical.values()}
         lr = learning_rate(training, number, self.config.federation.rounds)
         optimizer = make_optimizer(parameters.values(), lr, training)
         by_parameter = {p: n for n, p in parameters.items()}
@@ -292,13 +319,13 @@ class _Engine:
         state.server = {
             n: t.detach().clone() for n, t in optimizer_tensors(optimizer, by_parameter).items()
         }
-        return {n: parameters[n].detach() if n in parameters else mean[n] for n in state.shared}
+        frozen = workspace.parameters.keys() - learns.keys()
+        kept = {n: state.shared[n] for n in state.shared if n in frozen}
+        moved = {n: parameters[c].detach().clone() for n, c in canonical.items()}
+        return {n: {**mean, **kept, **moved}[n] for n in state.shared}
 
     def _measure(self, pool: Pool, split: str) -> Accuracy:
-        count = 1
-        if self.session.workspace.private:
-            count = min(self.config.evaluation.clients, len(self.session.parts))
-        jobs = [Job("examine", client, self.state.round, split) for client in range(count)]
+        jobs = exam_jobs(self.session, self.state.round, split)
         return combine(r.accuracy() for r in pool.run(jobs, self.state.shared))
 
     def _evaluate(
@@ -330,4 +357,4 @@ class _Engine:
         self.checkpoints.save(self._snapshot())
 
 
-__all__ = ["Event", "OutputError", "RunResult", "run"]
+__all__ = ["Event", "OutputError", "RunResult", "check_same", "exam_jobs", "one_thread", "run"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -13,8 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkl.data import Images
 from fedkl.federation.client import Workspace, logits
-from fedkl.key import Key
-from fedkl.locking import affines, replaced_affines, set_key, sources_of
+from fedkl.key import LAWS, Key
+from fedkl.locking import (
+    Channel,
+    affines,
+    lock_spec,
+    replaced_affines,
+    set_key,
+    sources_of,
+)
 from fedkl.metrics import count_correct
 
 EVAL_BATCH: Final = 250
@@ -29,7 +36,7 @@ class Accuracy:
         wrong_key: Own lock weights with fresh keys: mean over clients and keys.
         wrong_key_p95: 95th percentile over clients and keys.
         other_client: Another client's key, lock and statistics.
-        no_lock: The best of what a thief does with the global model alone (γ = 1, β = 0) or the
+        no_lock: The best of what a thief does with the global model alone (γ = ±1, β = 0) or the
             other clients' mean lock, statistics as they are or re-estimated on unlabelled images.
             Without a lock: the same as ``own_key``, since anyone can use the model.
         own_per_client, no_lock_per_client: The figures behind the means.
@@ -80,6 +87,8 @@ def reestimate_statistics(
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     model.eval()
+    if len(rows) > 1 and len(rows) % EVAL_BATCH == 1:
+        rows = rows[:-1]  # a batch norm cannot average over a last batch of one image
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative: every batch counts the same
@@ -133,8 +142,8 @@ def examine(
         return ClientAccuracy(own, (), None, {})
     wrong: list[float] = []
     if key is not None:
-        for _ in range(exam.wrong_keys):
-            set_key(model, Key.generate())
+        for wrong_key in _wrong_keys(model, key, exam.wrong_keys):
+            set_key(model, wrong_key)
             wrong.append(correct_share(model, exam.images, exam.wrong_rows, device))
         set_key(model, key)
     other, locks = None, []
@@ -143,12 +152,23 @@ def examine(
         locks.append(affines(model))
         if number == 0:
             other = correct_share(model, exam.images, exam.wrong_rows, device)
-    thief = _thief(workspace, exam, locks)
-    with torch.no_grad():
-        for name, tensor in workspace.shared.items():
-            tensor.copy_(before[name])
+    thief = _thief(workspace, exam, locks, before)
+    _restore(workspace, before)
     _put(workspace, key, own_private)
     return ClientAccuracy(own, tuple(wrong), other, thief)
+
+
+def _wrong_keys(model: nn.Module, key: Key, count: int) -> Iterator[Key]:
+    """Keys of the same law that have nothing to do with ``key`` for anyone who lacks it.
+
+    They come out of its own key stream, so that a figure does not change when it is taken again.
+    No module can be named like their stream.
+    """
+    scheme = lock_spec(model).scheme_value()
+    assert isinstance(scheme, Channel)
+    for number in range(count):
+        stream = key.stream("..wrong-key", number)
+        yield Key.from_vector(LAWS[scheme.law](stream, (scheme.length,)))
 
 
 def _put(workspace: Workspace, key: Key | None, private: Mapping[str, Tensor]) -> None:
@@ -159,8 +179,17 @@ def _put(workspace: Workspace, key: Key | None, private: Mapping[str, Tensor]) -
             tensor.copy_(private[name])
 
 
+def _restore(workspace: Workspace, shared: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in workspace.shared.items():
+            tensor.copy_(shared[name])
+
+
 def _thief(
-    workspace: Workspace, exam: Exam, locks: Sequence[Mapping[str, tuple[Tensor, Tensor]]]
+    workspace: Workspace,
+    exam: Exam,
+    locks: Sequence[Mapping[str, tuple[Tensor, Tensor]]],
+    shared: Mapping[str, Tensor],
 ) -> dict[str, float]:
     """Accuracy of each honest guess at the lock; none uses the victim's private tensors."""
     model, device = workspace.model, workspace.device
@@ -168,7 +197,9 @@ def _thief(
         site: (torch.ones_like(source.scale()), torch.zeros_like(source.shift()))
         for site, source in sources_of(model).items()
     }
-    guesses = {"neutral": neutral}
+    # The key decides the sign of most channels; a thief tries the opposite as well.
+    negated = {site: (-scale, shift) for site, (scale, shift) in neutral.items()}
+    guesses = {"neutral": neutral, "negated": negated}
     if locks:
         guesses["others_mean"] = {
             site: (
@@ -179,6 +210,7 @@ def _thief(
         }
     found = {}
     for name, guess in guesses.items():
+        _restore(workspace, shared)  # the guess before has re-estimated shared statistics as well
         with replaced_affines(model, guess):
             for site in guess:
                 # Shared statistics are the thief's already; private ones it starts without.
@@ -198,7 +230,7 @@ def combine(found: Iterable[ClientAccuracy]) -> Accuracy:
     wrong = sorted(value for c in clients for value in c.wrong)
     other = [c.other for c in clients if c.other is not None]
     thieves = [max(c.thief.values()) if c.thief else c.own for c in clients]
-    names = clients[0].thief
+    names = dict.fromkeys(name for c in clients for name in c.thief)  # not all have others
     return Accuracy(
         own_key=statistics.fmean(own),
         wrong_key=statistics.fmean(wrong) if wrong else None,
@@ -208,5 +240,5 @@ def combine(found: Iterable[ClientAccuracy]) -> Accuracy:
         own_per_client=tuple(own),
         no_lock_per_client=tuple(thieves),
         wrong_keys=tuple(wrong),
-        thief={n: statistics.fmean([c.thief[n] for c in clients]) for n in names},
+        thief={n: statistics.fmean([c.thief[n] for c in clients if n in c.thief]) for n in names},
     )

@@ -37,7 +37,8 @@ class Logbook:
             for name, value in line["accuracy"].items():
                 if isinstance(value, float):
                     self._board.add_scalar(f"accuracy/{name}", value, line["round"])
-            self._board.add_scalar("loss", line["loss"], line["round"])
+            if line["loss"] is not None:
+                self._board.add_scalar("loss", line["loss"], line["round"])
 
     def close(self) -> None:
         """Flushes TensorBoard's file."""

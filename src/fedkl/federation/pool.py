@@ -116,13 +116,13 @@ class ProcessPool(Pool):
     def _send(self, connection: Connection, data: bytes) -> None:
         try:
             connection.send_bytes(data)
-        except (BrokenPipeError, ConnectionResetError) as error:
+        except OSError as error:
             raise self._died(connection) from error
 
     def _receive(self, connection: Connection, job: Job) -> Result:
         try:
             facts, tensors = _decode(connection.recv_bytes())
-        except (EOFError, ConnectionResetError) as error:
+        except (EOFError, OSError) as error:  # OSError: it died in the middle of a message
             raise self._died(connection) from error
         if "error" in facts:
             kind = getattr(errors, facts["error"], None)
@@ -176,7 +176,7 @@ def _work(
             except Exception:
                 answer = _encode({"error": "", "message": traceback.format_exc()}, {})
             connection.send_bytes(answer)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, OSError):
         return  # the parent is gone
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,14 +35,14 @@ class Job:
         client: Number of the client.
         round: The round to train, or the last finished round to examine.
         split: ``validation`` or ``test``, to examine.
-        keep_from: Round of the oldest checkpoint that may still be returned to.
+        keep: Rounds whose client states are still needed: the checkpoints' and the best one.
     """
 
     kind: str
     client: int
     round: int
     split: str = "validation"
-    keep_from: int = 0
+    keep: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,10 @@ class Session:
         )
         generator = derive(config.seed, "client", job.client, "round", job.round)
         result = client_update(self.workspace, shared, task, generator)
-        if result.private or result.moments:
-            kept = ClientState(job.round, result.private, result.moments)
-            self.store.save(job.client, kept, keep_from=job.keep_from)
+        kept = ClientState(job.round, result.private, result.moments)
+        # A client that diverged goes back to its last good state instead of staying refused.
+        if (result.private or result.moments) and _finite(kept):
+            self.store.save(job.client, kept, keep=job.keep)
         update = result.update
         facts = {"kind": update.kind, "examples": update.examples, "loss": result.loss}
         return Result(job, facts, update.tensors)
@@ -168,8 +169,10 @@ class Session:
     def _others(self, client: int, round_: int) -> list[tuple[Key | None, Mapping[str, Tensor]]]:
         if not self.workspace.private:
             return []
-        others = []
-        for step in range(1, min(self.config.evaluation.clients, len(self.parts) - 1) + 1):
+        others: list[tuple[Key | None, Mapping[str, Tensor]]] = []
+        for step in range(1, len(self.parts)):
+            if len(others) == self.config.evaluation.clients:
+                break
             other = (client + step) % len(self.parts)
             state = self._state(other, before=round_ + 1)
             if state.private is not None:
@@ -195,6 +198,11 @@ class Session:
                 wrong_keys=config.wrong_keys,
             )
         return exams
+
+
+def _finite(state: ClientState) -> bool:
+    tensors = [*(state.private or {}).values(), *state.moments.values()]
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def load_data(config: RunConfig) -> DataBundle:

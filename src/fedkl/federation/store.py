@@ -7,7 +7,7 @@ before, so what a killed run had written already does not matter.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -86,19 +86,20 @@ class ClientStore:
         moments = {n[len(_MOMENT) :]: t for n, t in tensors.items() if n.startswith(_MOMENT)}
         return ClientState(past[-1], private, moments)
 
-    def save(self, client: int, state: ClientState, *, keep_from: int) -> None:
+    def save(self, client: int, state: ClientState, *, keep: Sequence[int]) -> None:
         """Writes the state after ``state.round``; drops those no checkpoint needs any more.
 
         Args:
             client: Number of the client.
             state: What to keep.
-            keep_from: Round of the oldest checkpoint that may still be returned to.
+            keep: Rounds that may still be returned to: the checkpoints' and the best one.
         """
         self._folder(client).mkdir(mode=0o700, exist_ok=True)
         tensors = {_PRIVATE + n: t for n, t in (state.private or {}).items()}
         tensors |= {_MOMENT + n: t for n, t in state.moments.items()}
         # Not synced to the disk one by one: the digest in the file finds a torn write.
         write_tensors(self._path(client, state.round), tensors, private=True, durable=False)
-        needed = [r for r in self.rounds(client) if r <= keep_from]
-        for old in needed[:-1]:
+        past = [r for r in self.rounds(client) if r < state.round]
+        needed = {max((r for r in past if r <= back), default=0) for back in keep}
+        for old in set(past) - needed:
             self._path(client, old).unlink(missing_ok=True)
