@@ -17,6 +17,30 @@ except ImportError:  # Windows has no flock; two runs in one folder go unnoticed
     fcntl = None  # type: ignore[assignment]
 
 
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Raises where :func:`claimed` would, as far as that can be told without writing anything.
+
+    Raises:
+        OutputError: ``folder`` cannot be written, or it holds a run and ``resume`` is off.
+        CheckpointError: ``resume`` is on and there is no run.
+    """
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise OutputError(f"cannot write {folder}: {there} is not a folder; choose another --out.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {folder}: {there} is read-only; choose another --out.")
+    path = folder / "config.json"
+    if resume and not path.exists():
+        raise CheckpointError(
+            f"there is no run to resume in {folder} (no config.json); check --out, or start one "
+            "without --resume."
+        )
+    if not resume and path.exists():
+        raise OutputError(
+            f"{folder} already holds a run; continue it with --resume or choose another --out."
+        )
+
+
 @contextmanager
 def claimed(folder: Path, *, resume: bool) -> Iterator[dict[str, Any] | None]:
     """Holds ``folder`` for this process; yields the configuration of the run found in it.
@@ -29,15 +53,7 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[dict[str, Any] | None]:
         CheckpointError: ``resume`` is on and there is no run, or its configuration is damaged.
     """
     path = folder / "config.json"
-    if resume and not path.exists():
-        raise CheckpointError(
-            f"there is no run to resume in {folder} (no config.json); check --out, or start one "
-            "without --resume."
-        )
-    if not resume and path.exists():
-        raise OutputError(
-            f"{folder} already holds a run; continue it with --resume or choose another --out."
-        )
+    check_folder(folder, resume=resume)
     make_folder(folder)
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:

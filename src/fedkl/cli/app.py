@@ -1,0 +1,136 @@
+"""The application: its commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from fedkl._version import __version__
+from fedkl.cli.demo import demo
+from fedkl.cli.evaluate import evaluate
+from fedkl.cli.inspection import inspect
+from fedkl.cli.keys import keygen
+from fedkl.cli.show import plain
+from fedkl.cli.train import train
+from fedkl.errors import FedKLError
+
+DONE, USER, INTERNAL, INTERRUPTED = 0, 2, 70, 130
+
+# Newer releases of typer carry click inside, older ones import it: both have this name.
+_Usage: type[typer.BadParameter] = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
+
+HELP = """Lock any PyTorch model with a client's private key and train it federated.
+
+Start with [bold]fedkl demo --out runs/demo[/bold]: a few minutes, real images, one table.
+
+Examples:
+
+  fedkl train --dataset fashion-mnist --model lenet --method fedkl --clients 3 --out runs/kl
+
+  fedkl inspect runs/kl
+
+  fedkl inspect --model resnet18
+
+  fedkl evaluate runs/kl --split test
+
+Exit codes: 0 done, 2 something for you to mend, 130 interrupted, 70 a fault of FedKL's own.
+"""
+
+app = typer.Typer(
+    help=HELP,
+    rich_markup_mode="rich",
+    add_completion=False,
+    # Locals can hold keys: a traceback never shows them.
+    pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command, panel in (
+    (demo, "Start here"),
+    (train, "Federations"),
+    (evaluate, "Federations"),
+    (inspect, "Keys and models"),
+    (keygen, "Keys and models"),
+):
+    app.command(rich_help_panel=panel)(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fedkl {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the application itself."""
+
+
+root.__doc__ = HELP
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+
+    Returns:
+        The exit code: 0 done, 2 the user's error, 130 interrupted, 70 an internal error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")  # a dash must not end a run where the locale has none
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = app(args=arguments or ["--help"], prog_name="fedkl", standalone_mode=False)
+    except _Usage as error:
+        return _refuse(error.format_message(), hint=f" Try: {_help_of(arguments)}")
+    except FedKLError as error:
+        return _refuse(str(error))
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except OSError as error:
+        if error.filename is None:
+            return _internal(error)
+        return _refuse(f"{error.filename}: {error.strerror}; check the path and the disk.")
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except Exception as error:
+        return _internal(error)
+    return code if isinstance(code, int) else DONE
+
+
+def _help_of(arguments: Sequence[str]) -> str:
+    names = {"demo", "train", "evaluate", "inspect", "keygen"}
+    named = [a for a in arguments[:1] if a in names]
+    return " ".join(["fedkl", *named, "--help"])
+
+
+def _refuse(message: str, *, hint: str = "") -> int:
+    print(f"error: {plain(message)}{hint}", file=sys.stderr)
+    return USER
+
+
+def _internal(error: BaseException) -> int:
+    # Python's own traceback: lines of code, and no values of variables.
+    traceback.print_exception(error, file=sys.stderr)
+    print(
+        f"internal error: {type(error).__name__}: {plain(str(error))}. This is a fault of FedKL; "
+        "please report it with the lines above.",
+        file=sys.stderr,
+    )
+    return INTERNAL

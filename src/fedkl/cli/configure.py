@@ -1,0 +1,157 @@
+"""From presets, a TOML file and flags to one configuration, and options made from the table."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fedkl.cli.settings import METHODS, PANELS, PRESETS, SETTINGS, Setting
+from fedkl.errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    from fedkl.federation import RunConfig
+
+SHORT = "fedkl"  # --method fedkl
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces the parameter ``settings`` of ``command`` by one option per setting of a run.
+
+    ``settings`` then holds what was given, by path; what was not given is not in it.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.name != "settings"]
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        given = {s.path: v for s in SETTINGS if (v := values.pop(s.name)) is not None}
+        if "training.milestones" in given:
+            given["training.milestones"] = _integers(given["training.milestones"])
+        command(settings=given, **values)
+
+    options = [_option(s, PANELS[section]) for section in PANELS for s in _of(section)]
+    made = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *options]]
+    wrapper.__dict__["__signature__"] = signature.replace(parameters=made)
+    return wrapper
+
+
+def _of(section: str) -> list[Setting]:
+    return [setting for setting in SETTINGS if setting.section == section]
+
+
+def _option(setting: Setting, panel: str) -> inspect.Parameter:
+    kind = str if setting.kind is tuple else setting.kind
+    option = typer.Option(
+        None, setting.flag, help=setting.text, rich_help_panel=panel, show_default=False
+    )
+    return inspect.Parameter(
+        setting.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None
+    )
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--milestones: expected integers with commas, as in 60,120,160, got {text!r}."
+        ) from None
+
+
+def nested(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by path as sections: ``{"training.lr": 1}`` → ``{"training": {"lr": 1}}``."""
+    data: dict[str, Any] = {}
+    for path, value in given.items():
+        section, _, name = path.rpartition(".")
+        (data.setdefault(section, {}) if section else data)[name] = value
+    return data
+
+
+def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``top`` laid over it, section by section."""
+    data = dict(base)
+    for name, value in top.items():
+        old = data.get(name)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        data[name] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return data
+
+
+def build_config(
+    *,
+    flags: Mapping[str, Any],
+    file: Path | None = None,
+    preset: str | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """A configuration from, the later winning: ``base``, ``preset``, ``file``, ``flags``.
+
+    Args:
+        flags: Values by path, only those that were given.
+        file: TOML file.
+        preset: Name in ``PRESETS``.
+        base: Nested settings to start from, such as those of a run to be resumed.
+
+    Raises:
+        ConfigError: Something is unknown, of the wrong type or out of range; the message names
+            the file or the flag.
+    """
+    from fedkl.federation import config_from, load_config
+
+    data = dict(base or {})
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ConfigError(unknown("preset", preset, PRESETS))
+        data = merged(data, PRESETS[preset])
+    over = nested(flags) if file is None else merged(load_config(file), nested(flags))
+    data = _spelled_out(merged(data, over), over)
+    sources = [str(file)] if file is not None else []
+    sources += ["the command line"] if flags or not sources else []
+    try:
+        return config_from(data, source=" and ".join(sources))
+    except ConfigError as error:
+        raise ConfigError(_naming_the_flag(str(error), flags)) from error
+
+
+def _spelled_out(data: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``method = fedkl`` in full, and no lock preset for a defense that has no lock."""
+    federation, defense = data.get("federation", {}), data.get("defense", {})
+    if not isinstance(federation, Mapping) or not isinstance(defense, Mapping):
+        return data  # config_from says what is wrong with it
+    method = federation.get("method")
+    asked = over.get("defense", {}).get("name")
+    if isinstance(method, str) and method not in METHODS:
+        raise ConfigError(unknown("method", method, METHODS))
+    if method == SHORT:
+        if asked is not None and "channel" not in str(asked).split("+"):
+            raise ConfigError(
+                f"--method fedkl is fedavg with defense channel, got defense {asked!r}; "
+                "give --method fedavg, or leave --defense out."
+            )
+        extra = {"federation": {"method": "fedavg"}, "defense": {"name": asked or "channel"}}
+        data = merged(data, extra)
+        defense = data["defense"]
+    locked = "channel" in str(defense.get("name", "none"))
+    if not locked and "preset" not in over.get("defense", {}) and defense.get("preset"):
+        data = merged(data, {"defense": {"preset": None}})
+    return data
+
+
+def _naming_the_flag(message: str, flags: Mapping[str, Any]) -> str:
+    """``message`` with the flag that gave the offending value, where that is plain."""
+    for setting in SETTINGS:
+        if setting.path not in flags:
+            continue
+        name = setting.path.rpartition(".")[2]
+        value = flags[setting.path]
+        here = not setting.section or f", {setting.section}:" in message
+        said = re.search(rf"\b{name}\b", message.partition(":")[2]) or repr(value) in message
+        if here and said:
+            return f"{message} (given as {setting.flag.partition('/')[0]})"
+    return message

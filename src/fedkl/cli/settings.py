@@ -1,0 +1,170 @@
+"""Every setting of a run as an option. Written out here, so that ``--help`` need not load torch.
+
+A test compares this table with the dataclasses and registries of ``fedkl.federation``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+METHODS: Final = ("centralized", "fedavg", "fedsgd", "fedkl")
+DATASETS: Final = ("fashion-mnist", "mnist", "cifar10", "cifar100", "imagenet", "digits")
+PARTITIONS: Final = ("iid", "shards", "dirichlet")
+MODELS: Final = ("lenet", "resnet20", "resnet32", "resnet18", "resnet34", "vgg16")
+DEFENSES: Final = ("none", "norm", "fedbn", "channel")
+LOCK_PRESETS: Final = ("paper", "paper-sigmoid")
+INSERTED: Final = ("batch", "group", "instance")
+ACTIVATIONS: Final = ("identity", "relu", "sigmoid", "tanh")
+LAWS: Final = ("sign", "uniform", "normal")
+OPTIMIZERS: Final = ("sgd", "adam", "rmsprop", "adadelta")
+SCHEDULES: Final = ("constant", "step", "cosine")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        path: ``section.field`` of the configuration, or ``field`` at its top.
+        flag: How it is written on the command line; ``--yes/--no`` for booleans.
+        kind: Type of the option's value; ``tuple`` is a list of integers with commas.
+        default: Default of the configuration.
+        help: One line.
+        choices: Names that are known; shown, and checked where the configuration is built.
+    """
+
+    path: str
+    flag: str
+    kind: type
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the parameter."""
+        return self.path.replace(".", "_")
+
+    @property
+    def section(self) -> str:
+        """Section of the configuration, "" at its top."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def text(self) -> str:
+        """The help line with choices and default."""
+        choices = f" One of: {', '.join(self.choices)}." if self.choices else ""
+        shown = self.default
+        if isinstance(shown, tuple):
+            shown = ",".join(map(str, shown))
+        if isinstance(shown, bool):
+            shown = "on" if shown else "off"
+        return f"{self.help}{choices}" + ("" if shown is None else f" Default: {shown}.")
+
+
+PANELS: Final = {
+    "federation": "Federation",
+    "data": "Data",
+    "model": "Model",
+    "defense": "Defense",
+    "training": "Local training",
+    "evaluation": "Evaluation",
+    "": "Run",
+}
+
+SETTINGS: Final = (
+    Setting("federation.method", "--method", str, "fedavg",
+            "How the federation runs; fedkl is short for fedavg with --defense channel.", METHODS),
+    Setting("federation.clients", "--clients", int, 3, "Number of clients."),
+    Setting("federation.rounds", "--rounds", int, 20, "Rounds (epochs, for centralized)."),
+    Setting("federation.fraction", "--fraction", float, 1.0, "Share of clients asked per round."),
+    Setting("federation.weighted", "--weighted/--plain-mean", bool, True,
+            "Weight updates by their number of examples."),
+    Setting("federation.dropout", "--dropout", float, 0.0,
+            "Chance that an asked client does not answer."),
+    Setting("federation.min_clients", "--min-clients", int, 1,
+            "Updates below which a round fails."),
+    Setting("federation.join_steps", "--join-steps", int, 10,
+            "Lock-only steps of a client that comes back after an absence."),
+    Setting("data.dataset", "--dataset", str, "fashion-mnist", "Data set.", DATASETS),
+    Setting("data.root", "--data-root", str, None, "Folder of the data set's files."),
+    Setting("data.image_size", "--image-size", int, 32, "Height and width in pixels."),
+    Setting("data.channels", "--channels", int, 3, "1 (grey) or 3."),
+    Setting("data.augment", "--augment/--no-augment", bool, False, "Random crops and flips."),
+    Setting("data.partition", "--partition", str, "iid",
+            "How images are dealt to clients.", PARTITIONS),
+    Setting("data.alpha", "--alpha", float, 0.5, "Of dirichlet: the smaller, the more unequal."),
+    Setting("data.shards_per_client", "--shards-per-client", int, 2, "Of shards."),
+    Setting("data.samples", "--samples", int, None, "Images per client; all if not given."),
+    Setting("model.name", "--model", str, "lenet",
+            "Model by name, any torchvision classification model, or package.module:factory.",
+            MODELS),
+    Setting("model.init", "--init", str, None, "safetensors file to start from."),
+    Setting("defense.name", "--defense", str, "none",
+            "What a client does to protect itself; several are joined by +.", DEFENSES),
+    Setting("defense.preset", "--lock-preset", str, None, "The lock as published.", LOCK_PRESETS),
+    Setting("defense.layers", "--layers", str, "all",
+            "Where locks stand: first, all, a module's name or a regular expression."),
+    Setting("defense.norm", "--norm", str, "batch", "Norm inserted where there is none.", INSERTED),
+    Setting("defense.share_statistics", "--share-statistics/--private-statistics", bool, False,
+            "Share running statistics of locked norms, as the paper's code does."),
+    Setting("defense.spread", "--spread", float, None, "Standard deviation of the lock's start."),
+    Setting("defense.activation", "--activation", str, None, "After the lock's maps.", ACTIVATIONS),
+    Setting("defense.bias", "--lock-bias/--no-lock-bias", bool, None,
+            "Whether the lock's maps have a bias."),
+    Setting("defense.law", "--key-law", str, None, "Law of the key vector.", LAWS),
+    Setting("defense.length", "--key-length", int, None, "Length of the key vector."),
+    Setting("defense.chain", "--chain/--no-chain", bool, None,
+            "Whether each lock is fed by the one before."),
+    Setting("training.optimizer", "--optimizer", str, "sgd", "Local optimizer.", OPTIMIZERS),
+    Setting("training.lr", "--lr", float, 0.05, "Learning rate."),
+    Setting("training.momentum", "--momentum", float, 0.9, "Of sgd and rmsprop."),
+    Setting("training.nesterov", "--nesterov/--no-nesterov", bool, True, "Of sgd."),
+    Setting("training.weight_decay", "--weight-decay", float, 5e-4, "L2 penalty."),
+    Setting("training.schedule", "--schedule", str, "constant",
+            "Learning rate over the rounds.", SCHEDULES),
+    Setting("training.milestones", "--milestones", tuple, (60, 120, 160),
+            "Of step: rounds after which the rate falls, with commas."),
+    Setting("training.decay", "--decay", float, 0.2, "Of step: factor at each milestone."),
+    Setting("training.batch_size", "--batch-size", int, 64, "Images per step."),
+    Setting("training.local_epochs", "--local-epochs", int, 1, "Passes per round."),
+    Setting("training.local_steps", "--local-steps", int, None, "Steps per round, not passes."),
+    Setting("training.keep_momentum", "--keep-momentum/--drop-momentum", bool, False,
+            "Keep each client's optimizer state from round to round."),
+    Setting("evaluation.every", "--eval-every", int, 5, "Rounds between evaluations; 0: end only."),
+    Setting("evaluation.clients", "--eval-clients", int, 3, "At most so many clients measured."),
+    Setting("evaluation.images", "--eval-images", int, 2_000, "Validation images, at most."),
+    Setting("evaluation.wrong_keys", "--wrong-keys", int, 10, "Fresh wrong keys per client."),
+    Setting("evaluation.wrong_key_images", "--wrong-key-images", int, 2_000,
+            "Images that wrong keys and thieves are tried on, at most."),
+    Setting("evaluation.thief_images", "--thief-images", int, 1_000,
+            "Unlabelled images a thief re-estimates statistics on."),
+    Setting("seed", "--seed", int, 0, "Of everything but the keys."),
+    Setting("workers", "--workers", int, 1,
+            "Processes; the result is the same for any number."),
+    Setting("device", "--device", str, "cpu", "Where torch computes: cpu, cuda, cuda:1."),
+    Setting("checkpoint_every", "--checkpoint-every", int, 1, "Rounds between checkpoints."),
+)  # fmt: skip
+
+PRESETS: Final[dict[str, dict[str, Any]]] = {
+    # Ren et al., arXiv 2305.04095, and their released code where the paper says nothing.
+    "paper": {
+        "federation": {"method": "fedavg", "clients": 3, "rounds": 200, "weighted": False},
+        "data": {"partition": "iid"},
+        "defense": {"name": "channel", "preset": "paper", "share_statistics": True},
+        "training": {
+            "optimizer": "sgd",
+            "lr": 0.01,
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+            "schedule": "step",
+            "milestones": [60, 120, 160],
+            "decay": 0.2,
+            "batch_size": 64,
+            "local_epochs": 1,
+            "keep_momentum": True,
+        },
+    },
+}

@@ -1,0 +1,110 @@
+"""A finished or interrupted run, measured again from its checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from torch import Tensor
+
+from fedkl.data import DataBundle
+from fedkl.defenses import make_defense
+from fedkl.errors import CheckpointError, ConfigError, unknown
+from fedkl.federation.checkpoint import Checkpoints
+from fedkl.federation.config import RunConfig, config_from
+from fedkl.federation.engine import exam_jobs, one_thread
+from fedkl.federation.evaluate import Accuracy, combine
+from fedkl.federation.folder import claimed
+from fedkl.federation.preflight import check_lost_keys
+from fedkl.federation.session import Session, check_device
+from fedkl.files import read_tensors
+
+SPLITS: Final = ("validation", "test")
+CHECKPOINTS: Final = ("last", "best")
+
+
+@dataclass(frozen=True)
+class Reevaluation:
+    """Accuracy after ``round`` on ``split``; ``notes`` name damaged checkpoints passed over."""
+
+    config: RunConfig
+    round: int
+    split: str
+    accuracy: Accuracy
+    notes: tuple[str, ...]
+
+
+def reevaluate(
+    folder: Path,
+    *,
+    split: str = "test",
+    checkpoint: str = "last",
+    device: str | None = None,
+    bundle: DataBundle | None = None,
+) -> Reevaluation:
+    """Measures a run again, with the keys and private states of its folder; trains nothing.
+
+    Wrong keys are drawn anew, so ``wrong_key`` differs a little from the run's own figures; the
+    rest is the same on the same machine.
+
+    Args:
+        folder: The run's folder.
+        split: ``validation`` or ``test``.
+        checkpoint: ``last``, or ``best`` by validation accuracy with the own key.
+        device: Another device than the run's.
+        bundle: Data loaded already.
+
+    Raises:
+        ConfigError: An unknown split or checkpoint, or the device is not there.
+        CheckpointError: There is no run or no usable checkpoint, or the private states of that
+            round are no longer kept.
+        KeyFileError: A key is missing or damaged.
+    """
+    if split not in SPLITS:
+        raise ConfigError(unknown("split", split, SPLITS))
+    if checkpoint not in CHECKPOINTS:
+        raise ConfigError(unknown("checkpoint", checkpoint, CHECKPOINTS))
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} holds no run (no config.json); check the path.")
+    with claimed(folder, resume=True) as found, one_thread():
+        assert found is not None
+        config = config_from(found, source=str(folder / "config.json"))
+        config = dataclasses.replace(config, device=device or config.device)
+        check_device(config.device)
+        if make_defense(config.defense).keyed:
+            check_lost_keys(folder)
+        round_, shared, notes = _state(folder, checkpoint)
+        session = Session(config, folder, bundle)
+        _check_private(session, round_)
+        jobs = exam_jobs(session, round_, split)
+        accuracy = combine(session.run(job, shared).accuracy() for job in jobs)
+    return Reevaluation(config, round_, split, accuracy, tuple(notes))
+
+
+def _state(folder: Path, checkpoint: str) -> tuple[int, Mapping[str, Tensor], list[str]]:
+    """Round and shared state of a checkpoint."""
+    if checkpoint == "best":
+        tensors, meta = read_tensors(folder / "checkpoints" / "best.safetensors")
+        return int(meta["round"]), tensors, []
+    latest, problems = Checkpoints(folder / "checkpoints").latest()
+    if latest is None:
+        raise CheckpointError(
+            f"there is no checkpoint in {folder}: its first round never ended. Continue the run "
+            "with --resume first."
+        )
+    return latest.round, latest.shared, problems
+
+
+def _check_private(session: Session, round_: int) -> None:
+    if not session.workspace.private:
+        return
+    for job in exam_jobs(session, round_, "test"):
+        kept = session.store.rounds(job.client)
+        if kept and kept[0] > round_:
+            raise CheckpointError(
+                f"the lock that client {job.client} had after round {round_} is no longer kept "
+                f"(the oldest is of round {kept[0]}); use --checkpoint last."
+            )
