@@ -73,7 +73,7 @@ def lock(
     value = scheme_of(scheme, **settings)
     model = unwrap(model)
     _check_arguments(model, key, value, layers, example)
-    locked = model if inplace else deepcopy(model)
+    locked = model if inplace else _copy(model)
     # A model's own forward may count or cache: it runs on the copy, never on the argument.
     order = registered(locked) if example is None else trace(locked, example)
     targets = select(locked, layers, order, traced=example is not None)
@@ -104,7 +104,7 @@ def lock_like(
         raise LockError(f"the lock spec names {', '.join(missing)}, which this model lacks{_FIT}")
     if refused := {t.name: why for t in targets if (why := refusal(modules[t.name]))}:
         raise LockError(f"the lock spec does not fit this model: {refused}{_FIT}")
-    locked = model if inplace else deepcopy(model)
+    locked = model if inplace else _copy(model)
     try:
         _install(locked, key, scheme, targets, spec.norm, spec.statistics_shared)
         made = {site.name: site for site in lock_spec(locked).sites}
@@ -122,6 +122,17 @@ _FIT = "; build the model with the architecture the spec was made for."
 def _place(site: SiteSpec) -> str:
     """Name of the module to lock: behind a layer that had no norm, that layer's."""
     return site.name.removesuffix(INSERTED_NAME).removesuffix(".") if site.inserted else site.name
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return deepcopy(model)
+    except Exception as error:
+        raise LockError(
+            f"the model cannot be copied ({type(error).__name__}: {str(error)[:200]}): lock it "
+            "with inplace=True, or remove what torch cannot copy (the old weight_norm, cached "
+            "activations)."
+        ) from error
 
 
 def _check_model(model: nn.Module, key: Key | None, scheme: Scheme) -> None:

@@ -94,6 +94,8 @@ class Channel(Scheme):
         spread: Standard deviation of γ and β at the start (identity activation). Weights are
             N(0, spread²) and the key vector is scaled by 1/√length. None: the initialization of
             ``nn.Linear`` and an unscaled key, as in the paper's released code.
+        gain: How much faster γ and β learn than an ordinary affine would: a gradient step on W
+            moves them by lr·gain². Start and spread do not depend on it. Only with ``spread``.
         activation: ``identity``, ``relu``, ``sigmoid`` or ``tanh``.
         bias: Whether the two maps have a bias.
         law: Law of the key vector: ``sign``, ``uniform`` or ``normal``.
@@ -105,6 +107,7 @@ class Channel(Scheme):
     keyed: ClassVar[bool] = True
 
     spread: float | None = 3.0
+    gain: float = 1.0
     activation: str = "identity"
     bias: bool = False
     law: str = "sign"
@@ -118,6 +121,8 @@ class Channel(Scheme):
             raise ConfigError(unknown("key law", self.law, KEY_LAWS))
         if self.length < 1:
             raise ConfigError(f"key length must be at least 1, got {self.length}.")
+        if not (0 < self.gain < math.inf):
+            raise ConfigError(f"gain must be a positive number, got {self.gain}.")
         if self.spread is not None and not (0 < self.spread < math.inf):
             raise ConfigError(f"spread must be a positive number, got {self.spread}.")
 
@@ -136,7 +141,7 @@ class Channel(Scheme):
         source = KeyedAffine(
             tuple(scale.shape),
             inputs,
-            factor=1.0 if self.spread is None else inputs**-0.5,
+            factor=1.0 if self.spread is None else self.gain * inputs**-0.5,
             bias=self.bias,
             activation=self.activation,
             key_vector=None if before else key.vector(self.length, self.law),
@@ -153,8 +158,9 @@ class Channel(Scheme):
                     _uniform(parameter, stream)
                 else:
                     # Along a chain the spread is handed on; multiplying again would compound it.
-                    parameter.copy_(stream.normal(tuple(parameter.shape)))
-                    parameter.mul_(1.0 if chained else self.spread)
+                    # Float32 until the copy: a bfloat16 lock restarts as it started.
+                    spread = (1.0 if chained else self.spread) / self.gain
+                    parameter.copy_(stream.normal(tuple(parameter.shape)) * spread)
             for bias in (source.scale_bias, source.shift_bias):
                 if bias is not None and self.spread is None:
                     _uniform(bias, stream, source.scale_weight.shape[1])

@@ -209,7 +209,8 @@ def new_norm(layer: nn.Module, kind: str) -> nn.Module:
     if kind == "batch":
         norm = _BATCH[dims](features)
     elif kind == "group":
-        norm = nn.GroupNorm(math.gcd(features, 32), features)
+        # Without positions a group of one feature would be normalized to zero.
+        norm = nn.GroupNorm(1 if linear else math.gcd(features, 32), features)
     elif linear:
         raise LockError(
             "an instance norm behind a linear layer would average over nothing; "
