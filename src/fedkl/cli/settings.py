@@ -140,6 +140,8 @@ SETTINGS: Final = (
             "Images that wrong keys and thieves are tried on, at most."),
     Setting("evaluation.thief_images", "--thief-images", int, 1_000,
             "Unlabelled images a thief re-estimates statistics on."),
+    Setting("evaluation.calibration_images", "--calibration-images", int, 1_000,
+            "Own images a client re-estimates the statistics of its private norms on."),
     Setting("seed", "--seed", int, 0, "Of everything but the keys."),
     Setting("workers", "--workers", int, 1,
             "Processes; the result is the same for any number."),

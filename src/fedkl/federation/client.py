@@ -248,7 +248,7 @@ class Workspace:
             kept = optimizer_tensors(optimizer, self.names) if self.training.keep_momentum else {}
             moments = {n: t.detach().clone() for n, t in kept.items()}
         self.model.zero_grad(set_to_none=True)
-        return float(loss), len(rows), tensors, moments
+        return float(loss.detach()), len(rows), tensors, moments
 
 
 def client_update(

@@ -162,7 +162,8 @@ class EvaluationConfig:
     """What is measured, and on how much.
 
     ``every`` 0 evaluates only at the end. ``wrong_keys`` fresh keys are tried per client, on at
-    most ``wrong_key_images`` images. The thief re-estimates statistics on ``thief_images``.
+    most ``wrong_key_images`` images. The thief re-estimates statistics on ``thief_images``, a
+    client those of its private norms on ``calibration_images`` of its own.
     """
 
     every: int = 5
@@ -171,10 +172,11 @@ class EvaluationConfig:
     wrong_keys: int = 10
     wrong_key_images: int = 2_000
     thief_images: int = 1_000
+    calibration_images: int = 1_000
 
     def __post_init__(self) -> None:
         _at_least("every", self.every, 0)
-        for name in ("clients", "images", "wrong_keys", "wrong_key_images"):
+        for name in ("clients", "images", "wrong_keys", "wrong_key_images", "calibration_images"):
             _at_least(name, getattr(self, name), 1)
         _at_least("thief_images", self.thief_images, 2)  # of one, statistics cannot be taken
 

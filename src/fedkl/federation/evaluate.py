@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkl.data import Images
 from fedkl.federation.client import Workspace, logits
@@ -17,6 +16,7 @@ from fedkl.key import LAWS, Key
 from fedkl.locking import (
     Channel,
     affines,
+    calibrate,
     lock_spec,
     replaced_affines,
     set_key,
@@ -80,25 +80,12 @@ def correct_share(model: nn.Module, images: Images, rows: Tensor, device: torch.
     return correct / len(rows)
 
 
-def reestimate_statistics(
-    model: nn.Module, images: Images, rows: Tensor, device: torch.device
-) -> None:
-    """Running statistics of every batch norm anew, from unlabelled images (in place)."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
+def reestimate(workspace: Workspace, images: Images, rows: Tensor, *, every_norm: bool) -> None:
+    """Statistics of the workspace's batch norms anew, from ``rows`` without labels (in place)."""
     if len(rows) > 1 and len(rows) % EVAL_BATCH == 1:
         rows = rows[:-1]  # a batch norm cannot average over a last batch of one image
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative: every batch counts the same
-        norm.train()
-    with torch.no_grad():
-        for part in torch.split(rows, EVAL_BATCH):
-            model(images.batch(part)[0].to(device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
+    batches = (images.batch(part)[0].to(workspace.device) for part in torch.split(rows, EVAL_BATCH))
+    calibrate(workspace.model, batches, every_norm=every_norm)
 
 
 @dataclass(frozen=True)
@@ -125,6 +112,7 @@ def examine(
     exam: Exam,
     key: Key | None,
     others: Sequence[tuple[Key | None, Mapping[str, Tensor]]],
+    own_rows: Tensor,
 ) -> ClientAccuracy:
     """Measures the client that ``workspace`` currently is.
 
@@ -133,10 +121,12 @@ def examine(
         exam: The images.
         key: The client's own key.
         others: Key and private state of other clients, the nearest first.
+        own_rows: The client's own images, for the statistics of its private norms.
     """
     model, device = workspace.model, workspace.device
     own_private = {n: t.clone() for n, t in workspace.private.items()}
     before = {n: t.clone() for n, t in workspace.shared.items()}
+    reestimate(workspace, workspace.images, own_rows, every_norm=False)
     own = correct_share(model, exam.images, exam.rows, device)
     if not sources_of(model):
         return ClientAccuracy(own, (), None, {})
@@ -151,6 +141,7 @@ def examine(
         _put(workspace, other_key, private)
         locks.append(affines(model))
         if number == 0:
+            reestimate(workspace, workspace.images, own_rows, every_norm=False)
             other = correct_share(model, exam.images, exam.wrong_rows, device)
     thief = _thief(workspace, exam, locks, before)
     _restore(workspace, before)
@@ -218,7 +209,7 @@ def _thief(
                 if reset is not None and f"{site}.running_mean" in workspace.private:
                     reset()
             found[name] = correct_share(model, exam.images, exam.wrong_rows, device)
-            reestimate_statistics(model, exam.public, exam.public_rows, device)
+            reestimate(workspace, exam.public, exam.public_rows, every_norm=True)
             found[f"{name}+statistics"] = correct_share(model, exam.images, exam.wrong_rows, device)
     return found
 

@@ -162,7 +162,11 @@ class Session:
             generator = derive(config.seed, "examine", job.client, job.round)
             self.workspace.join(shared, self.parts[job.client], generator, lr)
         found = examine(
-            self.workspace, self._exam(job.split), key, self._others(job.client, job.round)
+            self.workspace,
+            self._exam(job.split),
+            key,
+            self._others(job.client, job.round),
+            self.parts[job.client][: self.config.evaluation.calibration_images],
         )
         return Result(job, dataclasses.asdict(found), {})
 

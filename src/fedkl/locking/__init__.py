@@ -13,7 +13,7 @@ from fedkl.locking.api import (
     unwrap,
 )
 from fedkl.locking.merging import merge
-from fedkl.locking.reuse import replaced_affines, restart_lock
+from fedkl.locking.reuse import calibrate, replaced_affines, restart_lock
 from fedkl.locking.schemes import (
     PRESETS,
     SCHEMES,
@@ -47,6 +47,7 @@ __all__ = [
     "SharedNorm",
     "SiteSpec",
     "affines",
+    "calibrate",
     "check_optimizer",
     "is_locked",
     "load_private_state",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkl.key import Key
 from fedkl.locking.api import lock_spec, set_key, sources_of, unwrap
@@ -67,3 +68,43 @@ def replaced_affines(
     finally:
         for site in values:
             root.get_submodule(site)._modules[LOCK_NAME] = kept[site]
+
+
+def calibrate(model: nn.Module, batches: Iterable[Tensor], *, every_norm: bool = False) -> None:
+    """Running statistics of the locked batch norms anew, from unlabelled inputs (in place).
+
+    Private statistics belong to the weights a client trained itself; those that come back from the
+    server are an average, under which the old statistics are off. A client calibrates before it
+    uses a global model (training needs it not: a batch norm then takes the batch's statistics).
+
+    Args:
+        model: A locked model; nothing happens if it has no private statistics.
+        batches: Inputs of the model; every batch counts the same. A few hundred examples do.
+        every_norm: Re-estimate shared batch norms as well.
+    """
+    root = unwrap(model)
+    private = private_state(model)
+    norms = [
+        norm
+        for name, norm in root.named_modules()
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats
+        if every_norm or f"{name}.running_mean" in private
+    ]
+    if not norms:
+        return
+    modes = {module: module.training for module in root.modules()}
+    momenta = [norm.momentum for norm in norms]
+    root.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # cumulative
+            norm.train()
+        with torch.no_grad():
+            for batch in batches:
+                root(batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
