@@ -18,6 +18,7 @@ HERE: Final = Path(__file__).resolve().parent
 Note = Callable[[str], None]
 
 _RESAMPLES: Final = 4000
+_FEWEST: Final = 5
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,16 @@ class Row:
         return {**asdict(self), "met": self.met, "medians": medians}
 
 
-def paired(over: Sequence[float], under: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Median of the ratios of neighbors ``over[i] / under[i]``, and its bootstrap 95 % interval."""
+def paired(
+    over: Sequence[float], under: Sequence[float]
+) -> tuple[float, tuple[float, float] | None]:
+    """Median of the ratios of neighbors ``over[i] / under[i]``, and its bootstrap 95 % interval.
+
+    Below five pairs there is no interval: resampling so few says nothing about the rest.
+    """
     ratios = [a / b for a, b in zip(over, under, strict=True)]
+    if len(ratios) < _FEWEST:
+        return statistics.median(ratios), None
     rng = random.Random(0)
     medians = sorted(
         statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES)
