@@ -21,6 +21,7 @@ from fedkl.locking import (
     private_state,
     restart_lock,
     set_key,
+    sources,
     sources_of,
 )
 
@@ -243,6 +244,24 @@ def test_affines_stay_float32_under_autocast(kind: str, chain: bool) -> None:
         assert torch.equal(scale, exact[site][0])
         assert torch.equal(shift, exact[site][1])
     assert all(p.grad is not None for s in sources_of(locked).values() for p in s.parameters())
+
+
+def test_the_lock_is_computed_outside_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU ``mv`` happens to stay in float32; on a GPU it would not."""
+    factory, x = SMALL["late"]
+    locked = lock(factory(), KEY, example=x, chain=True)
+    states: list[bool] = []
+
+    def watched(value: Tensor) -> Tensor:
+        states.append(torch.is_autocast_enabled("cpu"))
+        return value
+
+    monkeypatch.setitem(sources.ACTIVATIONS, "identity", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        locked(x)
+        assert torch.is_autocast_enabled("cpu")
+    assert states
+    assert not any(states)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
