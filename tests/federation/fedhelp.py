@@ -151,7 +151,7 @@ def with_keys(folder: Path, keys: Path) -> Path:
 
 
 def assert_outcome(got: dict[str, Any], want: dict[str, Any]) -> None:
-    """``got`` has all of ``want``; a killed run may have old states left over besides."""
+    """``got`` has all of ``want``; a killed run may have old checkpoints left over besides."""
     assert set(want) <= set(got)
     for name in want:
         assert got[name] == want[name], name
@@ -165,9 +165,13 @@ def without_seconds(value: Any) -> Any:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Everything a run leaves that two equal runs must share: tensors as bytes, JSON as data."""
+    """Everything a run leaves that two equal runs must share: tensors as bytes, JSON as data.
+
+    Of each client the newest state; which older ones are still there depends on the interruptions.
+    """
     found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*.safetensors")):
+    newest = [sorted(client.iterdir())[-1] for client in (folder / "clients").iterdir()]
+    for path in [*(folder / "checkpoints").glob("*.safetensors"), *newest]:
         tensors, _ = read_tensors(path)
         found[str(path.relative_to(folder))] = {
             n: (t.dtype, tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes())
