@@ -166,11 +166,14 @@ def test_inplace_returns_the_argument_and_unlocks_to_it(case: Any, scheme: str) 
 
 def test_deep_copies_compute_with_the_same_key(case: Any, scheme: str) -> None:
     _, locked, example = made(case, scheme)
-    again = copy.deepcopy(copy.deepcopy(locked))
-    assert not {id(p) for p in again.parameters()} & {id(p) for p in locked.parameters()}
+    once = copy.deepcopy(locked)
+    twice = copy.deepcopy(once)
+    assert not {id(p) for p in twice.parameters()} & {id(p) for p in locked.parameters()}
     # Not through outputs(), which compares copies with copies.
     with torch.no_grad():
-        assert same(*(tree_leaves(call(m.eval(), example)) for m in (locked, again)))
+        results = [tree_leaves(call(m.eval(), example)) for m in (locked, once, twice)]
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
 
 
 @pytest.mark.parametrize("keyed", ["channel", "paper"])
