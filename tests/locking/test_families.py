@@ -11,7 +11,6 @@ import torchvision.models as tv
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fedkl.errors import LockError
 from fedkl.key import Key
 from fedkl.locking import (
     load_private_state,
@@ -149,9 +148,7 @@ def test_detection_segmentation_and_video(name: str, layers: str) -> None:
     with borrowed(derive(0, name)):
         model = factory()
     if (name, layers) == ("SSDlite", "all"):
-        # Hard negative mining: with three boxes a picture some heads get no target.
-        with pytest.raises(LockError, match=r"on this example: .*pass a richer example"):
-            lock(model, KEY, length=8, layers=layers, example=example)
+        # Whether every head is heard depends on the targets: its loss mines hard negatives.
         layers = r"backbone\.features\..*"
     locked = lock(model, KEY, length=8, layers=layers, example=example)
     assert (len(sources_of(locked)) == 1) is (layers == "first")
