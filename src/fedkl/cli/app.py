@@ -15,6 +15,7 @@ from fedkl.cli.demo import demo
 from fedkl.cli.evaluate import evaluate
 from fedkl.cli.inspection import inspect
 from fedkl.cli.keys import keygen
+from fedkl.cli.provenance import arguments
 from fedkl.cli.show import plain
 from fedkl.cli.train import train
 from fedkl.errors import FedKLError
@@ -93,11 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")  # a dash must not end a run where the locale has none
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments.set(tuple(words))
     try:
-        code = app(args=arguments or ["--help"], prog_name="fedkl", standalone_mode=False)
+        code = app(args=words or ["--help"], prog_name="fedkl", standalone_mode=False)
     except _Usage as error:
-        return _refuse(error.format_message(), hint=f" Try: {_help_of(arguments)}")
+        message = error.format_message().rstrip(".")
+        return _refuse(f"{message}. Try: {_help_of(words)}")
     except FedKLError as error:
         return _refuse(str(error))
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -114,14 +117,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else DONE
 
 
-def _help_of(arguments: Sequence[str]) -> str:
+def _help_of(words: Sequence[str]) -> str:
     names = {"demo", "train", "evaluate", "inspect", "keygen"}
-    named = [a for a in arguments[:1] if a in names]
+    named = [word for word in words[:1] if word in names]
     return " ".join(["fedkl", *named, "--help"])
 
 
-def _refuse(message: str, *, hint: str = "") -> int:
-    print(f"error: {plain(message)}{hint}", file=sys.stderr)
+def _refuse(message: str) -> int:
+    print(f"error: {plain(message)}", file=sys.stderr)
     return USER
 
 

@@ -74,12 +74,19 @@ def nested(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with the values of ``top`` laid over it, section by section."""
+    """``base`` with the values of ``top`` laid over it, section by section.
+
+    Raises:
+        ConfigError: What is a section in ``top`` is none in ``base``.
+    """
     data = dict(base)
     for name, value in top.items():
-        old = data.get(name)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        data[name] = merged(old, value) if both else value  # type: ignore[arg-type]
+        if not isinstance(value, Mapping):
+            data[name] = value
+        elif isinstance(old := data.get(name, {}), Mapping):
+            data[name] = merged(old, value)
+        else:
+            raise ConfigError(f"{name}: expected a table of settings, got {old!r}.")
     return data
 
 

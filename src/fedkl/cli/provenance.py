@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shlex
-import sys
+from contextvars import ContextVar
 
 from fedkl._version import __version__
 
 _PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "cryptography")
 
+arguments: ContextVar[tuple[str, ...]] = ContextVar("arguments", default=())
+"""What this command was called with."""
+
 
 def command_line() -> str:
-    """The command of this process, ready for a shell. Passphrases are never on it."""
-    return shlex.join(["fedkl", *sys.argv[1:]])
+    """The present command, ready for a shell. Passphrases are never on it."""
+    return shlex.join(["fedkl", *arguments.get()])
 
 
 def versions() -> dict[str, str]:

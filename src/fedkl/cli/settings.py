@@ -110,6 +110,7 @@ SETTINGS: Final = (
     Setting("defense.share_statistics", "--share-statistics/--private-statistics", bool, False,
             "Share running statistics of locked norms, as the paper's code does."),
     Setting("defense.spread", "--spread", float, None, "Standard deviation of the lock's start."),
+    Setting("defense.shift_spread", "--shift-spread", float, None, "The same for β alone."),
     Setting("defense.gain", "--gain", float, None, "How much faster a lock learns than a norm."),
     Setting("defense.activation", "--activation", str, None, "After the lock's maps.", ACTIVATIONS),
     Setting("defense.bias", "--lock-bias/--no-lock-bias", bool, None,

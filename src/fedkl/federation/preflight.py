@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 from fedkl.data import DataBundle
 from fedkl.errors import KeyFileError
+from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.config import RunConfig, config_from
 from fedkl.federation.engine import check_same
 from fedkl.federation.folder import check_folder
@@ -39,6 +40,8 @@ def preflight(
     if resume:
         path = folder / "config.json"
         check_same(config_from(read_json(path), source=str(path)), config)
+        if (folder / "checkpoints").is_dir():
+            Checkpoints(folder / "checkpoints").latest()
     data = load_data(config) if bundle is None else bundle
     with TemporaryDirectory() as scratch:
         session = Session(config, Path(scratch), data)

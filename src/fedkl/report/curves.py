@@ -39,13 +39,13 @@ def run_curves(lines: Lines, *, title: str = "", dark: bool = False) -> bytes:
         _plot(axes, lines, "wrong_key", label="wrong key, mean", color=_WRONG, marker="s")
         x, mean = _series(lines, "wrong_key")
         _, high = _series(lines, "wrong_key_p95")
-        axes.fill_between(x, mean, high, color=_WRONG, alpha=0.18, lw=0, label="… to p95")
+        axes.fill_between(x, mean, high, color=_WRONG, alpha=0.18, lw=0, label="wrong key, to p95")
     apart = [_series(lines, name) for name in ("own_key", "no_lock")]
     if apart[0] != apart[1]:  # without a lock they are the same thing
         _plot(axes, lines, "no_lock", label="no lock (best thief)", color=_NONE, marker="^")
     _dress(axes, "round", title)
     axes.set_ylabel("validation accuracy")
-    axes.legend(loc="center right", frameon=False)
+    _legend(figure, axes, columns=4)
     return _png(figure, dark)
 
 
@@ -68,7 +68,7 @@ def arms_curves(arms: Mapping[str, Lines], *, dark: bool = False) -> bytes:
     _dress(left, "round", "with the client's own key")
     _dress(right, "round", "what the best thief gets")
     left.set_ylabel("validation accuracy")
-    left.legend(loc="lower right", frameon=False)
+    _legend(figure, left, columns=min(5, len(arms)))
     return _png(figure, dark)
 
 
@@ -80,6 +80,12 @@ def _series(lines: Lines, name: str) -> tuple[list[int], list[float]]:
 def _plot(axes: Axes, lines: Lines, name: str, **style: Any) -> None:
     x, y = _series(lines, name)
     axes.plot(x, y, lw=1.8, ms=4.5, alpha=0.9, clip_on=False, **style)
+
+
+def _legend(figure: Figure, axes: Axes, *, columns: int) -> None:
+    # Below the axes: wherever it stood inside, some curve would run through it.
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _figure(width: float, height: float, dark: bool) -> Figure:
@@ -97,32 +103,30 @@ def _dress(axes: Axes, xlabel: str, title: str) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(xlabel)
-    # Verbatim: a name may hold dollar signs, which matplotlib would read as mathematics.
-    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
+    axes.set_title(title, loc="left", fontsize=11)
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _png(figure: Figure, dark: bool) -> bytes:
+    from matplotlib.text import Text
+
     ink, ground = ("#e6e6e6", "#16181d") if dark else ("#222222", "#ffffff")
     for axes in figure.axes:
         axes.set_facecolor(ground)
         axes.tick_params(colors=ink)
         for spine in axes.spines.values():
             spine.set_color(ink)
-        texts = [axes.xaxis.label, axes.yaxis.label, axes.title, *_titles(axes)]
-        legend = axes.get_legend()
-        texts += [] if legend is None else legend.get_texts()
-        for text in texts:
-            text.set_color(ink)
-            text.set_parse_math(False)
+    texts = [text for axes in figure.axes for text in (axes.xaxis.label, axes.yaxis.label)]
+    texts += [text for axes in figure.axes for text in axes.findobj(Text)]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
+    for text in texts:
+        text.set_color(ink)
+        # Verbatim: a name may hold dollar signs, which matplotlib would read as mathematics.
+        text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=ground, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _titles(axes: Axes) -> list[Any]:
-    return [child for child in axes.get_children() if child.__class__.__name__ == "Text"]

@@ -56,12 +56,13 @@ def _outsiders(found: Mapping[str, Any]) -> str:
     """Why outsiders are not kept out; "" if they are."""
     faults = []
     if found["wrong_key"] > WRONG_KEY_MEAN or found["wrong_key_p95"] > WRONG_KEY_P95:
+        mean, high = 100 * WRONG_KEY_MEAN, 100 * WRONG_KEY_P95
         faults.append(
-            f"wrong keys get more than {WRONG_KEY_MEAN:.0%} on average or {WRONG_KEY_P95:.0%} at "
-            "the 95th percentile"
+            f"wrong keys get more than {mean:.0f} % on average or {high:.0f} % at the 95th "
+            "percentile"
         )
     if found["no_lock"] > NO_LOCK:
-        faults.append(f"a thief without a key gets more than {NO_LOCK:.0%}")
+        faults.append(f"a thief without a key gets more than {100 * NO_LOCK:.0f} %")
     return f"The lock does not keep others from using the model: {'; '.join(faults)}." * bool(
         faults
     )

@@ -1,0 +1,271 @@
+"""Acceptance 4: each bad input gets one clear line, exit code 2, and nothing is made or lost."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_support import SMALL, Call, snapshot
+from safetensors.torch import save_file
+
+from fedkl.key import Key
+from fedkl.models import build
+from fedkl.rng import derive
+
+FACTORIES = """
+import torch
+number = 3
+def nothing(): return None
+def broken(): raise RuntimeError("out of order")
+def flat(num_classes, channels, image_size):
+    return torch.nn.Flatten()
+"""
+
+TRAIN = ["train", *SMALL, "--rounds", "1", "--out", "{tmp}/new"]
+KL = [*TRAIN, "--method", "fedkl"]
+RESUME = ["train", "--out", "{tmp}/run", "--resume"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one of everything that is wrong."""
+    (tmp_path / "file").write_text("I am a file")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd_models.py").write_text(FACTORIES)
+    (tmp_path / "broken.toml").write_text("[training\nlr = 1")
+    (tmp_path / "typo.toml").write_text("[training]\nlerning_rate = 0.1\nlr = 0.1")
+    (tmp_path / "section.toml").write_text("[trainign]\nlr = 0.1")
+    (tmp_path / "type.toml").write_text('[training]\nlr = "fast"')
+    (tmp_path / "table.toml").write_text("training = 5")
+    (tmp_path / "method.toml").write_text('[federation]\nmethod = "fedprox"')
+    (tmp_path / "latin.toml").write_bytes(b'x = "\xe9"')
+    save_file(other_model(), tmp_path / "other.safetensors")
+    (tmp_path / "pass.txt").write_text("right\n")
+    (tmp_path / "wrong.txt").write_text("wrong\n")
+    (tmp_path / "blank.txt").write_text("\n")
+    Key.generate().save(tmp_path / "locked.key", passphrase="right")
+    Key.generate().save(tmp_path / "open.key")
+    (tmp_path / "cut.key").write_bytes((tmp_path / "open.key").read_bytes()[:60])
+    (tmp_path / "cut.key").chmod(0o600)
+    np.save(tmp_path / "square.npy", np.zeros((3, 3)))
+    np.save(tmp_path / "words.npy", np.array(["a", "b"]))
+    (tmp_path / "file.npy").write_text("no array")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return tmp_path
+
+
+def other_model() -> dict[str, object]:
+    return build("lenet", num_classes=3, image_size=16, generator=derive(0, "x")).state_dict()
+
+
+BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
+    ("no such command", ["trian"], ["trian", "train"]),
+    ("no such flag", [*TRAIN, "--clintes", "3"], ["--clintes", "--clients"]),
+    ("no folder", ["train", *SMALL], ["--out"]),
+    ("not a number", [*TRAIN, "--clients", "three"], ["--clients", "integer", "train --help"]),
+    ("model", [*TRAIN, "--model", "lenett"], ["'lenett'", "'lenet'"]),
+    ("data set", [*TRAIN, "--dataset", "fashon-mnist"], ["'fashon-mnist'", "'fashion-mnist'"]),
+    ("method", [*TRAIN, "--method", "fedavgg"], ["'fedavgg'", "'fedavg'"]),
+    ("defense", [*TRAIN, "--defense", "chanel"], ["'chanel'", "'channel'"]),
+    ("optimizer", [*TRAIN, "--optimizer", "adamm"], ["'adamm'", "'adam'", "--optimizer"]),
+    ("schedule", [*TRAIN, "--schedule", "cosin"], ["'cosin'", "'cosine'"]),
+    ("partition", [*TRAIN, "--partition", "dirichle"], ["'dirichle'", "'dirichlet'"]),
+    ("preset", [*TRAIN, "--preset", "papper"], ["'papper'", "'paper'"]),
+    ("lock preset", [*KL, "--lock-preset", "papr"], ["'papr'", "'paper'"]),
+    ("activation", [*KL, "--activation", "relou"], ["'relou'", "'relu'"]),
+    ("key law", [*KL, "--key-law", "signs"], ["'signs'", "'sign'"]),
+    ("zero clients", [*TRAIN, "--clients", "0"], ["clients", "at least 1", "got 0", "--clients"]),
+    ("zero rounds", [*TRAIN, "--rounds", "0"], ["rounds", "at least 1", "--rounds"]),
+    ("negative rate", [*TRAIN, "--lr", "-1"], ["lr must be a positive number", "--lr"]),
+    ("rate of nan", [*TRAIN, "--lr", "nan"], ["lr must be a positive number"]),
+    ("fraction", [*TRAIN, "--fraction", "1.5"], ["fraction", "(0, 1]", "1.5"]),
+    ("dropout", [*TRAIN, "--dropout", "2"], ["dropout", "[0, 1]"]),
+    ("batch of nothing", [*TRAIN, "--batch-size", "0"], ["batch_size", "--batch-size"]),
+    ("no worker", [*TRAIN, "--workers", "0"], ["workers", "at least 1"]),
+    ("negative seed", [*TRAIN, "--seed", "-1"], ["seed", "at least 0"]),
+    ("two channels", [*TRAIN, "--channels", "2"], ["channels must be 1 or 3", "--channels"]),
+    ("spread", [*KL, "--spread", "-1"], ["spread must be a positive number", "--spread"]),
+    ("key length", [*KL, "--key-length", "0"], ["length", "at least 1"]),
+    ("milestones", [*TRAIN, "--milestones", "ten"], ["--milestones", "'ten'", "60,120,160"]),
+    ("too many wanted", [*TRAIN, "--min-clients", "9"], ["min_clients is 9", "only 3"]),
+    ("no such layer", [*KL, "--layers", "conv9"], ["conv9"]),
+    ("no regular expression", [*KL, "--layers", "conv["], ["conv[", "regular expression"]),
+    ("inserted norm", [*KL, "--norm", "layer"], ["'layer'", "batch"]),
+    ("contradiction", [*KL, "--defense", "norm"], ["--method fedkl", "'norm'"]),
+    ("two locks", [*TRAIN, "--defense", "channel+norm"], ["two locks"]),
+    ("device", [*TRAIN, "--device", "abacus"], ["'abacus'", "cpu"]),
+    ("missing data", [*TRAIN, "--dataset", "mnist", "--data-root", "{tmp}/empty"],
+     ["'mnist' not found", "Ways to get it", "--data-root"]),
+    ("no folder of images", [*TRAIN, "--dataset", "imagenet"], ["'imagenet' not found", "train/"]),
+    ("root for digits", [*TRAIN, "--data-root", "{tmp}/empty"], ["scikit-learn"]),
+    ("too many images", [*TRAIN, "--samples", "5000"], ["15000 images", "Use fewer"]),
+    ("empty partition", [*TRAIN, "--clients", "5000"], ["5000 clients", "at most one per image"]),
+    ("empty client", [*TRAIN, "--partition", "dirichlet", "--alpha", "1e-6", "--clients", "90"],
+     ["Dirichlet", "90 clients", "larger alpha"]),
+    ("factory not there", [*TRAIN, "--model", "no_such_thing:net"],
+     ["'no_such_thing'", "cannot be imported"]),
+    ("factory without name", [*TRAIN, "--model", "odd_models:net"], ["no attribute 'net'"]),
+    ("factory is a number", [*TRAIN, "--model", "odd_models:number"], ["not callable"]),
+    ("factory gives nothing", [*TRAIN, "--model", "odd_models:nothing"],
+     ["returned a NoneType", "torch.nn.Module"]),
+    ("factory raises", [*TRAIN, "--model", "odd_models:broken"], ["RuntimeError: out of order"]),
+    ("nothing to lock", [*KL, "--model", "odd_models:flat"], ["lock"]),
+    ("grey for torchvision", [*TRAIN, "--model", "alexnet", "--channels", "1"], ["3 channels"]),
+    ("no weights", [*TRAIN, "--init", "{tmp}/none.safetensors"], ["none.safetensors"]),
+    ("weights of another", [*TRAIN, "--init", "{tmp}/other.safetensors"],
+     ["not of this model", "fc.weight"]),
+    ("weights of nothing", [*TRAIN, "--init", "{tmp}/file"], ["cannot be read as safetensors"]),
+    ("no TOML", [*TRAIN, "--config", "{tmp}/none.toml"], ["none.toml", "check --config"]),
+    ("broken TOML", [*TRAIN, "--config", "{tmp}/broken.toml"], ["not a TOML file", "line 1"]),
+    ("TOML in latin-1", [*TRAIN, "--config", "{tmp}/latin.toml"], ["not a TOML file"]),
+    ("typo in TOML", [*TRAIN, "--config", "{tmp}/typo.toml"], ["'lerning_rate'", "typo.toml"]),
+    ("section of TOML", [*TRAIN, "--config", "{tmp}/section.toml"], ["'trainign'", "'training'"]),
+    ("type in TOML", [*TRAIN, "--config", "{tmp}/type.toml"], ["expected float, got 'fast'"]),
+    ("no table in TOML", [*TRAIN, "--config", "{tmp}/table.toml"], ["expected a table", "5"]),
+    ("method in TOML", [*TRAIN, "--config", "{tmp}/method.toml"], ["'fedprox'", "fedavg"]),
+    ("folder is a file", [*TRAIN[:-1], "{tmp}/file"], ["file", "not a folder", "--out"]),
+    ("folder below a file", [*TRAIN[:-1], "{tmp}/file/a/b"], ["file is not a folder", "--out"]),
+    ("resume of nothing", [*TRAIN, "--resume"], ["no run to resume", "--out"]),
+    ("evaluate nothing", ["evaluate", "{tmp}/empty"], ["no run", "check the path"]),
+    ("evaluate nowhere", ["evaluate", "{tmp}/nowhere"], ["no run", "check the path"]),
+    ("inspect nothing", ["inspect"], ["--model"]),
+    ("inspect too much", ["inspect", "{tmp}/open.key", "--model", "lenet"], ["one thing"]),
+    ("inspect nowhere", ["inspect", "{tmp}/nowhere"], ["nowhere", "No such file"]),
+    ("inspect no run", ["inspect", "{tmp}/empty"], ["no run"]),
+    ("inspect no key", ["inspect", "{tmp}/file"], ["file"]),
+    ("inspect no model", ["inspect", "--model", "lenett"], ["'lenett'", "'lenet'"]),
+    ("inspect no defense", ["inspect", "--model", "lenet", "--defense", "pat"], ["'pat'"]),
+    ("half a key", ["inspect", "{tmp}/cut.key"], ["not a whole FedKL key file"]),
+    ("wrong passphrase", ["inspect", "{tmp}/locked.key", "--passphrase-file", "{tmp}/wrong.txt"],
+     ["locked.key does not open", "passphrase is wrong"]),
+    ("needless passphrase", ["inspect", "{tmp}/open.key", "--passphrase-file", "{tmp}/pass.txt"],
+     ["not encrypted"]),
+    ("empty passphrase", ["keygen", "{tmp}/a.key", "--passphrase-file", "{tmp}/blank.txt"],
+     ["blank.txt is empty"]),
+    ("no passphrase file", ["keygen", "{tmp}/a.key", "--passphrase-file", "{tmp}/none"],
+     ["none cannot be read", "No such file"]),
+    ("no terminal", ["keygen", "{tmp}/a.key", "--passphrase"], ["FEDKL_PASSPHRASE"]),
+    ("key is there", ["keygen", "{tmp}/open.key"], ["open.key exists already"]),
+    ("key below a file", ["keygen", "{tmp}/file/a.key"], ["cannot write", "a.key"]),
+    ("no vector", ["keygen", "{tmp}/a.key", "--from-vector", "{tmp}/file.npy"], ["numpy.save"]),
+    ("no vector file", ["keygen", "{tmp}/a.key", "--from-vector", "{tmp}/no.npy"], ["no.npy"]),
+    ("vector of words", ["keygen", "{tmp}/a.key", "--from-vector", "{tmp}/words.npy"],
+     ["real numbers"]),
+    ("square vector", ["keygen", "{tmp}/a.key", "--from-vector", "{tmp}/square.npy"],
+     ["shape (3, 3)", "one dimension"]),
+    ("demo into a file", ["demo", "--dataset", "digits", "--out", "{tmp}/file"], ["not a folder"]),
+    ("demo of nothing", ["demo", "--rounds", "0", "--out", "{tmp}/new"], ["rounds", "--rounds"]),
+    ("demo of what", ["demo", "--dataset", "mnits", "--out", "{tmp}/new"], ["'mnits'", "'mnist'"]),
+]  # fmt: skip
+
+
+def refused(call: Call, folder: Path, words: Sequence[str], fragments: Sequence[str]) -> None:
+    """Asserts what acceptance 4 asks for."""
+    before = snapshot(folder)
+    answer = call(*(word.replace("{tmp}", str(folder)) for word in words))
+    assert answer.code == 2, answer
+    assert answer.out == ""
+    assert answer.err.startswith("error: ")
+    assert answer.err.count("\n") == 1  # one line
+    assert "Traceback" not in answer.err
+    for fragment in fragments:
+        assert fragment in answer.err
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("words, fragments", [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_bad_input(call: Call, place: Path, words: Sequence[str], fragments: Sequence[str]) -> None:
+    refused(call, place, words, fragments)
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len({row[0] for row in BAD}) == len(BAD) >= 30
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def cut_all(run: Path) -> None:
+    for path in (run / "checkpoints").glob("round-*.safetensors"):
+        cut(path)
+
+
+def spoil_key(run: Path) -> None:
+    cut(run / "keys" / "client-00001.key")
+
+
+def lose_key(run: Path) -> None:
+    (run / "keys" / "client-00001.key").unlink()
+
+
+def open_key(run: Path) -> None:
+    (run / "keys" / "client-00001.key").chmod(0o644)
+
+
+def lock_key(run: Path) -> None:
+    Key.generate().save(run / "keys" / "client-00001.key", passphrase="x", overwrite=True)
+
+
+def short_key(run: Path) -> None:
+    Key.from_vector([1.0] * 10).save(run / "keys" / "client-00001.key", overwrite=True)
+
+
+def spoil_config(run: Path) -> None:
+    cut(run / "config.json")
+
+
+def edit_config(run: Path) -> None:
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"lr"', '"lrr"'))
+
+
+def no_checkpoint(run: Path) -> None:
+    for path in (run / "checkpoints").glob("round-*"):
+        path.unlink()
+
+
+def nothing(run: Path) -> None:
+    pass
+
+
+EVALUATE = ["evaluate", "{tmp}/run"]
+DAMAGED: list[tuple[str, Callable[[Path], None], Sequence[str], Sequence[str]]] = [
+    ("another run", nothing, [*TRAIN[:-1], "{tmp}/run"], ["already holds a run", "--resume"]),
+    ("other settings", nothing, [*RESUME, "--lr", "0.9"], ["training.lr", "0.9"]),
+    ("all checkpoints cut", cut_all, [*RESUME, "--rounds", "3"], ["checkpoint", "can be used"]),
+    ("config cut", spoil_config, RESUME, ["config.json", "not valid JSON"]),
+    ("config edited", edit_config, RESUME, ["'lrr'", "'lr'"]),
+    ("key cut", spoil_key, RESUME, ["client-00001.key", "not a whole FedKL key file"]),
+    ("key lost", lose_key, RESUME, ["client-00001.key is missing", "Restore"]),
+    ("key open to all", open_key, RESUME, ["0644", "chmod 600"]),
+    ("key encrypted", lock_key, RESUME, ["is encrypted"]),
+    ("key too short", short_key, RESUME, ["10 entries", "1024"]),
+    ("evaluate: checkpoints cut", cut_all, EVALUATE, ["checkpoint", "can be used"]),
+    ("evaluate: best is cut", lambda run: cut(run / "checkpoints" / "best.safetensors"),
+     [*EVALUATE, "--checkpoint", "best"], ["best.safetensors"]),
+    ("evaluate: none yet", no_checkpoint, EVALUATE, ["no checkpoint", "--resume"]),
+    ("evaluate: key lost", lose_key, EVALUATE, ["client-00001.key is missing"]),
+    ("evaluate: split", nothing, [*EVALUATE, "--split", "tset"], ["'tset'", "'test'"]),
+    ("evaluate: checkpoint", nothing, [*EVALUATE, "--checkpoint", "lst"], ["'lst'", "'last'"]),
+    ("evaluate: device", nothing, [*EVALUATE, "--device", "abacus"], ["'abacus'"]),
+    ("inspect: config cut", spoil_config, ["inspect", "{tmp}/run"], ["config.json"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage, words, fragments", [row[1:] for row in DAMAGED], ids=[row[0] for row in DAMAGED]
+)
+def test_damaged_run(
+    call: Call,
+    finished: Path,
+    damage: Callable[[Path], None],
+    words: Sequence[str],
+    fragments: Sequence[str],
+) -> None:
+    damage(finished)
+    refused(call, finished.parent, words, fragments)

@@ -1,0 +1,149 @@
+"""The table of settings agrees with the dataclasses and registries it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedkl.cli import settings
+from fedkl.cli.configure import build_config
+from fedkl.cli.settings import PRESETS, SETTINGS
+from fedkl.data import DATASETS, PARTITIONS
+from fedkl.defenses import DEFENSES
+from fedkl.errors import ConfigError
+from fedkl.federation import METHODS, RunConfig
+from fedkl.federation.optim import OPTIMIZERS, SCHEDULES
+from fedkl.locking import PRESETS as LOCK_PRESETS
+from fedkl.locking.schemes import KEY_LAWS
+from fedkl.locking.sources import ACTIVATIONS
+from fedkl.models import MODELS
+
+
+def fields() -> dict[str, tuple[Any, Any]]:
+    """path → (type, default) of every field of a configuration."""
+    default, found = RunConfig(), {}
+    for name, hint in typing.get_type_hints(RunConfig).items():
+        if not dataclasses.is_dataclass(hint):
+            found[name] = (hint, getattr(default, name))
+            continue
+        for inner, kind in typing.get_type_hints(hint).items():
+            found[f"{name}.{inner}"] = (kind, getattr(getattr(default, name), inner))
+    return found
+
+
+def bare(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        (hint,) = set(typing.get_args(hint)) - {type(None)}
+    return typing.get_origin(hint) or hint
+
+
+def test_every_field_has_one_flag_with_its_type_and_default() -> None:
+    assert len({s.path for s in SETTINGS}) == len({s.flag for s in SETTINGS}) == len(SETTINGS)
+    table = {s.path: (s.kind, s.default) for s in SETTINGS}
+    assert table == {path: (bare(hint), value) for path, (hint, value) in fields().items()}
+
+
+@pytest.mark.parametrize(
+    "path, names",
+    [
+        ("federation.method", [*METHODS, "fedkl"]),
+        ("data.dataset", DATASETS),
+        ("data.partition", PARTITIONS),
+        ("model.name", MODELS),
+        ("defense.name", DEFENSES),
+        ("defense.preset", LOCK_PRESETS),
+        ("defense.activation", ACTIVATIONS),
+        ("defense.law", KEY_LAWS),
+        ("training.optimizer", OPTIMIZERS),
+        ("training.schedule", SCHEDULES),
+    ],
+)
+def test_choices_are_those_of_the_registry(path: str, names: typing.Iterable[str]) -> None:
+    (setting,) = [s for s in SETTINGS if s.path == path]
+    assert set(setting.choices) == set(names)
+    assert all(name in setting.text for name in names)
+
+
+def test_inserted_norms_are_those_that_the_lock_takes() -> None:
+    for name in settings.INSERTED:
+        build_config(flags={"defense.name": "channel", "defense.norm": name})
+
+
+def test_nothing_given_is_the_default() -> None:
+    assert build_config(flags={}) == RunConfig()
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[training]\nlr = 0.5\nmomentum = 0.5\n[federation]\nrounds = 7\n")
+    config = build_config(
+        base={"training": {"batch_size": 8, "lr": 9.0}, "seed": 3},
+        preset="paper",
+        file=file,
+        flags={"training.lr": 0.25},
+    )
+    assert config.training.lr == 0.25  # flag over file over preset over base
+    assert config.training.momentum == 0.5  # file over preset
+    assert config.training.batch_size == 64  # preset over base
+    assert config.federation.rounds == 7
+    assert config.seed == 3  # nobody else said anything
+    assert config.training.keep_momentum
+
+
+def test_preset_paper_is_section_1_of_the_paper() -> None:
+    config = build_config(flags={}, preset="paper")
+    training, federation, defense = config.training, config.federation, config.defense
+    assert (training.optimizer, training.lr, training.momentum) == ("sgd", 0.01, 0.9)
+    assert (training.nesterov, training.weight_decay) == (True, 5e-4)
+    assert (training.schedule, training.milestones) == ("step", (60, 120, 160))
+    assert (training.decay, training.batch_size, training.local_epochs) == (0.2, 64, 1)
+    assert training.keep_momentum
+    assert (federation.method, federation.clients, federation.rounds) == ("fedavg", 3, 200)
+    assert (federation.weighted, config.data.partition) == (False, "iid")
+    assert (defense.name, defense.preset, defense.share_statistics) == ("channel", "paper", True)
+
+
+def test_preset_with_another_defense_drops_the_lock() -> None:
+    config = build_config(flags={"defense.name": "norm"}, preset="paper")
+    assert (config.defense.name, config.defense.preset) == ("norm", None)
+    assert config.training.lr == 0.01
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds(name: str) -> None:
+    assert build_config(flags={}, preset=name) != RunConfig()
+
+
+def test_method_fedkl_is_fedavg_with_channel(tmp_path: Path) -> None:
+    config = build_config(flags={"federation.method": "fedkl"})
+    assert (config.federation.method, config.defense.name) == ("fedavg", "channel")
+    file = tmp_path / "run.toml"
+    file.write_text('[federation]\nmethod = "fedkl"\n')
+    assert build_config(flags={}, file=file) == config
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({"training.lr": -1.0}, "--lr"),
+        ({"seed": -1}, "--seed"),
+        ({"federation.clients": 0, "seed": 1}, "--clients"),
+        ({"data.dataset": "fashon-mnist"}, "--dataset"),
+        ({"defense.name": "channel", "defense.spread": -1.0}, "--spread"),
+    ],
+)
+def test_message_names_the_flag(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"\(given as {said}\)$"):
+        build_config(flags=flags)
+
+
+def test_message_names_the_file_and_no_flag(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[training]\nlr = -1.0\n")
+    with pytest.raises(ConfigError, match=r"run\.toml, training: lr .*-1\.0\.$"):
+        build_config(flags={}, file=file)
