@@ -22,8 +22,8 @@ class DefenseConfig:
         layers: ``first``, ``all``, a module's name or a regular expression.
         norm: Norm inserted where there is none: ``batch``, ``group`` or ``instance``.
         share_statistics: Share the running statistics of locked norms, as the released code does.
-        spread, gain, activation, bias, law, length, chain: Settings of the channel scheme; None is
-            its (or the preset's) default.
+        spread, shift_spread, gain, activation, bias, law, length, chain: Settings of the channel
+            scheme; None is its (or the preset's) default.
     """
 
     name: str = "none"
@@ -32,6 +32,7 @@ class DefenseConfig:
     norm: str = "batch"
     share_statistics: bool = False
     spread: float | None = None
+    shift_spread: float | None = None
     gain: float | None = None
     activation: str | None = None
     bias: bool | None = None
@@ -45,7 +46,7 @@ class DefenseConfig:
         make_defense(self)
 
 
-_CHANNEL_SETTINGS: Final = ("spread", "gain", "activation", "bias", "law", "length", "chain")
+_CHANNEL_SETTINGS: Final = ("spread", "shift_spread", "gain", "activation", "bias", "law", "length", "chain")
 
 
 def _lock(config: DefenseConfig, name: str) -> Defense:

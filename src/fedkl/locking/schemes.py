@@ -94,6 +94,7 @@ class Channel(Scheme):
         spread: Standard deviation of γ and β at the start (identity activation). Weights are
             N(0, spread²) and the key vector is scaled by 1/√length. None: the initialization of
             ``nn.Linear`` and an unscaled key, as in the paper's released code.
+        shift_spread: The same for β alone; None takes ``spread``. A wide β saturates channels.
         gain: How much faster γ and β learn than an ordinary affine would: a gradient step on W
             moves them by lr·gain². Start and spread do not depend on it. Only with ``spread``.
         activation: ``identity``, ``relu``, ``sigmoid`` or ``tanh``.
@@ -107,6 +108,7 @@ class Channel(Scheme):
     keyed: ClassVar[bool] = True
 
     spread: float | None = 3.0
+    shift_spread: float | None = None
     gain: float = 1.0
     activation: str = "identity"
     bias: bool = False
@@ -123,6 +125,8 @@ class Channel(Scheme):
             raise ConfigError(f"key length must be at least 1, got {self.length}.")
         if not (0 < self.gain < math.inf):
             raise ConfigError(f"gain must be a positive number, got {self.gain}.")
+        if self.shift_spread is not None and not (0 <= self.shift_spread < math.inf):
+            raise ConfigError(f"shift_spread must be a number from 0, got {self.shift_spread}.")
         if self.spread is not None and not (0 < self.spread < math.inf):
             raise ConfigError(f"spread must be a positive number, got {self.spread}.")
 
@@ -153,14 +157,18 @@ class Channel(Scheme):
     def initialize(self, source: KeyedAffine, stream: KeyStream, *, chained: bool) -> None:
         """Lock weights start from the key: nobody else can redo the draw."""
         with torch.no_grad():
-            for parameter in (source.scale_weight, source.shift_weight):
-                if self.spread is None:
+            shift = self.spread if self.shift_spread is None else self.shift_spread
+            for parameter, spread in (
+                (source.scale_weight, self.spread),
+                (source.shift_weight, shift),
+            ):
+                if spread is None:
                     _uniform(parameter, stream)
                 else:
                     # Along a chain the spread is handed on; multiplying again would compound it.
                     # Float32 until the copy: a bfloat16 lock restarts as it started.
-                    spread = (1.0 if chained else self.spread) / self.gain
-                    parameter.copy_(stream.normal(tuple(parameter.shape)) * spread)
+                    start = (1.0 if chained else spread) / self.gain
+                    parameter.copy_(stream.normal(tuple(parameter.shape)) * start)
             for bias in (source.scale_bias, source.shift_bias):
                 if bias is not None and self.spread is None:
                     _uniform(bias, stream, source.scale_weight.shape[1])
