@@ -294,7 +294,8 @@ def main() -> int:
         "checks": CHECKS,
         "models": known,
     }
-    waiting = [name for name in names if name not in known]
+    # A process that was killed says nothing about its model: that row is tried again.
+    waiting = [n for n in names if n not in known or known[n]["peak_gb"] is None]
     print(f"{len(waiting)} models, about {12 * len(waiting)} s on one core", file=sys.stderr)
     for number, name in enumerate(waiting, start=1):
         row = {**run(name), "commit": commit()}
