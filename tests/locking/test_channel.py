@@ -157,6 +157,15 @@ def test_affines_start_with_the_spread(spread: float, law: str, gain: float) -> 
         assert float(value.std()) == pytest.approx(spread, rel=0.1 if law == "sign" else 0.3)
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.5, 6.0])
+def test_the_shift_may_have_a_spread_of_its_own(shift: float) -> None:
+    net = nn.Sequential(nn.LayerNorm(4096))
+    locked = lock(net, KEY, layers="0", spread=2.0, shift_spread=shift, length=256)
+    scale, beta = affines(locked)["0"]
+    assert float(scale.std()) == pytest.approx(2.0, rel=0.1)
+    assert float(beta.std()) == pytest.approx(shift, rel=0.1)
+
+
 def test_a_chain_hands_the_spread_on() -> None:
     net = nn.Sequential(*(m for _ in range(4) for m in (nn.LayerNorm(1000), nn.Linear(1000, 1000))))
     locked = lock(net, KEY, chain=True, spread=2.0, length=64, example=images(2, 1000))
@@ -283,6 +292,7 @@ def test_to_moves_the_key_along(dtype: torch.dtype) -> None:
         ({"length": 0}, "at least 1, got 0"),
         ({"spread": -1.0}, "positive number, got -1.0"),
         ({"gain": 0.0}, "gain must be a positive number, got 0.0"),
+        ({"shift_spread": -0.1}, "shift_spread must be a number from 0, got -0.1"),
         ({"spread": float("nan")}, "positive number"),
         ({"sprad": 1.0}, "Did you mean 'spread'"),
         ({"scheme": "chanel"}, "Did you mean 'channel'"),
