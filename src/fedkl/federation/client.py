@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ class Workspace:
         method: ``centralized``, ``fedavg`` or ``fedsgd``.
         augmented: Random crops and flips.
         device: Where to train.
-        join_steps: Lock-only steps of a client that has been absent.
+        join_steps: Lock-only steps of a client that is new, or was absent.
     """
 
     def __init__(
@@ -149,15 +150,28 @@ class Workspace:
         _copy(self.private, private, "private state")
 
     def join(
-        self, shared: Mapping[str, Tensor], index: Tensor, generator: torch.Generator, lr: float
+        self,
+        shared: Mapping[str, Tensor],
+        index: Tensor,
+        generator: torch.Generator,
+        lr: float,
+        *,
+        first: bool = True,
     ) -> None:
-        """A few steps on the lock alone, for a client that comes to a model it does not know."""
-        if not self.private_parameters or self.join_steps == 0:
+        """A few steps on the lock alone, for a client that comes to a model it does not know.
+
+        Fresh locks disagree on the sign of a channel; averaging what they teach the shared layers
+        would cancel it. A client that comes back takes no more of them than a local epoch has.
+        """
+        steps = self.join_steps
+        if not first:
+            steps = min(steps, math.ceil(len(index) / self.training.batch_size))
+        if not self.private_parameters or steps == 0:
             return
         self.model.train()
         optimizer = make_optimizer(self.private_parameters, lr, self.training)
         with borrowed(generator):
-            for rows in self.batches(index, generator, steps=self.join_steps):
+            for rows in self.batches(index, generator, steps=steps):
                 self.model.zero_grad(set_to_none=True)
                 self._loss(rows, generator).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -257,7 +271,7 @@ def client_update(
     task: ClientTask,
     generator: torch.Generator,
 ) -> ClientResult:
-    """One client's round: receive, join if it was absent, train, strip, protect, send.
+    """One client's round: receive, join if it is new or was absent, train, strip, protect, send.
 
     A pure function of its arguments (the workspace's tensors are scratch space): the same global
     state, task and generator give the same bits in every process.
@@ -273,7 +287,8 @@ def client_update(
     """
     workspace.enter(shared, task.key, task.private)
     if task.join:
-        workspace.join(shared, task.index, generator, task.lr)
+        first = task.private is None
+        workspace.join(shared, task.index, generator, task.lr, first=first)
     if workspace.method == "fedsgd":
         loss, examples, tensors, moments = workspace.gradient(task, generator)
         kind = "gradient"

@@ -123,7 +123,8 @@ class FederationConfig:
             paper's released code does.
         dropout: Chance that a sampled client never answers in a round.
         min_clients: Updates below which a round fails.
-        join_steps: Lock-only steps on a client's own data before it takes part after an absence.
+        join_steps: Lock-only steps on a client's own data before it takes part for the first time;
+            after an absence as many, but no more than an epoch.
     """
 
     method: str = "fedavg"
@@ -133,7 +134,7 @@ class FederationConfig:
     weighted: bool = True
     dropout: float = 0.0
     min_clients: int = 1
-    join_steps: int = 10
+    join_steps: int = 100
 
     def __post_init__(self) -> None:
         _choice("method", self.method, METHODS)

@@ -134,7 +134,7 @@ class Session:
             key=self.store.key(job.client),
             private=state.private,
             moments=state.moments,
-            join=job.round > 1 and state.round != job.round - 1,
+            join=state.private is None or state.round != job.round - 1,
             lr=learning_rate(config.training, job.round, config.federation.rounds),
         )
         generator = derive(config.seed, "client", job.client, "round", job.round)
@@ -160,7 +160,8 @@ class Session:
             config = self.config
             lr = learning_rate(config.training, job.round, config.federation.rounds)
             generator = derive(config.seed, "examine", job.client, job.round)
-            self.workspace.join(shared, self.parts[job.client], generator, lr)
+            first = state.private is None
+            self.workspace.join(shared, self.parts[job.client], generator, lr, first=first)
         found = examine(
             self.workspace,
             self._exam(job.split),
