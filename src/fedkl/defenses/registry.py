@@ -46,7 +46,16 @@ class DefenseConfig:
         make_defense(self)
 
 
-_CHANNEL_SETTINGS: Final = ("spread", "shift_spread", "gain", "activation", "bias", "law", "length", "chain")
+_CHANNEL_SETTINGS: Final = (
+    "spread",
+    "shift_spread",
+    "gain",
+    "activation",
+    "bias",
+    "law",
+    "length",
+    "chain",
+)
 
 
 def _lock(config: DefenseConfig, name: str) -> Defense:

@@ -107,9 +107,9 @@ class Channel(Scheme):
     name: ClassVar[str] = "channel"
     keyed: ClassVar[bool] = True
 
-    spread: float | None = 3.0
-    shift_spread: float | None = None
-    gain: float = 1.0
+    spread: float | None = 1.0
+    shift_spread: float | None = 0.3
+    gain: float = 3.0
     activation: str = "identity"
     bias: bool = False
     law: str = "sign"
@@ -127,6 +127,11 @@ class Channel(Scheme):
             raise ConfigError(f"gain must be a positive number, got {self.gain}.")
         if self.shift_spread is not None and not (0 <= self.shift_spread < math.inf):
             raise ConfigError(f"shift_spread must be a number from 0, got {self.shift_spread}.")
+        if self.spread is None and self.shift_spread is not None:
+            raise ConfigError(
+                "shift_spread needs a spread; without one both start as nn.Linear does. "
+                "Set shift_spread to None too."
+            )
         if self.spread is not None and not (0 < self.spread < math.inf):
             raise ConfigError(f"spread must be a positive number, got {self.spread}.")
 
@@ -186,7 +191,14 @@ SCHEMES: Final[Mapping[str, type[Scheme]]] = {
     "norm": SharedNorm,
 }
 
-_PAPER: Final[dict[str, Any]] = {"spread": None, "bias": True, "law": "uniform", "chain": True}
+_PAPER: Final[dict[str, Any]] = {
+    "spread": None,
+    "shift_spread": None,
+    "gain": 1.0,
+    "bias": True,
+    "law": "uniform",
+    "chain": True,
+}
 PRESETS: Final[Mapping[str, Scheme]] = {
     "paper": Channel(activation="relu", **_PAPER),
     "paper-sigmoid": Channel(activation="sigmoid", **_PAPER),
