@@ -236,7 +236,8 @@ def table(document: dict[str, Any]) -> str:
         "# Architectures",
         "",
         f"{good} of {len(rows)} torchvision classification models pass every check, with "
-        '`layers="first"` and with `layers="all"`.',
+        '`layers="first"` and with `layers="all"`.'
+        + (f" Not run yet: {', '.join(document['missing'])}." if document["missing"] else ""),
         "",
         *(f"- **{name}**: {text}" for name, text in CHECKS.items()),
         "",
@@ -301,10 +302,11 @@ def main() -> int:
         row = {**run(name), "commit": commit()}
         known[name] = row
         document["models"] = {n: known[n] for n in sorted(known)}
+        document["missing"] = [n for n in everything if n not in known]
         write_json(path, document)
+        write_bytes(path.with_suffix(".md"), table(document).encode())
         text = f"{cell(row['first'])} || {cell(row['all'])}"
         print(f"{number}/{len(waiting)} {name}: {text}", file=sys.stderr, flush=True)
-    write_bytes(path.with_suffix(".md"), table(document).encode())
     return int(not all(passed(known[n]["first"]) and passed(known[n]["all"]) for n in names))
 
 
