@@ -239,11 +239,6 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
     accuracies = [r["accuracy"] for r in results]
     wrong = [w for a in accuracies for w in a["wrong_keys"]]
     thief = sorted({name for a in accuracies for name in a["thief"]})
-    outside = [
-        max(value for guess, value in a["thief"].items() if not guess.startswith("others"))
-        for a in accuracies
-        if a["thief"]
-    ]
     return {
         "lr": results[0]["cell"]["lr"],
         "own_key": [a["own_key"] for a in accuracies],
@@ -251,7 +246,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         "wrong_key_p95": statistics.quantiles(wrong, n=20)[-1] if len(wrong) > 1 else None,
         "other_client": [a["other_client"] for a in accuracies if a["other_client"] is not None],
         "no_lock": [a["no_lock"] for a in accuracies],
-        "outsider": outside,
+        "outsider": [a["outsider"] for a in accuracies],
         "thief": {n: [a["thief"][n] for a in accuracies] for n in thief},
     }
 
@@ -274,8 +269,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"{document['cost']}. Percent of the test set, mean ± 95 % interval over "
         f"{document['seeds']} seeds (Student's t). *Wrong key*: own lock weights, ten fresh keys a "
         "client. *Outsider*: the global model with γ = ±1, β = 0, statistics re-estimated or not, "
-        "the better. *No lock*: the best thief, the other clients' mean lock included; with few "
-        "clients that is an insider's figure. *Other client*: another client's key and lock. "
+        "the best. *No lock*: the best thief if insiders count, who have the other clients' mean "
+        "lock or the group key. *Other client*: another client's key and lock. "
         "Without a lock anyone can use the model.\n",
     ]
     for name, block in document["blocks"].items():
@@ -311,7 +306,7 @@ def _block_table(name: str, block: dict[str, Any]) -> str:
                 versus,
                 interval(figures["wrong_key"]) if figures["wrong_key"] else "–",
                 f"{100 * p95:.1f}" if p95 is not None else "–",
-                interval(figures["outsider"]) if figures["outsider"] else "–",
+                interval(figures["outsider"]),
                 interval(figures["no_lock"]),
                 interval(figures["other_client"]) if figures["other_client"] else "–",
                 f"{100 * paper[arm]:.2f}" if arm in paper else "–",

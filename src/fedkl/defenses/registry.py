@@ -22,6 +22,8 @@ class DefenseConfig:
         layers: ``first``, ``all``, a module's name or a regular expression.
         norm: Norm inserted where there is none: ``batch``, ``group`` or ``instance``.
         share_statistics: Share the running statistics of locked norms, as the released code does.
+        group_key: Locks of all clients start at the same γ and β, drawn from a key that the clients
+            share and the server does not have. Not for the paper's presets.
         spread, shift_spread, gain, activation, bias, law, length, chain: Settings of the channel
             scheme; None is its (or the preset's) default.
     """
@@ -31,6 +33,7 @@ class DefenseConfig:
     layers: str = "all"
     norm: str = "batch"
     share_statistics: bool = False
+    group_key: bool = True
     spread: float | None = None
     shift_spread: float | None = None
     gain: float | None = None

@@ -96,6 +96,7 @@ class Workspace:
         augmented: Random crops and flips.
         device: Where to train.
         join_steps: Lock-only steps of a client that is new, or was absent.
+        group: The key that says where all clients' locks start.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class Workspace:
         augmented: bool = False,
         device: str = "cpu",
         join_steps: int = 0,
+        group: Key | None = None,
     ) -> None:
+        self.group = group
         self.model = model.to(device)
         self.defense = defense
         self.images = images
@@ -143,7 +146,7 @@ class Workspace:
             return
         if private is None:
             _copy(self.private, self._start, "private state")
-            restart_lock(self.model, key)
+            restart_lock(self.model, key, self.group)
             return
         if key is not None:
             set_key(self.model, key)

@@ -134,7 +134,7 @@ class FederationConfig:
     weighted: bool = True
     dropout: float = 0.0
     min_clients: int = 1
-    join_steps: int = 100
+    join_steps: int = 10
 
     def __post_init__(self) -> None:
         _choice("method", self.method, METHODS)

@@ -19,6 +19,7 @@ from fedkl.locking import (
     calibrate,
     lock_spec,
     replaced_affines,
+    restart_lock,
     set_key,
     sources_of,
 )
@@ -36,9 +37,11 @@ class Accuracy:
         wrong_key: Own lock weights with fresh keys: mean over clients and keys.
         wrong_key_p95: 95th percentile over clients and keys.
         other_client: Another client's key, lock and statistics.
-        no_lock: The best of what a thief does with the global model alone (γ = ±1, β = 0) or the
-            other clients' mean lock, statistics as they are or re-estimated on unlabelled images.
-            Without a lock: the same as ``own_key``, since anyone can use the model.
+        outsider: The best of what a thief does with the global model alone (γ = ±1, β = 0),
+            statistics as they are or re-estimated on unlabelled images. Without a lock: the same
+            as ``own_key``, since anyone can use the model.
+        no_lock: The same for a thief who may also have the other clients' mean lock or the group
+            key: the outsider's figure, or an insider's, whichever is higher.
         own_per_client, no_lock_per_client: The figures behind the means.
         wrong_keys: Every single wrong key, all clients.
         thief: Mean accuracy of every variant of the thief.
@@ -48,6 +51,7 @@ class Accuracy:
     wrong_key: float | None
     wrong_key_p95: float | None
     other_client: float | None
+    outsider: float | None
     no_lock: float | None
     own_per_client: tuple[float, ...]
     no_lock_per_client: tuple[float, ...]
@@ -143,7 +147,8 @@ def examine(
         if number == 0:
             reestimate(workspace, workspace.images, own_rows, every_norm=False)
             other = correct_share(model, exam.images, exam.wrong_rows, device)
-    thief = _thief(workspace, exam, locks, before)
+    guesses = _guesses(workspace, locks)
+    thief = _thief(workspace, exam, guesses, before)
     _restore(workspace, before)
     _put(workspace, key, own_private)
     return ClientAccuracy(own, tuple(wrong), other, thief)
@@ -176,21 +181,19 @@ def _restore(workspace: Workspace, shared: Mapping[str, Tensor]) -> None:
             tensor.copy_(shared[name])
 
 
-def _thief(
-    workspace: Workspace,
-    exam: Exam,
-    locks: Sequence[Mapping[str, tuple[Tensor, Tensor]]],
-    shared: Mapping[str, Tensor],
-) -> dict[str, float]:
-    """Accuracy of each honest guess at the lock; none uses the victim's private tensors."""
-    model, device = workspace.model, workspace.device
+Affines = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def _guesses(workspace: Workspace, locks: Sequence[Affines]) -> dict[str, Affines]:
+    """What a thief may take for the lock; none uses the victim's private tensors."""
+    model = workspace.model
     neutral = {
         site: (torch.ones_like(source.scale()), torch.zeros_like(source.shift()))
         for site, source in sources_of(model).items()
     }
     # The key decides the sign of most channels; a thief tries the opposite as well.
     negated = {site: (-scale, shift) for site, (scale, shift) in neutral.items()}
-    guesses = {"neutral": neutral, "negated": negated}
+    guesses: dict[str, Affines] = {"neutral": neutral, "negated": negated}
     if locks:
         guesses["others_mean"] = {
             site: (
@@ -199,6 +202,17 @@ def _thief(
             )
             for site in neutral
         }
+    if workspace.group is not None:
+        restart_lock(model, Key.generate(), workspace.group)
+        guesses["group"] = affines(model)
+    return guesses
+
+
+def _thief(
+    workspace: Workspace, exam: Exam, guesses: Mapping[str, Affines], shared: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Accuracy of each guess at the lock."""
+    model, device = workspace.model, workspace.device
     found = {}
     for name, guess in guesses.items():
         _restore(workspace, shared)  # the guess before has re-estimated shared statistics as well
@@ -214,6 +228,13 @@ def _thief(
     return found
 
 
+INSIDE: Final = ("others", "group")  # guesses that take more than the global model
+
+
+def _outsider(thief: Mapping[str, float]) -> float:
+    return max(value for guess, value in thief.items() if not guess.startswith(INSIDE))
+
+
 def combine(found: Iterable[ClientAccuracy]) -> Accuracy:
     """Means over clients; the thief takes its best variant per client."""
     clients = list(found)
@@ -221,12 +242,14 @@ def combine(found: Iterable[ClientAccuracy]) -> Accuracy:
     wrong = sorted(value for c in clients for value in c.wrong)
     other = [c.other for c in clients if c.other is not None]
     thieves = [max(c.thief.values()) if c.thief else c.own for c in clients]
+    outsiders = [_outsider(c.thief) if c.thief else c.own for c in clients]
     names = dict.fromkeys(name for c in clients for name in c.thief)  # not all have others
     return Accuracy(
         own_key=statistics.fmean(own),
         wrong_key=statistics.fmean(wrong) if wrong else None,
         wrong_key_p95=float(torch.tensor(wrong).quantile(0.95)) if wrong else None,
         other_client=statistics.fmean(other) if other else None,
+        outsider=statistics.fmean(outsiders),
         no_lock=statistics.fmean(thieves),
         own_per_client=tuple(own),
         no_lock_per_client=tuple(thieves),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedkl.data import DataBundle, load, partition
-from fedkl.defenses import make_defense
+from fedkl.defenses import Composed, Defense, LockDefense, make_defense
 from fedkl.errors import ConfigError
 from fedkl.federation.client import ClientTask, Update, Workspace, client_update
 from fedkl.federation.config import RunConfig
@@ -108,6 +108,7 @@ class Session:
             augmented=config.data.augment,
             device=config.device,
             join_steps=0 if centralized else config.federation.join_steps,
+            group=self.store.group() if _grouped(config, defense) else None,
         )
 
     def initial(self) -> dict[str, Tensor]:
@@ -208,6 +209,12 @@ class Session:
 def _finite(state: ClientState) -> bool:
     tensors = [*(state.private or {}).values(), *state.moments.values()]
     return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def _grouped(config: RunConfig, defense: Defense) -> bool:
+    parts = defense.parts if isinstance(defense, Composed) else (defense,)
+    locks = [part.scheme for part in parts if isinstance(part, LockDefense)]
+    return config.defense.group_key and any(scheme.takes_group for scheme in locks)
 
 
 def load_data(config: RunConfig) -> DataBundle:

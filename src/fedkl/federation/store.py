@@ -58,6 +58,13 @@ class ClientStore:
             Key.generate().save(path)
         return Key.load(path)
 
+    def group(self) -> Key:
+        """The key that all clients share and the server does not have; made on first use."""
+        path = self.keys / "group.key"
+        if not path.exists():
+            Key.generate().save(path)
+        return Key.load(path)
+
     def _folder(self, client: int) -> Path:
         return self.states / f"{client:05d}"
 

@@ -43,6 +43,7 @@ def lock(
     norm: str = "batch",
     inplace: bool = False,
     share_statistics: bool = False,
+    group: Key | None = None,
     **settings: Any,
 ) -> nn.Module:
     """A copy of ``model`` whose norms take scale and shift from ``key`` (arXiv 2305.04095).
@@ -61,6 +62,9 @@ def lock(
         norm: Kind of norm inserted where there is none: ``batch``, ``group`` or ``instance``.
         share_statistics: Whether running statistics of locked norms are shared. They are functions
             of private features; the released code of the paper shares them.
+        group: A second key that all clients of a federation have and nobody else: their locks then
+            start at the same γ and β, so that what they teach the shared layers adds up. Whoever
+            has it knows where the locks started, which is worth about as much as one client's lock.
 
     Returns:
         The locked model; same forward signature.
@@ -79,6 +83,8 @@ def lock(
     targets = select(locked, layers, order, traced=example is not None)
     try:
         sources = _install(locked, key, value, targets, norm, share_statistics)
+        if group is not None:
+            agree(locked, group)
         if example is not None:
             verify(locked, sources, example)
     except Exception:
@@ -191,6 +197,26 @@ def _install(
         scheme.name, scheme.settings(), tuple(sites), norm, share_statistics
     )
     return sources
+
+
+def agree(model: nn.Module, group: Key) -> None:
+    """Makes freshly started locks start where ``group`` says, one after the other (in place).
+
+    Raises:
+        LockError: Locks of this scheme cannot.
+    """
+    spec = lock_spec(model)
+    scheme = spec.scheme_value()
+    if not (isinstance(scheme, Channel) and scheme.takes_group):
+        raise LockError(
+            f"locks of scheme {spec.scheme!r} with these settings cannot start where a group key "
+            "says (it takes a spread, the identity activation and no bias); leave group out."
+        )
+    sources = sources_of(model)
+    for site in spec.sites:
+        source = sources[site.name]
+        if isinstance(source, KeyedAffine):
+            scheme.agree(source, group.stream(f"group/{site.name}"))
 
 
 def unlock(model: nn.Module, *, inplace: bool = False) -> nn.Module:

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkl.key import Key
-from fedkl.locking.api import lock_spec, set_key, sources_of, unwrap
+from fedkl.locking.api import agree, lock_spec, set_key, sources_of, unwrap
 from fedkl.locking.schemes import Channel
 from fedkl.locking.sites import LOCK_NAME, STATISTICS
 from fedkl.locking.sources import KeyedAffine, PrivateAffine
 from fedkl.locking.state import private_state
 
 
-def restart_lock(model: nn.Module, key: Key | None) -> None:
-    """Puts the private state back to where :func:`fedkl.lock` starts it for ``key`` (in place).
+def restart_lock(model: nn.Module, key: Key | None, group: Key | None = None) -> None:
+    """Puts the private state back to where :func:`fedkl.lock` starts it for these keys (in place).
 
     A model locked once serves any number of clients: this is what a client that has no private
     state yet begins with.
@@ -40,6 +40,8 @@ def restart_lock(model: nn.Module, key: Key | None) -> None:
         reset = getattr(norm, "reset_running_stats", None)
         if reset is not None and any(f"{site}.{name}" in private for name in STATISTICS):
             reset()
+    if group is not None:
+        agree(model, group)
 
 
 def _to_original(norm: nn.Module, source: PrivateAffine) -> None:

@@ -27,6 +27,11 @@ class Scheme(ABC):
     private: ClassVar[bool] = True
     needs_example: ClassVar[bool] = False
 
+    @property
+    def takes_group(self) -> bool:
+        """Whether locks of this scheme can start where a group key says."""
+        return False
+
     @abstractmethod
     def source(
         self,
@@ -177,6 +182,29 @@ class Channel(Scheme):
             for bias in (source.scale_bias, source.shift_bias):
                 if bias is not None and self.spread is None:
                     _uniform(bias, stream, source.scale_weight.shape[1])
+
+    @property
+    def takes_group(self) -> bool:
+        """Only where γ = W u, which can be given any value by one rank-one change of W."""
+        return self.spread is not None and self.activation == "identity" and not self.bias
+
+    def agree(self, source: KeyedAffine, stream: KeyStream) -> None:
+        """Makes an initialized lock start at the γ and β that ``stream`` says (in place).
+
+        W becomes W + (start − W u)·uᵀ/‖u‖²: with its own key the lock starts at γ = ±spread and
+        β ~ N(0, shift_spread²), the same for every client of the group; under any other key W is
+        as random as before.
+        """
+        assert self.spread is not None
+        shape = (source.scale_weight.shape[0],)
+        shift = self.spread if self.shift_spread is None else self.shift_spread
+        starts = (stream.signs(shape) * self.spread, stream.normal(shape) * shift)
+        with torch.no_grad():
+            weights = (source.scale_weight, source.shift_weight)
+            for weight, u, start in zip(weights, source.inputs(), starts, strict=True):
+                u = u.to(weight.device)
+                missing = start.to(weight.device, weight.dtype) - torch.mv(weight, u)
+                weight.add_(torch.outer(missing, u / u.square().sum()))
 
 
 def _uniform(parameter: nn.Parameter, stream: KeyStream, inputs: int | None = None) -> None:

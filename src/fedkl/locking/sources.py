@@ -141,6 +141,14 @@ class KeyedAffine(AffineSource):
             old = self._sealed.tensor
             self._sealed = Sealed((vector * self.factor).to(old.device, old.dtype))
 
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """What the two matrices are multiplied with: (for the scale, for the shift)."""
+        previous = self._previous[0]
+        if previous is None:
+            assert self._sealed is not None
+            return self._sealed.tensor, self._sealed.tensor
+        return previous._scale() * self.factor, previous._shift() * self.factor
+
     def _scale(self) -> Tensor:
         previous = self._previous[0]
         return self._map(
