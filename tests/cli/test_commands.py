@@ -32,7 +32,7 @@ def test_train_writes_what_it_promises(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert {"method", "defense", "rounds", "seconds", "accuracy"} <= set(summary)
     assert (summary["method"], summary["defense"], summary["rounds"]) == ("fedavg", "channel", 2)
-    for name in ("own_key", "wrong_key", "wrong_key_p95", "other_client", "no_lock"):
+    for name in ("own_key", "wrong_key", "wrong_key_p95", "other_client", "outsider", "no_lock"):
         assert 0 <= summary["accuracy"][name] <= 1
     assert summary["command"].startswith("fedkl train --dataset digits")
     assert summary["versions"]["torch"]

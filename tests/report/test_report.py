@@ -27,6 +27,7 @@ def row(
         "wrong_key": wrong,
         "wrong_key_p95": more.pop("p95", wrong),
         "other_client": None if wrong is None else own,
+        "outsider": more.pop("outsider", own),
         "no_lock": more.pop("no_lock", own),
     }
     line = {"round": 1, "loss": 0.5, "accuracy": accuracy}
@@ -46,7 +47,7 @@ def row(
 
 
 NORM = row("plain", "norm", 0.85)
-LOCKED = row("locked", "channel", 0.845, 0.12, p95=0.2, no_lock=0.1)
+LOCKED = row("locked", "channel", 0.845, 0.12, p95=0.2, outsider=0.1)
 
 
 class Tags(HTMLParser):
@@ -98,7 +99,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
 
 def test_bars_are_as_long_as_the_figures(tmp_path: Path) -> None:
     widths = re.findall(r"style=\"width: ([\d.]+)%", page(tmp_path, [LOCKED]))
-    assert widths == ["84.5", "12.0", "20.0", "84.5", "10.0"]
+    assert widths == ["84.5", "12.0", "20.0", "84.5", "10.0", "84.5"]
 
 
 def test_page_without_evaluations_has_no_picture(tmp_path: Path) -> None:
@@ -118,9 +119,10 @@ def test_unwritable_folder(tmp_path: Path) -> None:
         ([row("p", "norm", 0.87), LOCKED], "open", "costs 2.5 points"),
         ([LOCKED], "open", "not known"),
         ([NORM], "open", "No row here is locked"),
-        ([NORM, row("l", "channel", 0.85, 0.21, no_lock=0.1)], "does not hold", "wrong keys get"),
-        ([NORM, row("l", "channel", 0.85, 0.1, p95=0.4, no_lock=0.1)], "does not hold", "95th"),
-        ([NORM, row("l", "channel", 0.85, 0.1, no_lock=0.79)], "does not hold", "a thief"),
+        ([NORM, row("l", "channel", 0.85, 0.21, outsider=0.1)], "does not hold", "wrong keys get"),
+        ([NORM, row("l", "channel", 0.85, 0.1, p95=0.4, outsider=0.1)], "does not hold", "95th"),
+        ([NORM, row("l", "channel", 0.85, 0.1, outsider=0.79)], "does not hold", "a thief"),
+        ([NORM, LOCKED], "holds", "Insiders are not kept out"),
     ],
 )
 def test_verdict_follows_the_figures(rows: list[dict[str, Any]], word: str, said: str) -> None:

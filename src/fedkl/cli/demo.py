@@ -34,9 +34,9 @@ class Arm:
 DEMO_ARMS: Final[Mapping[str, Arm]] = {
     "centralized": Arm("centralized", "none", 0.1, "all images in one place, no federation"),
     "fedavg": Arm("fedavg", "none", 0.1, "plain federated averaging; anyone can use the model"),
-    "fedavg+norm": Arm("fedavg", "norm", 0.05, "same network with an ordinary shared norm"),
-    "fedavg+fedbn": Arm("fedavg", "fedbn", 0.05, "that norm private to each client, no key"),
-    "fedavg+channel": Arm("fedavg", "channel", 0.05, "that norm locked with each client's key"),
+    "fedavg+norm": Arm("fedavg", "norm", 0.1, "same network with an ordinary shared norm"),
+    "fedavg+fedbn": Arm("fedavg", "fedbn", 0.1, "that norm private to each client, no key"),
+    "fedavg+channel": Arm("fedavg", "channel", 0.1, "that norm locked with each client's key"),
 }
 ROUNDS: Final = 12
 SAMPLES: Final = 6_000  # images per client
@@ -81,6 +81,8 @@ def demo(
         "data.dataset": dataset,
         "data.samples": samples,
         "data.root": data_root,
+        "data.channels": 1,
+        "training.schedule": "cosine",
         "federation.rounds": rounds,
         "federation.clients": 3,
         "evaluation.every": max(1, rounds // 4),
@@ -194,10 +196,11 @@ def _conclude(rows: list[dict[str, Any]], folder: Path, notes: list[str]) -> Non
     out().print(accuracy_table(title, [(row["name"], row["accuracy"]) for row in rows]))
     for row in rows:
         print(f"  {row['name']}: {row['meaning']}")
-    print("Where no key or lock is needed, no lock equals own key: anyone can use the model.")
+    print("Where no lock stands, no lock equals own key: anyone can use the model.")
     locked = rows[-1]["accuracy"]
     print(
         f"Locked: own key {percent(locked['own_key'])}, a wrong key "
-        f"{percent(locked['wrong_key'])}, the best thief {percent(locked['no_lock'])}."
+        f"{percent(locked['wrong_key'])}, the best outsider {percent(locked['outsider'])}, "
+        f"an insider (another client's lock) {percent(locked['no_lock'])}."
     )
     print(f"Report: {page}   Curves: {folder / 'curves.png'}")

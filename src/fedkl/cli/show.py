@@ -30,7 +30,8 @@ COLUMNS = {
     "wrong_key": "wrong key",
     "wrong_key_p95": "wrong key p95",
     "other_client": "other client",
-    "no_lock": "no lock",
+    "outsider": "no lock, outsider",
+    "no_lock": "no lock, insider",
 }
 
 

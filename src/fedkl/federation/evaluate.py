@@ -203,7 +203,8 @@ def _guesses(workspace: Workspace, locks: Sequence[Affines]) -> dict[str, Affine
             for site in neutral
         }
     if workspace.group is not None:
-        restart_lock(model, Key.generate(), workspace.group)
+        # Any key leads there, up to rounding; always the same one makes the figure repeatable.
+        restart_lock(model, workspace.group, workspace.group)
         guesses["group"] = affines(model)
     return guesses
 

@@ -40,9 +40,9 @@ def run_curves(lines: Lines, *, title: str = "", dark: bool = False) -> bytes:
         x, mean = _series(lines, "wrong_key")
         _, high = _series(lines, "wrong_key_p95")
         axes.fill_between(x, mean, high, color=_WRONG, alpha=0.18, lw=0, label="wrong key, to p95")
-    apart = [_series(lines, name) for name in ("own_key", "no_lock")]
+    apart = [_series(lines, name) for name in ("own_key", "outsider")]
     if apart[0] != apart[1]:  # without a lock they are the same thing
-        _plot(axes, lines, "no_lock", label="no lock (best thief)", color=_NONE, marker="^")
+        _plot(axes, lines, "outsider", label="no lock (outsider)", color=_NONE, marker="^")
     _dress(axes, "round", title)
     axes.set_ylabel("validation accuracy")
     _legend(figure, axes, columns=4)
@@ -64,9 +64,9 @@ def arms_curves(arms: Mapping[str, Lines], *, dark: bool = False) -> bytes:
     for number, (name, lines) in enumerate(arms.items()):
         style = {"color": _COLORS[number % 7], "marker": _MARKERS[number % 7], "label": name}
         _plot(left, lines, "own_key", **style)
-        _plot(right, lines, "no_lock", **style)
+        _plot(right, lines, "outsider", **style)
     _dress(left, "round", "with the client's own key")
-    _dress(right, "round", "what the best thief gets")
+    _dress(right, "round", "what the best outsider gets")
     left.set_ylabel("validation accuracy")
     _legend(figure, left, columns=min(5, len(arms)))
     return _png(figure, dark)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-# A lock keeps others out if neither a wrong key nor the best thief gets beyond these.
+# A lock keeps others out if neither a wrong key nor the best outsider gets beyond these.
 WRONG_KEY_MEAN: Final = 0.20
 WRONG_KEY_P95: Final = 0.35
 NO_LOCK: Final = 0.20
@@ -40,11 +40,16 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         f"With its own key the locked model ({locked['name']}) is right on "
         f"{_percent(found['own_key'])} of the test images; with a wrong key on "
         f"{_percent(found['wrong_key'])} on average (95th percentile "
-        f"{_percent(found['wrong_key_p95'])}); the best thief without any lock gets "
-        f"{_percent(found['no_lock'])}."
+        f"{_percent(found['wrong_key_p95'])}); the best thief who has the "
+        f"global model alone gets {_percent(found['outsider'])}."
     ]
     outside = _outsiders(found)
     sentences.append(outside or "Whoever has neither key nor lock cannot use the model.")
+    if found["no_lock"] > NO_LOCK:
+        sentences.append(
+            f"Insiders are not kept out: with the other clients' mean lock a thief gets "
+            f"{_percent(found['no_lock'])}."
+        )
     cost, sentence = _cost(locked, rows)
     sentences.append(sentence)
     if outside:
@@ -61,7 +66,7 @@ def _outsiders(found: Mapping[str, Any]) -> str:
             f"wrong keys get more than {mean:.0f} % on average or {high:.0f} % at the 95th "
             "percentile"
         )
-    if found["no_lock"] > NO_LOCK:
+    if found["outsider"] > NO_LOCK:
         faults.append(f"a thief without a key gets more than {100 * NO_LOCK:.0f} %")
     return f"The lock does not keep others from using the model: {'; '.join(faults)}." * bool(
         faults
