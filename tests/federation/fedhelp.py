@@ -135,11 +135,18 @@ def differ(a: Any, b: Any) -> bool:
     return any(not torch.equal(a[name], b[name]) for name in a)
 
 
-def make_keys(folder: Path, clients: int) -> Path:
+def fixed_key(client: int, length: int = 1024) -> Key:
+    """The same key in every run of the tests, where a figure depends on it."""
+    bits = torch.randint(2, (length,), generator=derive(client, "key"))
+    return Key.from_vector(2.0 * bits - 1.0)
+
+
+def make_keys(folder: Path, clients: int, length: int = 1024) -> Path:
     """A ``keys/`` folder to copy into several runs."""
     folder.mkdir(parents=True)
     for client in range(clients):
-        Key.generate().save(folder / f"client-{client:05d}.key")
+        fixed_key(client, length).save(folder / f"client-{client:05d}.key")
+    fixed_key(-1, length).save(folder / "group.key")
     return folder
 
 
