@@ -18,7 +18,7 @@ import fedkl
 ROOT = Path(fedkl.__file__).parent
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
 # Where the name to import is not the name to install.
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def python(code: str) -> str:

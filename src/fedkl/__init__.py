@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from fedkl.errors import FedKLError
     from fedkl.key import Key
     from fedkl.locking import (
+        Channel,
+        LockSpec,
+        calibrate,
         check_optimizer,
         load_private_state,
         load_shared_state,
         lock,
+        lock_like,
         lock_spec,
         lockable,
         merge,
@@ -28,13 +32,17 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Channel",
     "FedKLError",
     "Key",
+    "LockSpec",
     "__version__",
+    "calibrate",
     "check_optimizer",
     "load_private_state",
     "load_shared_state",
     "lock",
+    "lock_like",
     "lock_spec",
     "lockable",
     "merge",
@@ -44,12 +52,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Channel": "fedkl.locking",
     "FedKLError": "fedkl.errors",
     "Key": "fedkl.key",
+    "LockSpec": "fedkl.locking",
+    "calibrate": "fedkl.locking",
     "check_optimizer": "fedkl.locking",
     "load_private_state": "fedkl.locking",
     "load_shared_state": "fedkl.locking",
     "lock": "fedkl.locking",
+    "lock_like": "fedkl.locking",
     "lock_spec": "fedkl.locking",
     "lockable": "fedkl.locking",
     "merge": "fedkl.locking",
