@@ -277,8 +277,9 @@ def markdown(document: dict[str, Any]) -> str:
         f"{document['cost']}. Percent of the test set, mean ± 95 % interval over "
         f"{document['seeds']} seeds (Student's t; 2 for spread and clients). *Wrong key*: own "
         "lock weights, ten fresh keys a client. *Outsider*: the global model with γ = ±1, β = 0, "
-        "statistics re-estimated or not, the best. *No lock*: the best thief if insiders count, who have the other clients' mean "
-        "lock or the group key. *Other client*: another client's key and lock. "
+        "statistics re-estimated or not, the best. *No lock*: the best thief if insiders count, "
+        "who have the other clients' mean lock or the group key. *Other client*: another "
+        "client's key and lock. "
         "Without a lock anyone can use the model.\n",
     ]
     for name, block in document["blocks"].items():

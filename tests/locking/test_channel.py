@@ -151,7 +151,9 @@ def test_outputs_and_affines_are_the_formulas(
 def test_affines_start_with_the_spread(spread: float, law: str, gain: float) -> None:
     # uniform keys are not centered and have a mean square of 1/3, hence another spread
     net = nn.Sequential(nn.LayerNorm(4096))
-    locked = lock(net, KEY, layers="0", spread=spread, shift_spread=None, law=law, gain=gain, length=256)
+    locked = lock(
+        net, KEY, layers="0", spread=spread, shift_spread=None, law=law, gain=gain, length=256
+    )
     for value in affines(locked)["0"]:
         assert float(value.mean()) == pytest.approx(0, abs=0.1 * spread)
         assert float(value.std()) == pytest.approx(spread, rel=0.1 if law == "sign" else 0.3)
@@ -168,7 +170,9 @@ def test_the_shift_may_have_a_spread_of_its_own(shift: float) -> None:
 
 def test_a_chain_hands_the_spread_on() -> None:
     net = nn.Sequential(*(m for _ in range(4) for m in (nn.LayerNorm(1000), nn.Linear(1000, 1000))))
-    locked = lock(net, KEY, chain=True, spread=2.0, shift_spread=2.0, length=64, example=images(2, 1000))
+    locked = lock(
+        net, KEY, chain=True, spread=2.0, shift_spread=2.0, length=64, example=images(2, 1000)
+    )
     values = affines(locked)
     assert len(values) == 4
     for scale, shift in values.values():

@@ -14,11 +14,21 @@ from typing import Final
 
 from torch import Tensor
 
+from fedkl.errors import KeyFileError
 from fedkl.files import make_folder, read_tensors, write_tensors
 from fedkl.key import Key
 
 _PRIVATE: Final = "private/"
 _MOMENT: Final = "moment/"
+
+
+def _refuse_to_replace(path: Path, used: bool, what: str) -> None:
+    """A new key in place of a lost one would make a trained lock worthless, without a word."""
+    if used:
+        raise KeyFileError(
+            f"{path} is missing, but {what} that started from it. Restore the key from a copy, or "
+            "start again in another folder."
+        )
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class ClientStore:
             return None
         path = self.keys / f"client-{client:05d}.key"
         if not path.exists():
+            _refuse_to_replace(path, bool(self.rounds(client)), f"client {client} has a lock")
             Key.generate().save(path)
         return Key.load(path)
 
@@ -62,6 +73,7 @@ class ClientStore:
         """The key that all clients share and the server does not have; made on first use."""
         path = self.keys / "group.key"
         if not path.exists():
+            _refuse_to_replace(path, any(self.states.iterdir()), "there are locks")
             Key.generate().save(path)
         return Key.load(path)
 
