@@ -32,14 +32,14 @@ class Arm:
 
 
 DEMO_ARMS: Final[Mapping[str, Arm]] = {
-    "centralized": Arm("centralized", "none", 0.1, "all images in one place, no federation"),
-    "fedavg": Arm("fedavg", "none", 0.1, "plain federated averaging; anyone can use the model"),
-    "fedavg+norm": Arm("fedavg", "norm", 0.1, "same network with an ordinary shared norm"),
-    "fedavg+fedbn": Arm("fedavg", "fedbn", 0.1, "that norm private to each client, no key"),
-    "fedavg+channel": Arm("fedavg", "channel", 0.1, "that norm locked with each client's key"),
+    "centralized": Arm("centralized", "none", 0.03, "all images in one place, no federation"),
+    "fedavg": Arm("fedavg", "none", 0.03, "plain federated averaging; anyone can use the model"),
+    "fedavg+norm": Arm("fedavg", "norm", 0.05, "same network with an ordinary shared norm"),
+    "fedavg+fedbn": Arm("fedavg", "fedbn", 0.05, "that norm private to each client, no key"),
+    "fedavg+channel": Arm("fedavg", "channel", 0.05, "that norm locked with each client's key"),
 }
-ROUNDS: Final = 12
-SAMPLES: Final = 6_000  # images per client
+ROUNDS: Final = 10
+SAMPLES: Final = 15_000  # images per client
 # Where the data set is missing: as many passes as make up for its few images.
 SMALL: Final = {"data.dataset": "digits", "data.samples": None, "training.local_epochs": 10}
 QUICK_ROUNDS, QUICK_SAMPLES = 3, 1_000
