@@ -74,9 +74,10 @@ def test_exact_on_the_last_partial_batch(rows: int) -> None:
     assert not space.model.training
 
 
+@pytest.mark.parametrize("layers", ["first", "all"])  # first: another norm's statistics are shared
 @pytest.mark.parametrize("defense", DEFENSES)
-def test_the_model_is_as_it_was(defense: str) -> None:
-    space, shared, key, others = played(defense)
+def test_the_model_is_as_it_was(defense: str, layers: str) -> None:
+    space, shared, key, others = played(defense, layers=layers)
     before = snapshot(space.model.state_dict())
     x = digits().test.batch(torch.arange(40))[0]
     space.model.eval()
