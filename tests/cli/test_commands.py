@@ -40,7 +40,7 @@ def test_train_writes_what_it_promises(finished: Path) -> None:
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((finished / "config.json").read_text())["federation"]["rounds"] == 2
     keys = list((finished / "keys").iterdir())
-    assert len(keys) == 3
+    assert len(keys) == 4  # three clients and their group
     assert all(stat.S_IMODE(key.stat().st_mode) == 0o600 for key in keys)
 
 
@@ -52,7 +52,7 @@ def test_train_prints_progress_and_a_table(call: Call, tmp_path: Path) -> None:
     own = f"{100 * summary['accuracy']['own_key']:.1f} %"
     row = next(line for line in answer.out.splitlines() if "fedavg norm" in line)
     # Without a lock anyone can use the model: no lock is own key, and there is no wrong key.
-    assert re.findall(r"[\d.]+ %|–", row) == [own, "–", "–", "–", own]
+    assert re.findall(r"[\d.]+ %|–", row) == [own, "–", "–", "–", own, own]
     assert "round 2/2" in answer.err
     assert "left" in answer.err
     assert str(tmp_path / "run") in answer.out

@@ -76,7 +76,7 @@ def accuracy_table(title: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) ->
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("run", style="bold", no_wrap=True)
     for name in COLUMNS.values():
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name.replace(" (", "\n("), justify="right", no_wrap=True)
     for name, accuracy in rows:
         table.add_row(Text(name), *(percent(accuracy.get(column)) for column in COLUMNS))
     return table
