@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkl.data import DataBundle
-from fedkl.errors import ConfigError, FederationError, OutputError
+from fedkl.errors import ConfigError, FederationError
 from fedkl.federation.aggregate import Tally, accepted, aggregate
 from fedkl.federation.checkpoint import Checkpoint, Checkpoints
 from fedkl.federation.config import RunConfig, config_from, differences
@@ -322,7 +322,8 @@ class _Engine:
         frozen = workspace.parameters.keys() - learns.keys()
         kept = {n: state.shared[n] for n in state.shared if n in frozen}
         moved = {n: parameters[c].detach().clone() for n, c in canonical.items()}
-        return {n: {**mean, **kept, **moved}[n] for n in state.shared}
+        found = {**mean, **kept, **moved}
+        return {name: found[name] for name in state.shared}
 
     def _measure(self, pool: Pool, split: str) -> Accuracy:
         jobs = exam_jobs(self.session, self.state.round, split)
@@ -356,5 +357,3 @@ class _Engine:
     def _checkpoint(self) -> None:
         self.checkpoints.save(self._snapshot())
 
-
-__all__ = ["Event", "OutputError", "RunResult", "check_same", "exam_jobs", "one_thread", "run"]
