@@ -356,4 +356,3 @@ class _Engine:
 
     def _checkpoint(self) -> None:
         self.checkpoints.save(self._snapshot())
-
