@@ -63,8 +63,8 @@ def lock(
         share_statistics: Whether running statistics of locked norms are shared. They are functions
             of private features; the released code of the paper shares them.
         group: A second key that all clients of a federation have and nobody else: their locks then
-            start at the same γ and β, so that what they teach the shared layers adds up. Whoever
-            has it knows where the locks started, which is worth about as much as one client's lock.
+            start at the same γ and β, so that what they teach the shared layers adds up. It is as
+            worth guarding as a client's key: whoever has it knows where the locks started.
 
     Returns:
         The locked model; same forward signature.
