@@ -52,6 +52,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         )
     cost, sentence = _cost(locked, rows)
     sentences.append(sentence)
+    sentences.append("What the updates leak about the images is another question, not asked here.")
     if outside:
         return Verdict("does not hold", tuple(sentences))
     return Verdict("open" if cost is None or cost > COST else "holds", tuple(sentences))
