@@ -6,16 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from fedkl.errors import LockError
+from fedkl.errors import DataError, LockError
 from fedkl.key import Key
 from fedkl.locking import (
     Channel,
     affines,
     calibrate,
     lock,
+    merge,
+    private_state,
     restart_lock,
     set_key,
     shared_state,
+    unlock,
 )
 
 ALICE, BOB, GROUP = (Key._of("seed", bytes([n]) * 32) for n in (1, 2, 3))
@@ -101,3 +104,63 @@ def test_calibrate_is_the_mean_over_batches_and_touches_private_norms_only() -> 
     assert all(m.training for m in model.modules())
     calibrate(model, X.split(2), every_norm=True)
     assert not torch.equal(shared_state(model)["3.running_mean"], shared["3.running_mean"])
+
+
+def test_a_group_start_of_zero_shifts_is_finite_along_a_chain() -> None:
+    model = lock(network(), ALICE, example=X, group=GROUP, chain=True, shift_spread=0.0)
+    assert all(torch.isfinite(t).all() for t in private_state(model).values())
+    assert all((shift == 0).all() for _, shift in affines(model).values())
+
+
+def test_keys_that_resemble_each_other_refuse_a_group() -> None:
+    # Two vectors of U(0, 1) have a cosine of 0.75: every key would open the start of every other.
+    with pytest.raises(LockError, match="leave group out"):
+        lock(network(), ALICE, law="uniform", group=GROUP)
+
+
+def test_restart_clears_a_bias() -> None:
+    model = lock(network(), ALICE, bias=True)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_bias"):
+                parameter.fill_(7.0)
+    restart_lock(model, ALICE)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def normed() -> nn.Module:
+    """A network whose own norm has seen (other) images."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(400, 5))
+    net(X)
+    return net
+
+
+def test_restart_and_unlock_give_the_statistics_before_locking() -> None:
+    net = normed()
+    before = {n: t.clone() for n, t in net.named_buffers()}
+    model = lock(net, ALICE, example=X)
+    model(X + 3)  # private features move private statistics
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    public = dict(unlock(model).named_buffers())
+    assert all(torch.equal(public[n], t) for n, t in before.items())
+    assert torch.equal(merge(model)[1].running_mean, model[1].running_mean), "merge keeps them"
+    restart_lock(model, ALICE)
+    assert all(torch.equal(dict(model.named_buffers())[n], t) for n, t in before.items())
+
+
+def test_unlock_keeps_statistics_that_are_shared_anyway() -> None:
+    model = lock(normed(), ALICE, example=X, share_statistics=True)
+    model(X + 3)
+    assert torch.equal(unlock(model)[1].running_mean, model[1].running_mean)
+
+
+def test_calibrate_without_batches_or_interrupted_changes_nothing() -> None:
+    model = lock(normed(), ALICE, example=X)
+    before = {n: t.clone() for n, t in model.named_buffers()}
+    with pytest.raises(DataError, match="no batch"):
+        calibrate(model, [])
+    with pytest.raises(RuntimeError, match="channels"):
+        calibrate(model, [X + 1, X[:, :2]])
+    assert all(torch.equal(t, before[n]) for n, t in model.named_buffers())
+    assert model[1].momentum == 0.1

@@ -222,8 +222,9 @@ def agree(model: nn.Module, group: Key) -> None:
 def unlock(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """A copy of ``model`` without locks: original scale and shift, inserted norms gone.
 
-    What was trained since in the shared tensors stays. Without training in between, the outputs
-    are bit-identical to the model before :func:`lock`.
+    What was trained since in the shared tensors stays; private running statistics go back to those
+    before locking. Without training in between, the outputs are bit-identical to the model before
+    :func:`lock`.
 
     Raises:
         LockError: The model is not locked.

@@ -67,7 +67,7 @@ def _bake(norm: nn.Module) -> None:
     with torch.no_grad():
         source = source_of(norm)
         scale, shift = source.scale().clone(), source.shift().clone()
-    unlock_norm(norm)
+    unlock_norm(norm, keep_statistics=True)
     norm.weight = nn.Parameter(scale)
     if isinstance(norm, nn.RMSNorm):
         norm.__dict__["_fedkl_shift"] = shift

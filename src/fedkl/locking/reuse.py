@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedkl.errors import DataError
 from fedkl.key import Key
 from fedkl.locking.api import agree, lock_spec, set_key, sources_of, unwrap
 from fedkl.locking.schemes import Channel
-from fedkl.locking.sites import LOCK_NAME, STATISTICS
+from fedkl.locking.sites import LOCK_NAME, restore_statistics
 from fedkl.locking.sources import KeyedAffine, PrivateAffine
 from fedkl.locking.state import private_state
 
@@ -29,7 +30,6 @@ def restart_lock(model: nn.Module, key: Key | None, group: Key | None = None) ->
         assert key is not None
         set_key(model, key)
     root = unwrap(model)
-    private = private_state(model)
     for site, source in sources_of(model).items():
         norm = root.get_submodule(site)
         if isinstance(source, KeyedAffine) and isinstance(scheme, Channel):
@@ -37,9 +37,7 @@ def restart_lock(model: nn.Module, key: Key | None, group: Key | None = None) ->
             scheme.initialize(source, key.stream(site), chained=source.chained)
         elif isinstance(source, PrivateAffine):
             _to_original(norm, source)
-        reset = getattr(norm, "reset_running_stats", None)
-        if reset is not None and any(f"{site}.{name}" in private for name in STATISTICS):
-            reset()
+        restore_statistics(norm)
     if group is not None:
         agree(model, group)
 
@@ -83,6 +81,10 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, every_norm: bool =
         model: A locked model; nothing happens if it has no private statistics.
         batches: Inputs of the model; every batch counts the same. A few hundred examples do.
         every_norm: Re-estimate shared batch norms as well.
+
+    Raises:
+        DataError: There is no batch. The statistics then stay as they were, as they do when the
+            model fails on a batch.
     """
     root = unwrap(model)
     private = private_state(model)
@@ -94,17 +96,34 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, every_norm: bool =
     ]
     if not norms:
         return
+    with _gathering(root, norms), torch.no_grad():
+        count = 0
+        for batch in batches:
+            root(batch)
+            count += 1
+        if count == 0:
+            raise DataError(
+                "no batch to calibrate on; pass one or more (an iterator gives its batches once)."
+            )
+
+
+@contextmanager
+def _gathering(root: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within the block ``norms`` alone are in train mode and take cumulative statistics anew."""
     modes = {module: module.training for module in root.modules()}
     momenta = [norm.momentum for norm in norms]
+    kept = [(b, b.detach().clone()) for norm in norms for b in norm.buffers(recurse=False)]
     root.eval()
     try:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # cumulative
             norm.train()
-        with torch.no_grad():
-            for batch in batches:
-                root(batch)
+        yield
+    except BaseException:
+        for buffer, before in kept:
+            buffer.copy_(before)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

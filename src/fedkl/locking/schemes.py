@@ -182,11 +182,18 @@ class Channel(Scheme):
             for bias in (source.scale_bias, source.shift_bias):
                 if bias is not None and self.spread is None:
                     _uniform(bias, stream, source.scale_weight.shape[1])
+                elif bias is not None:
+                    bias.zero_()
 
     @property
     def takes_group(self) -> bool:
-        """Only where γ = W u, which can be given any value by one rank-one change of W."""
-        return self.spread is not None and self.activation == "identity" and not self.bias
+        """Only where γ = W u, which can be given any value by one rank-one change of W.
+
+        And only for key vectors of mean zero: two of U(0, 1) have a cosine of 0.75, so that the
+        change would be heard under every key.
+        """
+        linear = self.activation == "identity" and not self.bias
+        return linear and self.spread is not None and self.law != "uniform"
 
     def agree(self, source: KeyedAffine, stream: KeyStream) -> None:
         """Makes an initialized lock start at the γ and β that ``stream`` says (in place).
@@ -204,7 +211,9 @@ class Channel(Scheme):
             for weight, u, start in zip(weights, source.inputs(), starts, strict=True):
                 u = u.to(weight.device)
                 missing = start.to(weight.device, weight.dtype) - torch.mv(weight, u)
-                weight.add_(torch.outer(missing, u / u.square().sum()))
+                # A chain of shifts that start at zero has u = 0, and nothing is missing.
+                size = u.square().sum().clamp_min(torch.finfo(u.dtype).tiny)
+                weight.add_(torch.outer(missing, u / size))
 
 
 def _uniform(parameter: nn.Parameter, stream: KeyStream, inputs: int | None = None) -> None:

@@ -158,16 +158,36 @@ def lock_norm(norm: nn.Module, source: AffineSource, *, statistics_shared: bool)
     original = {name: norm._parameters.pop(name, None) for name in ("weight", "bias")}
     norm.__dict__["_fedkl_original"] = original
     norm.__dict__["_fedkl_statistics_shared"] = statistics_shared
+    norm.__dict__["_fedkl_statistics"] = {
+        name: buffer.detach().clone()
+        for name in STATISTICS
+        if not statistics_shared and (buffer := norm._buffers.get(name)) is not None
+    }
     norm.__class__ = _locked_class(type(norm))
     norm.add_module(LOCK_NAME, source)
 
 
-def unlock_norm(norm: nn.Module) -> None:
-    """Gives ``norm`` its own class and the affine it had before locking (in place)."""
+def restore_statistics(norm: nn.Module) -> None:
+    """Puts private running statistics of a locked norm back to those before locking (in place)."""
+    with torch.no_grad():
+        for name, before in norm.__dict__["_fedkl_statistics"].items():
+            buffer = norm._buffers[name]
+            assert buffer is not None
+            buffer.copy_(before)
+
+
+def unlock_norm(norm: nn.Module, *, keep_statistics: bool = False) -> None:
+    """Gives ``norm`` its own class and the affine it had before locking (in place).
+
+    Private running statistics are functions of private features: they go with the lock, unless
+    ``keep_statistics``.
+    """
+    if not keep_statistics:
+        restore_statistics(norm)
     scale, _ = current_affine(norm)
     del norm._modules[LOCK_NAME]
     original = norm.__dict__.pop("_fedkl_original")
-    del norm.__dict__["_fedkl_statistics_shared"]
+    del norm.__dict__["_fedkl_statistics_shared"], norm.__dict__["_fedkl_statistics"]
     norm.__class__ = type(norm)._fedkl_base  # type: ignore[attr-defined]
     for name, parameter in original.items():
         if name == "bias" and isinstance(norm, nn.RMSNorm):
