@@ -24,7 +24,7 @@ def evaluate(
 ) -> None:
     """Measure a run again from its checkpoint, with the keys in its folder. Trains nothing.
 
-    Wrong keys are drawn afresh each time, so their figures differ a little from run to run.
+    Wrong keys come out of each client's own key, so a figure does not change when taken again.
 
     Examples:
 

@@ -47,8 +47,7 @@ def reevaluate(
 ) -> Reevaluation:
     """Measures a run again, with the keys and private states of its folder; trains nothing.
 
-    Wrong keys are drawn anew, so ``wrong_key`` differs a little from the run's own figures; the
-    rest is the same on the same machine.
+    The figures are the run's own on the same machine: wrong keys come out of the own key's stream.
 
     Args:
         folder: The run's folder.
