@@ -50,6 +50,10 @@ def lock(
 
     Build the optimizer after locking; :func:`check_optimizer` finds one that was built before.
 
+    The lock's gradients, its optimizer's moments and its trained weights are as secret as the key:
+    every gradient of W points along the key vector. ``torch.export`` and ``torch.jit`` write the
+    key vector into what they save; export ``merge(model)`` instead.
+
     Args:
         model: Any module. Stays as it is unless ``inplace``.
         key: The client's key. None only for the keyless schemes ``norm`` and ``fedbn``.
