@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkl.data import Images, augment
 from fedkl.defenses import Defense
-from fedkl.errors import DataError, StateError
+from fedkl.errors import DataError
 from fedkl.federation.config import TrainingConfig
 from fedkl.federation.optim import (
     load_optimizer_tensors,
@@ -23,13 +23,13 @@ from fedkl.federation.optim import (
 )
 from fedkl.key import Key
 from fedkl.locking import (
+    copy_state,
     is_locked,
     private_names,
     private_state,
     restart_lock,
     set_key,
     shared_state,
-    state_problems,
 )
 from fedkl.rng import borrowed
 
@@ -141,16 +141,16 @@ class Workspace:
         Raises:
             StateError: The states do not fit the model.
         """
-        _copy(self.shared, self.defense.receive(shared), "shared state")
+        copy_state(self.shared, self.defense.receive(shared), "shared state")
         if not is_locked(self.model):
             return
         if private is None:
-            _copy(self.private, self._start, "private state")
+            copy_state(self.private, self._start, "private state")
             restart_lock(self.model, key, self.group)
             return
         if key is not None:
             set_key(self.model, key)
-        _copy(self.private, private, "private state")
+        copy_state(self.private, private, "private state")
 
     def join(
         self,
@@ -180,7 +180,7 @@ class Workspace:
                 optimizer.step()
         self.model.zero_grad(set_to_none=True)
         # Shared batch norms have seen these images as well; only the lock may move.
-        _copy(self.shared, self.defense.receive(shared), "shared state")
+        copy_state(self.shared, self.defense.receive(shared), "shared state")
 
     def batches(
         self, index: Tensor, generator: torch.Generator, *, steps: int | None = None
@@ -311,15 +311,3 @@ def logits(output: Any) -> Tensor:
     first = output[0] if isinstance(output, tuple | list) else next(iter(output.values()))
     assert isinstance(first, Tensor)
     return first
-
-
-def _copy(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    problems = state_problems(own, state)
-    if problems:
-        raise StateError(
-            f"this {what} does not fit the model: {'; '.join(problems)}. "
-            "Use the architecture and lock spec that the run was started with."
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])

@@ -26,6 +26,7 @@ from fedkl.locking.schemes import (
 from fedkl.locking.select import Layers
 from fedkl.locking.spec import LockSpec, SiteSpec
 from fedkl.locking.state import (
+    copy_state,
     load_private_state,
     load_shared_state,
     private_names,
@@ -49,6 +50,7 @@ __all__ = [
     "affines",
     "calibrate",
     "check_optimizer",
+    "copy_state",
     "is_locked",
     "load_private_state",
     "load_shared_state",

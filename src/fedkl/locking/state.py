@@ -48,7 +48,7 @@ def load_shared_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         StateError: Names are missing or unexpected, or shapes or dtypes differ; nothing is copied.
     """
-    _load(shared_state(model), state, "shared state")
+    copy_state(shared_state(model), state, "shared state")
 
 
 def load_private_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -57,7 +57,7 @@ def load_private_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         StateError: As :func:`load_shared_state`.
     """
-    _load(private_state(model), state, "private state")
+    copy_state(private_state(model), state, "private state")
 
 
 def state_problems(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
@@ -82,7 +82,12 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _load(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+def copy_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Copies ``state`` into the tensors ``own`` (in place), over exactly their names.
+
+    Raises:
+        StateError: As :func:`load_shared_state`; ``what`` names the state in the message.
+    """
     problems = state_problems(own, state)
     if problems:
         raise StateError(
