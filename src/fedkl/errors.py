@@ -55,6 +55,10 @@ class CheckpointError(FedKLError, ValueError):
     """A checkpoint or tensor file is missing, truncated or edited."""
 
 
+class AttackError(FedKLError, ValueError):
+    """An attack cannot be mounted on an observation, or its settings contradict each other."""
+
+
 class FederationError(FedKLError, RuntimeError):
     """A federation cannot go on (too few clients left, a worker died)."""
 

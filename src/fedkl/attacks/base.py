@@ -1,0 +1,78 @@
+"""What an attack is and what it gives back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedkl.observation import Observation
+
+Progress = Callable[[int, int, float], None]
+"""Called with (iterations done, iterations in all, mean of the best losses so far)."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an attack makes of one observation.
+
+    Attributes:
+        images: float32 (T, images, C, H, W) in [0, 1]: one set per update.
+        labels: int64 (T, images): inferred, searched or given.
+        loss: The attack's own loss of the restart it chose; nan if it has none.
+        losses: Best loss so far at ``iterations``, for curves.
+        iterations: Iteration numbers of ``losses`` and of ``frames``.
+        frames: The first image of the first update over time, float32 (frames, C, H, W).
+        restarts: Trials started over because their loss was not finite.
+        notes: What a reader has to know.
+    """
+
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    loss: float = float("nan")
+    losses: tuple[float, ...] = ()
+    iterations: tuple[int, ...] = ()
+    frames: Tensor | None = field(default=None, repr=False)
+    restarts: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class Attack(ABC):
+    """Turns observations into images and labels. Hyper-parameters in the constructor, data at call.
+
+    An attack chooses among its trials by its own loss; it never sees the truth. Its ``repr`` tells
+    every setting.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def reconstruct(
+        self,
+        observations: Sequence[Observation],
+        *,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+    ) -> list[Reconstruction]:
+        """One reconstruction per observation.
+
+        Args:
+            observations: Victims of one model, one kind of training and one number of updates:
+                they differ in their changes (and granted secrets and labels) alone.
+            generator: All randomness of the attack: the same generator gives the same images.
+            progress: Told now and then how far it is.
+
+        Raises:
+            AttackError: The attack cannot be mounted on these observations.
+        """
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return f"{type(self).__name__}({settings})"

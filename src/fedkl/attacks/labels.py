@@ -1,0 +1,99 @@
+"""Labels from the gradient of the classifier."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.attacks.network import Network
+from fedkl.errors import AttackError
+from fedkl.observation import Observation
+
+
+def classifier(network: Network, num_classes: int) -> tuple[str, str | None]:
+    """Names of weight and bias (None without one) of the last linear layer with ``num_classes``.
+
+    Raises:
+        AttackError: There is none, or it is not shared.
+    """
+    found: tuple[str, str | None] | None = None
+    for name, module in network.model.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == num_classes:
+            dot = f"{name}." if name else ""
+            found = (f"{dot}weight", f"{dot}bias" if module.bias is not None else None)
+    if found is None or found[0] not in network.shared:
+        raise AttackError(
+            f"no shared linear layer with {num_classes} outputs gives the labels away; grant the "
+            "labels in the threat model, or use an attack that searches them (dlg, grnn)."
+        )
+    return found
+
+
+def infer_label(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The label of a single example: iDLG (Zhao et al. 2020, equation 3).
+
+    The gradient by the logits is p - onehot(label), negative at the label alone. The bias shows it
+    directly; without one, the rows of the weight's gradient are it times the same features, and
+    the row of the label points away from all others.
+
+    Args:
+        weight: (classes, features) gradient.
+        bias: (classes,) gradient or None.
+
+    Returns:
+        int64 scalar.
+    """
+    if bias is not None:
+        return bias.argmin()
+    products = weight @ weight.T
+    # Features of one sign (after ReLU or sigmoid) would do with row sums; this needs no sign.
+    return products.sum(dim=1).sub(products.diagonal()).argmin()
+
+
+def infer_counts(bias: Tensor, batch_size: int, mean_probability: Tensor | None = None) -> Tensor:
+    """How many examples of each class a batch had: int64 (classes,), their sum ``batch_size``.
+
+    The bias gradient is mean(p) - counts/B. The mean probability is estimated (uniform if None):
+    exact at a model that does not yet tell classes apart, an estimate elsewhere (the idea of LLG,
+    Wainakh et al. 2022). Rounded by largest remainders.
+    """
+    classes = len(bias)
+    p = bias.new_full((classes,), 1 / classes) if mean_probability is None else mean_probability
+    wanted = ((p - bias) * batch_size).clamp_min(0)
+    wanted = wanted * (batch_size / wanted.sum().clamp_min(1e-12))
+    counts = wanted.floor()
+    for place in (wanted - counts).argsort(descending=True)[: batch_size - int(counts.sum())]:
+        counts[place] += 1
+    return counts.to(torch.int64)
+
+
+def infer_labels(observation: Observation, network: Network) -> Tensor:
+    """Labels (T, images) int64: those granted, else inferred; a batch's in ascending order.
+
+    An update of several steps is read as if its steps had shared the weights at its beginning.
+
+    Raises:
+        AttackError: The classifier is not shared.
+    """
+    if observation.labels is not None:
+        return observation.labels
+    weight, bias = classifier(network, observation.num_classes)
+    training, rows = observation.training, []
+    # Before minus after is lr times the sum of the gradients; weight decay adds next to nothing.
+    scale = 1.0
+    if observation.kind == "update":
+        scale = 1 / (training.lr * training.local_steps)
+    for change in observation.changes:
+        g_weight = change[weight] * scale
+        g_bias = None if bias is None else change[bias] * scale
+        if training.images == 1:
+            rows.append(infer_label(g_weight, g_bias).reshape(1))
+            continue
+        if g_bias is None:
+            raise AttackError(
+                "labels of a batch are counted from the classifier's bias, which this model has "
+                "not; grant the labels in the threat model."
+            )
+        counts = infer_counts(g_bias, training.images)
+        rows.append(torch.repeat_interleave(torch.arange(len(counts)), counts))
+    return torch.stack(rows)

@@ -1,0 +1,263 @@
+"""Gradient matching: one loop for every attack that searches images whose gradient is the observed.
+
+An attack of this family says what is searched (pixels, a generator's weights, a latent), how two
+gradients are compared and how it steps; adaptive attacks add the victim's secrets to the unknowns.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from fedkl.attacks.base import Attack, Progress, Reconstruction
+from fedkl.attacks.distances import DISTANCES
+from fedkl.attacks.labels import infer_labels
+from fedkl.attacks.network import Network, Tensors
+from fedkl.attacks.search import Search, Trial, Trials
+from fedkl.attacks.secrets import Held, Secrets
+from fedkl.errors import AttackError, ConfigError, unknown
+from fedkl.observation import Observation
+
+LABEL_RULES = ("infer", "search")
+
+Objective = Callable[[dict[str, Tensor], Tensor], tuple[dict[str, Tensor], Tensor]]
+
+
+class GradientMatching(Attack):
+    """The loop. Subclasses give the unknowns, the prior and the step.
+
+    Args:
+        iterations: Evaluations of the loss per trial.
+        restarts: Trials per observation; the one with the least loss is chosen.
+        distance: A name in :data:`fedkl.attacks.distances.DISTANCES`.
+        labels: ``infer`` from the classifier's gradient (or take those granted), or ``search``
+            them along with the image, as soft labels (DLG).
+        parallel: Trials that run as one batch, for memory.
+        settings: What the subclass adds, for ``repr``.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        iterations: int,
+        restarts: int,
+        distance: str,
+        labels: str,
+        parallel: int = 64,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            iterations=iterations,
+            restarts=restarts,
+            distance=distance,
+            labels=labels,
+            parallel=parallel,
+            **settings,
+        )
+        if min(iterations, restarts, parallel) < 1:
+            raise ConfigError(
+                f"got iterations {iterations}, restarts {restarts}, parallel {parallel}; "
+                "expected 1 or more of each."
+            )
+        if distance not in DISTANCES:
+            raise ConfigError(unknown("distance of gradients", distance, DISTANCES))
+        if labels not in LABEL_RULES:
+            raise ConfigError(unknown("label rule", labels, LABEL_RULES))
+        self.iterations, self.restarts, self.parallel = iterations, restarts, parallel
+        self.distance, self.labels = DISTANCES[distance], labels
+
+    @abstractmethod
+    def start(self, trials: Trials, generator: torch.Generator) -> dict[str, Tensor]:
+        """Unknowns of every trial, stacked: each (trials, ...)."""
+
+    @abstractmethod
+    def decode(self, unknowns: Tensors, trial: Trial) -> tuple[Tensor, Tensor]:
+        """Images (T, images, C, H, W) and label distributions (T, images, classes) of one trial."""
+
+    @abstractmethod
+    def search(self, unknowns: dict[str, Tensor]) -> Search:
+        """The optimizer of the stacked unknowns."""
+
+    def prior(self, unknowns: Tensors, x: Tensor, iteration: Tensor) -> Tensor:
+        """What is added to the distance for one trial: 0 unless overridden."""
+        return x.new_zeros(())
+
+    def project(self, unknowns: dict[str, Tensor]) -> None:
+        """After every step: puts the unknowns back where they may be (in place)."""
+
+    def reconstruct(
+        self,
+        observations: Sequence[Observation],
+        *,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+        secrets: Secrets | None = None,
+    ) -> list[Reconstruction]:
+        """As :meth:`Attack.reconstruct`; ``secrets`` says what is made of the private tensors."""
+        first = _alike(observations)
+        network = Network(first)
+        held = secrets or Held()
+        labels = None
+        if self.labels == "infer":
+            labels = torch.stack([infer_labels(o, network) for o in observations])
+        jobs = [(i, r) for i in range(len(observations)) for r in range(self.restarts)]
+        best: dict[int, Reconstruction] = {}
+        for at in range(0, len(jobs), self.parallel):
+            part = jobs[at : at + self.parallel]
+            trials = Trials.of(observations, network, labels, [i for i, _ in part], held)
+            done = (at, len(jobs), progress)
+            for (i, _), found in zip(part, self._run(trials, generator, done), strict=True):
+                if i not in best or not best[i].loss <= found.loss:
+                    best[i] = found
+        return [best[i] for i in range(len(observations))]
+
+    def _run(
+        self,
+        trials: Trials,
+        generator: torch.Generator,
+        done: tuple[int, int, Progress | None],
+    ) -> list[Reconstruction]:
+        unknowns = self._begin(trials, generator)
+        search = self.search(unknowns)
+        evaluate = self._objective(trials)
+        record = Record(self, trials)
+        for iteration in range(self.iterations):
+            now = torch.full((trials.count,), iteration / self.iterations)
+            gradients, loss = evaluate(unknowns, now)
+            lost = ~_finite(loss, gradients)
+            if bool(lost.any()):
+                record.restarts += lost.long()
+                loss = torch.where(lost, torch.inf, loss)
+            record.see(iteration, unknowns, loss)
+            if bool(lost.any()):
+                fresh = self._begin(trials, generator)
+                search.restart(lost, gradients, fresh)
+            search.step(gradients, iteration / self.iterations)
+            self.project(unknowns)
+            if done[2] is not None and (iteration % 10 == 9 or iteration == self.iterations - 1):
+                _tell(done, trials.count, iteration + 1, self.iterations, record)
+        return record.conclude()
+
+    def _begin(self, trials: Trials, generator: torch.Generator) -> dict[str, Tensor]:
+        unknowns = self.start(trials, generator)
+        unknowns |= trials.secrets.start(trials.observations, trials.rows, generator)
+        return unknowns
+
+    def _objective(self, trials: Trials) -> Objective:
+        network, secrets = trials.network, trials.secrets
+        ignored = secrets.ignored(trials.observations[0], network)
+
+        def loss(values: Tensors, trial: Trial, iteration: Tensor) -> Tensor:
+            x, y = self.decode(values, trial)
+            hidden = secrets.values(values, trial.secrets, network)
+            distance = x.new_zeros(())
+            for t in range(x.shape[0]):
+                made = network.change(hidden, x[t], y[t])
+                pairs = [(made[n], trial.changes[n][t]) for n in made if n not in ignored]
+                distance = distance + self.distance(pairs)
+            distance = distance / x.shape[0]
+            return distance + self.prior(values, x, iteration) + secrets.prior(values)
+
+        both = vmap(grad_and_value(loss))
+
+        def evaluate(
+            values: dict[str, Tensor], iteration: Tensor
+        ) -> tuple[dict[str, Tensor], Tensor]:
+            found: tuple[dict[str, Tensor], Tensor] = both(values, trials.stacked, iteration)
+            return found
+
+        return evaluate
+
+
+class Record:
+    """The best unknowns of every trial so far, and what is needed for curves and pictures."""
+
+    POINTS = 20
+
+    def __init__(self, attack: GradientMatching, trials: Trials) -> None:
+        self.attack, self.trials = attack, trials
+        self.best: dict[str, Tensor] = {}
+        self.loss = torch.full((trials.count,), torch.inf)
+        self.restarts = torch.zeros(trials.count, dtype=torch.int64)
+        self.at: list[int] = []
+        self.losses: list[Tensor] = []
+        self.frames: list[Tensor] = []
+
+    def see(self, iteration: int, unknowns: dict[str, Tensor], loss: Tensor) -> None:
+        """Keeps what is better than before."""
+        if not self.best:
+            self.best = {name: value.clone() for name, value in unknowns.items()}
+        better = loss < self.loss
+        self.loss = torch.where(better, loss, self.loss)
+        for name, value in unknowns.items():
+            mask = better.view(-1, *[1] * (value.dim() - 1))
+            torch.where(mask, value, self.best[name], out=self.best[name])
+        points, last = self.POINTS, self.attack.iterations - 1
+        if iteration in {round(i * last / (points - 1)) for i in range(points)}:
+            self.at.append(iteration)
+            self.losses.append(self.loss.clone())
+            self.frames.append(self._images()[0][:, 0, 0])
+
+    def _images(self) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            x, y = vmap(self.attack.decode)(self.best, self.trials.stacked)
+        return x.detach().clamp(0, 1), y.argmax(dim=-1)
+
+    def conclude(self) -> list[Reconstruction]:
+        """One reconstruction per trial."""
+        images, labels = self._images()
+        frames = torch.stack(self.frames, dim=1)
+        losses = torch.stack(self.losses, dim=1)
+        return [
+            Reconstruction(
+                images=images[i],
+                labels=labels[i],
+                loss=float(self.loss[i]),
+                losses=tuple(losses[i].tolist()),
+                iterations=tuple(self.at),
+                frames=frames[i],
+                restarts=int(self.restarts[i]),
+            )
+            for i in range(self.trials.count)
+        ]
+
+
+def _alike(observations: Sequence[Observation]) -> Observation:
+    if not observations:
+        raise AttackError("got no observation; expected one or more.")
+    first = observations[0]
+    for other in observations[1:]:
+        same = (first.kind, first.training, first.count, first.secrets, first.threat)
+        if other.model is not first.model or same != (
+            other.kind, other.training, other.count, other.secrets, other.threat
+        ):  # fmt: skip
+            raise AttackError(
+                "observations that run as one batch must share model, training, number of updates "
+                "and threat model; attack the others in a call of their own."
+            )
+    return first
+
+
+def _finite(loss: Tensor, gradients: Tensors) -> Tensor:
+    fine = torch.isfinite(loss)
+    for value in gradients.values():
+        fine = fine & torch.isfinite(value).flatten(1).all(dim=1)
+    return fine
+
+
+def _tell(
+    done: tuple[int, int, Progress | None], count: int, iteration: int, all_: int, record: Record
+) -> None:
+    at, jobs, progress = done
+    assert progress is not None
+    share = (at + count * iteration / all_) / jobs
+    finite = record.loss[torch.isfinite(record.loss)]
+    mean = float(finite.mean()) if len(finite) else float("nan")
+    progress(round(share * all_), all_, mean)

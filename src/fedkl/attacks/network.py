@@ -1,0 +1,150 @@
+"""The public model as a pure function: from images, labels and secrets to what a client would send.
+
+One victim at a time is described; :func:`torch.func.vmap` turns it into many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.nn.functional import log_softmax
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedkl.errors import AttackError
+from fedkl.observation import Observation, Training
+
+Tensors = Mapping[str, Tensor]
+
+
+class Network:
+    """What the update of a client is, as a function of what the attacker does not know.
+
+    Args:
+        observation: One victim. Its model is copied.
+
+    Raises:
+        AttackError: The changes do not cover the model's public parameters.
+    """
+
+    def __init__(self, observation: Observation) -> None:
+        self.training: Training = observation.training
+        self.kind = observation.kind
+        self.model = _frozen(observation.model, observation.training.train_mode)
+        self.model.train(observation.training.train_mode)
+        parameters = {n: p.detach() for n, p in self.model.named_parameters()}
+        self.buffers = {n: b for n, b in self.model.named_buffers() if b is not None}
+        hidden = set(observation.secrets)
+        if strange := hidden - parameters.keys():
+            raise AttackError(f"the secrets {sorted(strange)[:3]} are no parameters of the model.")
+        self.shared = {n: p for n, p in parameters.items() if n not in hidden}
+        self.secrets = {n: p for n, p in parameters.items() if n in hidden}
+        for change in observation.changes:
+            _check(self.shared, change)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the observed parameters, in the model's order."""
+        return tuple(self.shared)
+
+    def logits(self, parameters: Tensors, x: Tensor) -> Tensor:
+        """Output (B, classes) for images (B, C, H, W) under ``parameters`` (all, by name)."""
+        output = functional_call(self.model, {**parameters, **self.buffers}, (x,))
+        assert isinstance(output, Tensor)
+        return output
+
+    def loss(self, parameters: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        """Mean cross entropy against label distributions ``y`` (B, classes)."""
+        return -(y * log_softmax(self.logits(parameters, x), dim=-1)).sum(dim=-1).mean()
+
+    def gradient(self, secrets: Tensors, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Gradient of the mean loss by the shared parameters, by name."""
+
+        def loss(shared: dict[str, Tensor]) -> Tensor:
+            return self.loss({**shared, **secrets}, x, y)
+
+        found = grad(loss)(self.shared)
+        assert isinstance(found, dict)
+        return found
+
+    def change(self, secrets: Tensors, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """What the client would send for images ``x`` (images, C, H, W), labels (images, classes).
+
+        One step of a gradient observation is its gradient. An update is unrolled: the client's
+        own steps are repeated on guessed images, on shared and private parameters alike
+        (Geiping et al. 2020, section 6), and the result is weights before minus after.
+        """
+        if self.kind == "gradient":
+            return self.gradient(secrets, x, y)
+        return self._unrolled(secrets, x, y)
+
+    def _unrolled(self, secrets: Tensors, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        training, size = self.training, self.training.batch_size
+        start = {**self.shared, **secrets}
+        now = start
+        moments: dict[str, Tensor] = {}
+        for step in range(training.local_steps):
+            at = 0 if training.repeats else step * size
+            rows = slice(at, at + size)
+            xs, ys = x[rows], y[rows]
+
+            def loss(parameters: dict[str, Tensor], xs: Tensor = xs, ys: Tensor = ys) -> Tensor:
+                return self.loss(parameters, xs, ys)
+
+            now, moments = sgd(now, grad(loss)(now), moments, training)
+        return {name: start[name] - now[name] for name in self.shared}
+
+    def observed(self, change: Tensors) -> dict[str, Tensor]:
+        """The entries of an observed change that belong to shared parameters, in order."""
+        return {name: change[name].detach() for name in self.shared}
+
+
+def sgd(
+    parameters: Tensors, gradients: Tensors, moments: Tensors, training: Training
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One step of :class:`torch.optim.SGD` as a pure function: new parameters, new momentum."""
+    new, kept = {}, {}
+    for name, parameter in parameters.items():
+        direction = gradients[name]
+        if training.weight_decay:
+            direction = direction + training.weight_decay * parameter
+        if training.momentum:
+            before = moments.get(name)
+            buffer = direction if before is None else training.momentum * before + direction
+            kept[name] = buffer
+            direction = direction + training.momentum * buffer if training.nesterov else buffer
+        new[name] = parameter - training.lr * direction
+    return new, kept
+
+
+def _frozen(model: nn.Module, train_mode: bool) -> nn.Module:
+    """A copy without gradients; in train mode without running statistics, which vmap forbids."""
+    copy = deepcopy(model)
+    for parameter in copy.parameters():
+        parameter.requires_grad_(False)
+    for module in copy.modules():
+        if train_mode and isinstance(module, _BatchNorm) and module.track_running_stats:
+            module.track_running_stats = False
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                module._buffers[name] = None
+    return copy
+
+
+def _check(shared: Tensors, change: Tensors) -> None:
+    if missing := [name for name in shared if name not in change]:
+        raise AttackError(
+            f"the update lacks {', '.join(missing[:4])}, which the model has; give an update of "
+            "the same architecture, with every shared tensor."
+        )
+    for name, parameter in shared.items():
+        value = change[name]
+        if value.shape != parameter.shape:
+            raise AttackError(
+                f"{name} of the update has shape {tuple(value.shape)}, that of the model "
+                f"{tuple(parameter.shape)}; give an update of the same architecture."
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise AttackError(f"{name} of the update holds NaN or Inf; nothing can be matched.")

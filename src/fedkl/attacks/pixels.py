@@ -1,0 +1,186 @@
+"""Attacks that search pixels: DLG, iDLG, Inverting Gradients."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softmax
+
+from fedkl.attacks.matching import GradientMatching
+from fedkl.attacks.network import Tensors
+from fedkl.attacks.search import LBFGS, Elementwise, Search, Trial, Trials
+from fedkl.errors import ConfigError
+
+
+class PixelMatching(GradientMatching):
+    """Unknowns are the pixels themselves, and soft labels where they are searched.
+
+    Args:
+        tv: Weight of the total variation.
+        mean, deviation: Images start at mean + deviation * N(0, 1).
+        box: Whether pixels are kept in [0, 1] after every step.
+        start_from: Images (T, images, C, H, W) that the first restart of every observation starts
+            from instead, such as the floor; None for none.
+        further: As :class:`GradientMatching`.
+    """
+
+    def __init__(
+        self,
+        *,
+        iterations: int,
+        restarts: int,
+        distance: str,
+        labels: str,
+        lr: float,
+        tv: float,
+        mean: float,
+        deviation: float,
+        box: bool,
+        start_from: Tensor | None = None,
+        parallel: int = 64,
+    ) -> None:
+        super().__init__(
+            iterations=iterations,
+            restarts=restarts,
+            distance=distance,
+            labels=labels,
+            parallel=parallel,
+            lr=lr,
+            tv=tv,
+            mean=mean,
+            deviation=deviation,
+            box=box,
+        )
+        if lr <= 0 or tv < 0 or deviation < 0:
+            raise ConfigError(
+                f"got lr {lr}, tv {tv}, deviation {deviation}; expected lr > 0, the others >= 0."
+            )
+        self.lr, self.tv, self.mean, self.deviation, self.box = lr, tv, mean, deviation, box
+        self.start_from = start_from
+
+    def start(self, trials: Trials, generator: torch.Generator) -> dict[str, Tensor]:
+        x = self.mean + self.deviation * torch.randn(trials.shape, generator=generator)
+        unknowns = {"images": x}
+        if self.labels == "search":
+            size = (*trials.shape[:3], trials.num_classes)
+            unknowns["labels"] = torch.randn(size, generator=generator)
+        return unknowns
+
+    def decode(self, unknowns: Tensors, trial: Trial) -> tuple[Tensor, Tensor]:
+        if self.labels == "search":
+            return unknowns["images"], softmax(unknowns["labels"], dim=-1)
+        return unknowns["images"], trial.labels
+
+    def prior(self, unknowns: Tensors, x: Tensor, iteration: Tensor) -> Tensor:
+        return self.tv * total_variation(x) if self.tv else x.new_zeros(())
+
+    def project(self, unknowns: dict[str, Tensor]) -> None:
+        if self.box:
+            unknowns["images"].clamp_(0, 1)
+
+
+class DLG(PixelMatching):
+    """Deep Leakage from Gradients (Zhu et al. 2019): L-BFGS on pixels and soft labels.
+
+    ``iterations`` counts evaluations; the published 300 L-BFGS calls make up to 20 each.
+    """
+
+    name: ClassVar[str] = "dlg"
+
+    def __init__(
+        self,
+        *,
+        iterations: int = 6000,
+        restarts: int = 1,
+        lr: float = 1.0,
+        labels: str = "search",
+        parallel: int = 64,
+    ) -> None:
+        super().__init__(
+            iterations=iterations,
+            restarts=restarts,
+            distance="squared",
+            labels=labels,
+            lr=lr,
+            tv=0.0,
+            mean=0.0,
+            deviation=1.0,
+            box=False,
+            parallel=parallel,
+        )
+
+    def search(self, unknowns: dict[str, Tensor]) -> Search:
+        return LBFGS(unknowns, lr=self.lr)
+
+
+class IDLG(DLG):
+    """Improved DLG (Zhao et al. 2020): the label is read off first, then DLG on the pixels."""
+
+    name: ClassVar[str] = "idlg"
+
+    def __init__(
+        self,
+        *,
+        iterations: int = 6000,
+        restarts: int = 1,
+        lr: float = 1.0,
+        parallel: int = 64,
+    ) -> None:
+        super().__init__(
+            iterations=iterations, restarts=restarts, lr=lr, labels="infer", parallel=parallel
+        )
+
+
+class InvertingGradients(PixelMatching):
+    """Inverting Gradients (Geiping et al. 2020): cosine, total variation, signed Adam, box.
+
+    The step falls to a tenth after 3/8, 5/8 and 7/8 of the iterations. Weights of the total
+    variation and the step are for pixels in [0, 1].
+    """
+
+    name: ClassVar[str] = "inverting-gradients"
+
+    def __init__(
+        self,
+        *,
+        iterations: int = 4800,
+        restarts: int = 1,
+        lr: float = 0.1,
+        tv: float = 1e-4,
+        signed: bool = True,
+        distance: str = "cosine",
+        labels: str = "infer",
+        parallel: int = 64,
+    ) -> None:
+        super().__init__(
+            iterations=iterations,
+            restarts=restarts,
+            distance=distance,
+            labels=labels,
+            lr=lr,
+            tv=tv,
+            mean=0.5,
+            deviation=0.25,
+            box=True,
+            parallel=parallel,
+        )
+        self.settings["signed"] = self.signed = signed
+
+    def search(self, unknowns: dict[str, Tensor]) -> Search:
+        return Elementwise(
+            unknowns, torch.optim.Adam, lr=self.lr, schedule=thirds, signed=self.signed
+        )
+
+
+def thirds(share: float) -> float:
+    """A tenth after 3/8, a hundredth after 5/8, a thousandth after 7/8 of the iterations."""
+    return float(0.1 ** sum(share >= at / 8 for at in (3, 5, 7)))
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Mean absolute difference of neighbors along both axes of images (..., H, W)."""
+    down = (x[..., 1:, :] - x[..., :-1, :]).abs().mean()
+    right = (x[..., 1:] - x[..., :-1]).abs().mean()
+    return down + right

@@ -1,0 +1,47 @@
+"""A locked model as an outsider can build it: the public architecture, secrets as unknowns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from fedkl.locking.api import affines, lock_like, lock_spec
+from fedkl.locking.schemes import PrivateNorm, SharedNorm
+from fedkl.locking.spec import LockSpec
+from fedkl.locking.state import private_names
+
+
+def rebuild(plain: nn.Module, spec: LockSpec) -> nn.Module:
+    """A copy of ``plain`` that computes what a model locked as ``spec`` says computes.
+
+    Every private tensor is an ordinary parameter with a neutral value (γ = 1, β = 0), so that an
+    attacker can set or search it. No key and no private tensor of a client comes along: ``plain``
+    is a fresh model of the public architecture.
+
+    Raises:
+        LockError: ``plain`` is not of the architecture that ``spec`` was made for.
+    """
+    keyless = SharedNorm() if spec.scheme == SharedNorm.name else PrivateNorm()
+    twin = replace(spec, scheme=keyless.name, settings=keyless.settings())
+    return lock_like(plain, None, twin)
+
+
+def secret_names(rebuilt: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of a :func:`rebuild` model that stand for private tensors."""
+    parameters = dict(rebuilt.named_parameters())
+    return tuple(sorted(private_names(rebuilt) & parameters.keys()))
+
+
+def held_secrets(locked: nn.Module) -> dict[str, Tensor]:
+    """True values of a locked model's secrets, under the names that :func:`rebuild` gives them.
+
+    For the control that holds the key; private.
+    """
+    if lock_spec(locked).scheme == SharedNorm.name:
+        return {}
+    found: dict[str, Tensor] = {}
+    for site, (scale, shift) in affines(locked).items():
+        found[f"{site}.keylock.gamma"] = scale
+        found[f"{site}.keylock.beta"] = shift
+    return found

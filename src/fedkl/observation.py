@@ -1,0 +1,184 @@
+"""What an attacker sees, and what it knows beyond that: frozen facts, nothing computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from fedkl.errors import ConfigError, unknown
+
+KINDS: Final = ("gradient", "update")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatModel:
+    """What an attacker knows beyond the update, the architecture and the lock spec.
+
+    Attributes:
+        name: How results refer to it.
+        words: One sentence for people.
+        labels: The true labels are given.
+        lock_weights: The lock's matrices and biases are given, the key is not.
+        key: Key and lock are given: every private tensor is known. The positive control.
+        lock_gradients: The gradient of the lock's own parameters is in the update.
+        statistics: The batch-norm statistics of locked norms are in the update.
+        steps: Batch size, local steps and learning rate are known.
+        crafting: The server may send weights of its own making.
+        frees_secrets: The attacker treats private tensors as unknowns to be found (Kerckhoffs).
+    """
+
+    name: str
+    words: str
+    labels: bool = False
+    lock_weights: bool = False
+    key: bool = False
+    lock_gradients: bool = False
+    statistics: bool = False
+    steps: bool = True
+    crafting: bool = False
+    frees_secrets: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+THREATS: Final[Mapping[str, ThreatModel]] = {
+    threat.name: threat
+    for threat in (
+        ThreatModel(
+            name="key-unknown",
+            words="The server has the lock's weights but not the key, and guesses one.",
+            lock_weights=True,
+        ),
+        ThreatModel(
+            name="key-regressed",
+            words="The server has the lock's weights and searches the key along with the image.",
+            lock_weights=True,
+            frees_secrets=True,
+        ),
+        ThreatModel(
+            name="key-shared",
+            words="The server holds key and lock: the positive control.",
+            lock_weights=True,
+            key=True,
+        ),
+        ThreatModel(
+            name="lock-gradient",
+            words="The client also sends the gradient of its lock's weights.",
+            lock_weights=True,
+            lock_gradients=True,
+        ),
+        ThreatModel(
+            name="adaptive",
+            words=(
+                "The server knows the lock's public spec and treats every private tensor as an "
+                "unknown."
+            ),
+            frees_secrets=True,
+        ),
+        ThreatModel(
+            name="crafting",
+            words="The server also sends weights of its own making, to make one image stand out.",
+            frees_secrets=True,
+            crafting=True,
+        ),
+    )
+}
+
+
+def threat_of(name: str) -> ThreatModel:
+    """The preset called ``name``.
+
+    Raises:
+        ConfigError: There is none, with the nearest names.
+    """
+    if name not in THREATS:
+        raise ConfigError(unknown("threat model", name, THREATS))
+    return THREATS[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a client made an update, as far as the attacker knows.
+
+    Attributes:
+        batch_size: Examples per step, at least 1.
+        local_steps: Optimizer steps, at least 1.
+        repeats: Whether every step saw the same batch (local epochs over one batch); otherwise
+            every step had a batch of its own.
+        lr, momentum, nesterov, weight_decay: Of the client's SGD.
+        train_mode: Batch norms used the batch's own statistics.
+    """
+
+    batch_size: int = 1
+    local_steps: int = 1
+    repeats: bool = False
+    lr: float = 0.0
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    train_mode: bool = True
+
+    @property
+    def images(self) -> int:
+        """Distinct images behind one update."""
+        return self.batch_size * (1 if self.repeats else self.local_steps)
+
+    @property
+    def presentations(self) -> int:
+        """Images times the training steps they passed through."""
+        return self.batch_size * self.local_steps
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Everything an attacker gets to see of one victim: one update, or several under one lock.
+
+    Attributes:
+        model: The public architecture with the shared tensors as the victim had them. What is
+            private stands in it as ordinary parameters with neutral values, listed in ``secrets``.
+            Never trained in place.
+        kind: ``gradient`` (of the mean loss) or ``update`` (weights before minus after).
+        changes: T observed changes by parameter name: those of the shared parameters.
+        image_shape: (C, H, W) of one image.
+        num_classes: Length of the model's output.
+        training: How the updates were made.
+        threat: What else the attacker knows.
+        secrets: Names of the model's parameters that are private.
+        known: True values of secrets that the threat model grants.
+        labels: True labels (T, images), if the threat model grants them.
+        spec: The lock spec as plain data, None without a lock.
+        lock_weights: The lock's own tensors by state-dict name, if granted.
+        lock_gradients: T gradients of the lock's own parameters, if sent.
+        statistics: T maps of batch-norm statistics, if sent.
+    """
+
+    model: nn.Module = field(repr=False)
+    kind: str
+    changes: tuple[Mapping[str, Tensor], ...] = field(repr=False)
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    training: Training
+    threat: ThreatModel
+    secrets: tuple[str, ...] = ()
+    known: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    labels: Tensor | None = None
+    spec: Mapping[str, Any] | None = field(default=None, repr=False)
+    lock_weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    lock_gradients: tuple[Mapping[str, Tensor], ...] = field(default=(), repr=False)
+    statistics: tuple[Mapping[str, Tensor], ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(unknown("kind of observation", self.kind, KINDS))
+        if not self.changes:
+            raise ConfigError("got an observation without any update; expected one or more.")
+
+    @property
+    def count(self) -> int:
+        """Number of updates, T."""
+        return len(self.changes)
