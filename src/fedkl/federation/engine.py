@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -19,6 +19,7 @@ from fedkl.data import DataBundle
 from fedkl.errors import ConfigError, FederationError
 from fedkl.federation.aggregate import Tally, accepted, aggregate
 from fedkl.federation.checkpoint import Checkpoint, Checkpoints
+from fedkl.federation.client import Update
 from fedkl.federation.config import RunConfig, config_from, differences
 from fedkl.federation.evaluate import Accuracy, combine
 from fedkl.federation.folder import claimed
@@ -33,6 +34,8 @@ from fedkl.federation.pool import Pool, ProcessPool, SerialPool
 from fedkl.federation.session import Job, Result, Session, check_device
 from fedkl.files import write_json
 from fedkl.rng import derive
+
+Combined = Callable[[Iterable[Update], bool], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,38 @@ def run(
             return engine.run(pool)
 
 
+def run_on(
+    pool: Pool,
+    session: Session,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+    combined: Combined | None = None,
+) -> RunResult:
+    """:func:`run` with clients that are somewhere else, behind ``pool``.
+
+    Args:
+        pool: Does the jobs. It may leave out the results of clients that did not answer.
+        session: Of the server, which needs no keys of its own.
+        folder: As in :func:`run`; nothing private is written below it.
+        resume: As in :func:`run`.
+        on_event: As in :func:`run`.
+        combined: Takes the place of :func:`aggregate`; gets the accepted updates, and whether to
+            weight them by their number of examples.
+
+    Raises:
+        FedKLError: As :func:`run`.
+    """
+    with claimed(folder, resume=resume) as found, one_thread():
+        if found is not None:
+            check_same(config_from(found, source=str(folder / "config.json")), session.config)
+        write_json(folder / "config.json", session.config.to_dict())
+        engine = _Engine(session.config, folder, session, on_event or (lambda event: None))
+        engine.combined = combined or engine.combined
+        return engine.run(pool)
+
+
 def check_same(old: RunConfig, new: RunConfig) -> None:
     """Raises unless a run of ``old`` may go on as ``new``.
 
@@ -201,6 +236,7 @@ class _Engine:
         self.started = time.monotonic()
         self.state = self._restore()
         self.before = self.state.seconds
+        self.combined: Combined = lambda updates, weighted: aggregate(updates, weighted=weighted)
         self.log = Logbook(folder, after=self.state.round)
 
     def _restore(self) -> _Progress:
@@ -261,7 +297,7 @@ class _Engine:
         results = self._watched(pool.run(jobs, state.shared), number, len(jobs), losses)
         updates = accepted((r.update() for r in results), state.shared, tally)
         first = next(updates, None)
-        mean = {} if first is None else aggregate(chain([first], updates), weighted=config.weighted)
+        mean = {} if first is None else self.combined(chain([first], updates), config.weighted)
         state.counts["refused"] += len(tally.refused)
         for message in tally.refused.values():
             self.emit(Event("note", message=message))
