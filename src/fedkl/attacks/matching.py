@@ -92,6 +92,17 @@ class GradientMatching(Attack):
     def project(self, unknowns: dict[str, Tensor]) -> None:
         """After every step: puts the unknowns back where they may be (in place)."""
 
+    def adopt(self, unknowns: dict[str, Tensor], row: int, images: Tensor) -> None:
+        """Makes trial ``row`` start from ``images`` (T, images, C, H, W), in place.
+
+        Raises:
+            AttackError: The unknowns of this attack are no pixels.
+        """
+        raise AttackError(
+            f"{type(self).__name__} does not search pixels, so it cannot start from given images; "
+            "leave them out, or use an attack on pixels (dlg, idlg, inverting-gradients)."
+        )
+
     def reconstruct(
         self,
         observations: Sequence[Observation],
@@ -99,8 +110,18 @@ class GradientMatching(Attack):
         generator: torch.Generator,
         progress: Progress | None = None,
         secrets: Secrets | None = None,
+        guesses: Sequence[Tensor] | None = None,
     ) -> list[Reconstruction]:
-        """As :meth:`Attack.reconstruct`; ``secrets`` says what is made of the private tensors."""
+        """As :meth:`Attack.reconstruct`.
+
+        Args:
+            observations: As there.
+            generator: As there.
+            progress: As there.
+            secrets: What is made of the private tensors; None takes :class:`Held`.
+            guesses: Images (T, images, C, H, W) per observation that its first restart starts
+                from, such as the floor.
+        """
         first = _alike(observations)
         network = Network(first)
         held = secrets or Held()
@@ -111,7 +132,9 @@ class GradientMatching(Attack):
         best: dict[int, Reconstruction] = {}
         for at in range(0, len(jobs), self.parallel):
             part = jobs[at : at + self.parallel]
-            trials = Trials.of(observations, network, labels, [i for i, _ in part], held)
+            starts = {k: guesses[i] for k, (i, r) in enumerate(part) if r == 0} if guesses else {}
+            rows = [i for i, _ in part]
+            trials = Trials.of(observations, network, labels, rows, held, starts)
             done = (at, len(jobs), progress)
             for (i, _), found in zip(part, self._run(trials, generator, done), strict=True):
                 if i not in best or not best[i].loss <= found.loss:
@@ -125,6 +148,8 @@ class GradientMatching(Attack):
         done: tuple[int, int, Progress | None],
     ) -> list[Reconstruction]:
         unknowns = self._begin(trials, generator)
+        for row, images in trials.guesses.items():
+            self.adopt(unknowns, row, images)
         search = self.search(unknowns)
         evaluate = self._objective(trials)
         record = Record(self, trials)

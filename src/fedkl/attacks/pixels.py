@@ -21,8 +21,6 @@ class PixelMatching(GradientMatching):
         tv: Weight of the total variation.
         mean, deviation: Images start at mean + deviation * N(0, 1).
         box: Whether pixels are kept in [0, 1] after every step.
-        start_from: Images (T, images, C, H, W) that the first restart of every observation starts
-            from instead, such as the floor; None for none.
         further: As :class:`GradientMatching`.
     """
 
@@ -38,7 +36,6 @@ class PixelMatching(GradientMatching):
         mean: float,
         deviation: float,
         box: bool,
-        start_from: Tensor | None = None,
         parallel: int = 64,
     ) -> None:
         super().__init__(
@@ -58,7 +55,6 @@ class PixelMatching(GradientMatching):
                 f"got lr {lr}, tv {tv}, deviation {deviation}; expected lr > 0, the others >= 0."
             )
         self.lr, self.tv, self.mean, self.deviation, self.box = lr, tv, mean, deviation, box
-        self.start_from = start_from
 
     def start(self, trials: Trials, generator: torch.Generator) -> dict[str, Tensor]:
         x = self.mean + self.deviation * torch.randn(trials.shape, generator=generator)
@@ -67,6 +63,9 @@ class PixelMatching(GradientMatching):
             size = (*trials.shape[:3], trials.num_classes)
             unknowns["labels"] = torch.randn(size, generator=generator)
         return unknowns
+
+    def adopt(self, unknowns: dict[str, Tensor], row: int, images: Tensor) -> None:
+        unknowns["images"][row] = images
 
     def decode(self, unknowns: Tensors, trial: Trial) -> tuple[Tensor, Tensor]:
         if self.labels == "search":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Trials:
         network: The public model, the same for all.
         stacked: The trials, stacked.
         secrets: What is made of the private tensors.
+        guesses: Images (T, images, C, H, W) that a trial starts from, by its place among the N.
     """
 
     observations: Sequence[Observation]
@@ -58,6 +59,7 @@ class Trials:
     network: Network
     stacked: Trial
     secrets: Secrets
+    guesses: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -83,6 +85,7 @@ class Trials:
         labels: Tensor | None,
         rows: Sequence[int],
         secrets: Secrets,
+        guesses: Mapping[int, Tensor] | None = None,
     ) -> Trials:
         """Stacks what the trials ``rows`` need; ``labels`` (victims, T, images), None: searched."""
         first = observations[0]
@@ -99,7 +102,7 @@ class Trials:
             y[index],
             {n: t[index] for n, t in _stack(given).items()},
         )
-        return cls(observations, rows, network, stacked, secrets)
+        return cls(observations, rows, network, stacked, secrets, guesses or {})
 
 
 def _stack(items: Sequence[Tensors]) -> dict[str, Tensor]:
