@@ -90,6 +90,12 @@ THREATS: Final[Mapping[str, ThreatModel]] = {
 }
 
 
+OPEN: Final = ThreatModel(
+    name="open", words="Nothing is private: the server knows every tensor of the model."
+)
+"""For models without secrets."""
+
+
 def threat_of(name: str) -> ThreatModel:
     """The preset called ``name``.
 

@@ -1,0 +1,111 @@
+"""Settings of an audit: what is attacked, by whom, and how hard."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from fedkl.attacks import ATTACKS, EFFORTS
+from fedkl.defenses import DEFENSES
+from fedkl.errors import ConfigError, unknown
+from fedkl.federation import RunConfig
+from fedkl.observation import THREATS
+
+STAGES: Final = ("initial", "mid", "final")
+CONTROLS: Final = ("none", "norm", "fedbn")
+KEY_HOLDER: Final = "key-shared"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """A grid: attacks x defenses x threats x stages x seeds, on the same images.
+
+    Attributes:
+        run: The federation whose updates are attacked; its defense is replaced by each of
+            ``defenses`` in turn.
+        defenses: Names; the controls ``none``, ``norm`` and ``fedbn`` are added.
+        attacks: Names in :data:`fedkl.attacks.ATTACKS`.
+        threats: Names in :data:`fedkl.observation.THREATS`; ``key-shared`` is added as a control.
+        stage: ``initial``, ``mid`` or ``final``: which global model the victims start from.
+        images: Victims.
+        batch_size, local_steps: How an update is made. 1 and 1, the worst case, is one gradient.
+        observations: Updates that the attacker pools under one lock.
+        seeds: Federations, each with keys and attacks of its own.
+        effort: ``quick``, ``standard`` or ``paper``.
+        candidates: Images of the same class among which the true one is to be found.
+        pictured: Victims of the first seed whose pictures are kept.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    defenses: tuple[str, ...] = ("none", "norm", "fedbn", "channel")
+    attacks: tuple[str, ...] = ("inverting-gradients",)
+    threats: tuple[str, ...] = ("adaptive",)
+    stage: str = "final"
+    images: int = 20
+    batch_size: int = 1
+    local_steps: int = 1
+    observations: int = 1
+    seeds: int = 1
+    effort: str = "standard"
+    candidates: int = 100
+    pictured: int = 6
+
+    def __post_init__(self) -> None:
+        for kind, names, choices in (
+            ("attack", self.attacks, ATTACKS),
+            ("threat model", self.threats, THREATS),
+        ):
+            _names(kind, names, choices)
+        for name in self.defenses:
+            for part in name.split("+"):
+                if part.strip() not in DEFENSES:
+                    raise ConfigError(unknown("defense", part.strip(), DEFENSES))
+        if not self.defenses:
+            raise ConfigError("got no defense to audit; name one or more.")
+        if self.stage not in STAGES:
+            raise ConfigError(unknown("stage", self.stage, STAGES))
+        if self.effort not in EFFORTS:
+            raise ConfigError(unknown("effort", self.effort, EFFORTS))
+        for name in ("images", "batch_size", "local_steps", "observations", "seeds"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        if self.candidates < 2:
+            raise ConfigError(f"candidates must be at least 2, got {self.candidates}.")
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """Defenses the verdict is about: those asked for, controls aside if there are others."""
+        return tuple(d for d in self.defenses if d not in CONTROLS) or self.defenses
+
+    @property
+    def grid(self) -> tuple[str, ...]:
+        """Every defense that is attacked: the controls first."""
+        return tuple(dict.fromkeys((*CONTROLS, *self.defenses)))
+
+    @property
+    def per_victim(self) -> int:
+        """Images behind one observation of one victim."""
+        return self.batch_size * self.local_steps * self.observations
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    def defended(self, defense: str, seed: int) -> RunConfig:
+        """The federation with ``defense`` and the ``seed``-th seed."""
+        base = self.run.defense
+        own = defense == base.name
+        settings = base if own else dataclasses.replace(base, name=defense, preset=None)
+        if "channel" not in defense:
+            settings = dataclasses.replace(settings, preset=None)
+        return dataclasses.replace(self.run, defense=settings, seed=self.run.seed + seed)
+
+
+def _names(kind: str, names: tuple[str, ...], choices: Mapping[str, Any]) -> None:
+    if not names:
+        raise ConfigError(f"got no {kind}; name one or more of: {', '.join(choices)}.")
+    for name in names:
+        if name not in choices:
+            raise ConfigError(unknown(kind, name, choices))

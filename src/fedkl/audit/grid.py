@@ -1,0 +1,291 @@
+"""The audit: every cell of the grid once, kept on disk, skipped when done."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkl.attacks import Attack, Reconstruction
+from fedkl.audit.arsenal import FEED_FORWARD, Arsenal, applicable
+from fedkl.audit.config import AuditConfig
+from fedkl.audit.measure import Truth, matched, rows_of, truth_of
+from fedkl.audit.observe import observe
+from fedkl.audit.pictures import save_pictures
+from fedkl.audit.verdicts import overall, summarize
+from fedkl.audit.victims import Sent, Victims, draw_victims
+from fedkl.data import DataBundle
+from fedkl.errors import CheckpointError, ConfigError
+from fedkl.federation import RunConfig, config_from, run
+from fedkl.federation.config import differences
+from fedkl.federation.engine import one_thread
+from fedkl.federation.session import load_data
+from fedkl.files import make_folder, read_json, write_json
+from fedkl.observation import ThreatModel
+from fedkl.rng import derive
+
+FORMAT, VERSION = "fedkl-audit", 1
+
+
+@dataclass(frozen=True)
+class Event:
+    """What an audit is doing: ``done`` of ``of`` in the unit of ``kind``.
+
+    ``kind`` is ``train`` (rounds), ``cell`` (cells of the grid), ``attack`` (iterations) or
+    ``note``.
+    """
+
+    kind: str
+    text: str
+    done: int = 0
+    of: int = 0
+    loss: float = float("nan")
+
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One attack on one defense under one threat model, on all victims of one seed."""
+
+    defense: str
+    seed: int
+    threat: ThreatModel
+    attack: str
+
+    def name(self, audit: AuditConfig) -> str:
+        """File name of the result."""
+        text = f"{audit.stage}_{self.defense}_seed{self.seed}_{self.threat.name}_{self.attack}"
+        return re.sub(r"[^\w.+-]", "-", text)
+
+
+def run_audit(
+    audit: AuditConfig,
+    folder: Path,
+    *,
+    source: Path | None = None,
+    resume: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    listen: Listener | None = None,
+) -> dict[str, Any]:
+    """Attacks what clients really send, and says what it is worth.
+
+    Writes ``audit.json``, ``cells/``, ``pictures/`` and ``runs/`` (the federations that were
+    trained for it) below ``folder``. What is there already is not done again: an audit that was
+    killed and is resumed gives the same JSON.
+
+    Args:
+        audit: What to do.
+        folder: Where to.
+        source: Folder of a finished run, whose own defense is then not trained again.
+        resume: Whether ``folder`` may hold a part of this audit already.
+        facts: Further entries of the JSON (command, versions).
+        listen: Called with every event.
+
+    Returns:
+        The contents of ``audit.json``.
+
+    Raises:
+        ConfigError: ``folder`` holds another audit, or one and ``resume`` is off.
+        FedKLError: As :func:`fedkl.federation.run` and the attacks.
+    """
+    tell = listen or (lambda event: None)
+    _claim(audit, folder, resume)
+    bundle = load_data(audit.run)
+    with one_thread():
+        truth = truth_of(bundle, draw_victims(bundle, audit), audit)
+        accuracy = {}
+        for defense, seed, config, place in _federations(audit, folder, source):
+            accuracy[defense, seed] = _train(audit, config, place, bundle, tell)
+        rows, pictures, threats = [], [], {}
+        cells = list(_cells(audit, folder, source, bundle))
+        for done, cell in enumerate(cells):
+            tell(Event("cell", cell.name(audit), done, len(cells)))
+            found = _attacked(audit, folder, source, bundle, truth, cell, tell)
+            rows += found["rows"]
+            pictures += found["pictures"]
+            threats[cell.threat.name] = cell.threat.to_dict()
+    summary = summarize(rows, judged=audit.judged, feed_forward=FEED_FORWARD)
+    result = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": audit.to_dict(),
+        "data": bundle.origin,
+        **(facts or {}),
+        "verdict": overall(summary, audit.judged),
+        "threats": threats,
+        "controls": [d for d in audit.grid if d not in audit.judged] + ["key-shared", "floor"],
+        "accuracy": {d: accuracy[d, 0] for d in audit.grid},
+        "summary": summary,
+        "rows": rows,
+        "pictures": pictures,
+        "certificate": None,
+    }
+    write_json(folder / "audit.json", result)
+    return result
+
+
+def _claim(audit: AuditConfig, folder: Path, resume: bool) -> None:
+    path = folder / "audit-config.json"
+    if path.exists():
+        before = read_json(path)
+        if not resume:
+            raise ConfigError(
+                f"{folder} holds an audit already; add --resume to go on with it, or choose "
+                "another --out."
+            )
+        if before != _plain(audit):
+            raise ConfigError(
+                f"{folder} holds an audit with other settings; repeat its command, or choose "
+                "another --out."
+            )
+        return
+    make_folder(folder)
+    write_json(path, _plain(audit))
+
+
+def _plain(audit: AuditConfig) -> Any:
+    def lists(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: lists(item) for name, item in value.items()}
+        return [lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return lists(audit.to_dict())
+
+
+def _federations(
+    audit: AuditConfig, folder: Path, source: Path | None
+) -> Iterator[tuple[str, int, RunConfig, Path]]:
+    for seed in range(audit.seeds):
+        for defense in audit.grid:
+            config = audit.defended(defense, seed)
+            yield defense, seed, config, _place(audit, folder, source, defense, seed)
+
+
+def _place(audit: AuditConfig, folder: Path, source: Path | None, defense: str, seed: int) -> Path:
+    """Where the federation lies: the one that was given, or one of the audit's own."""
+    if source is not None and seed == 0 and defense == audit.run.defense.name:
+        return source
+    return folder / "runs" / f"{defense}-seed{seed}"
+
+
+def _train(
+    audit: AuditConfig, config: RunConfig, place: Path, bundle: DataBundle, tell: Listener
+) -> dict[str, Any] | None:
+    """Trains the federation unless it is there; its accuracies, None at the initial stage."""
+    if audit.stage == "initial":
+        make_folder(place)
+        return None
+    rounds = config.federation.rounds
+    if audit.stage == "mid":
+        rounds = max(1, rounds // 2)
+        federation = dataclasses.replace(config.federation, rounds=rounds)
+        config = dataclasses.replace(config, federation=federation)
+    summary = place / "audit-accuracy.json"
+    if (place / "summary.json").exists():
+        own = config_from(read_json(place / "config.json"), source=str(place / "config.json"))
+        if other := differences(own, config):
+            raise ConfigError(
+                f"{place} is a run with other settings ({'; '.join(other[:3])}); the {audit.stage} "
+                "stage needs one with these."
+            )
+        accuracy: dict[str, Any] = read_json(place / "summary.json")["accuracy"]
+        return accuracy
+    if summary.exists():
+        found: dict[str, Any] = read_json(summary)
+        return found
+
+    def on_event(event: Any) -> None:
+        if event.kind == "round":
+            tell(Event("train", config.defense.name, event.round, rounds, event.loss))
+
+    tell(Event("train", config.defense.name, 0, rounds))
+    resumed = (place / "config.json").exists()
+    result = run(config, place, resume=resumed, bundle=bundle, on_event=on_event)
+    write_json(summary, result.accuracy.to_dict())
+    return result.accuracy.to_dict()
+
+
+def _cells(
+    audit: AuditConfig, folder: Path, source: Path | None, bundle: DataBundle
+) -> Iterator[Cell]:
+    for defense, seed, config, place in _federations(audit, folder, source):
+        victims = Victims(config, place, bundle, audit)
+        for threat in applicable(audit.threats, victims):
+            for attack in audit.attacks:
+                yield Cell(defense, seed, threat, attack)
+
+
+def _attacked(
+    audit: AuditConfig,
+    folder: Path,
+    source: Path | None,
+    bundle: DataBundle,
+    truth: Truth,
+    cell: Cell,
+    tell: Listener,
+) -> dict[str, Any]:
+    path = make_folder(folder / "cells") / f"{cell.name(audit)}.json"
+    if path.exists():
+        try:
+            kept: dict[str, Any] = read_json(path)
+            return kept
+        except CheckpointError:
+            tell(Event("note", f"{path} is damaged and is done again."))
+    place = _place(audit, folder, source, cell.defense, cell.seed)
+    victims = Victims(audit.defended(cell.defense, cell.seed), place, bundle, audit)
+    arsenal = Arsenal(audit, bundle, folder, tell)
+    if cell.threat.crafting:
+        victims.shared = arsenal.crafted(victims)
+    sent = _sent(audit, victims, truth, cell.threat)
+    observations = observe(victims, sent, cell.threat)
+    attack = arsenal.attack(cell.attack, cell.threat, observations[0])
+
+    def progress(done: int, of: int, loss: float) -> None:
+        tell(Event("attack", cell.name(audit), done, of, loss))
+
+    generator = derive(audit.run.seed, "attack", cell.attack, cell.seed)
+    found = attack.reconstruct(observations, generator=generator, progress=progress)
+    result = _written(audit, folder, cell, attack, found, truth, bundle)
+    write_json(path, result)
+    return result
+
+
+def _sent(audit: AuditConfig, victims: Victims, truth: Truth, threat: ThreatModel) -> list[Sent]:
+    rows = truth.rows.view(audit.images, audit.observations, -1)
+    return [victims.send(one, lock_gradients=threat.lock_gradients) for one in rows]
+
+
+def _written(
+    audit: AuditConfig,
+    folder: Path,
+    cell: Cell,
+    attack: Attack,
+    found: list[Reconstruction],
+    truth: Truth,
+    bundle: DataBundle,
+) -> dict[str, Any]:
+    facts = {
+        "attack": cell.attack,
+        "defense": cell.defense,
+        "threat": cell.threat.name,
+        "stage": audit.stage,
+        "batch": audit.batch_size,
+        "steps": audit.local_steps,
+        "observations": audit.observations,
+        "presentations": audit.batch_size * audit.local_steps * audit.observations,
+        "seed": cell.seed,
+    }
+    images, labels = matched(found, truth, audit.batch_size * audit.local_steps)
+    rows = rows_of(found, images, labels, truth, facts)
+    count = audit.pictured if cell.seed == 0 else 0
+    name = cell.name(audit)
+    pictures = save_pictures(
+        folder, name, found, images, truth, rows, count=count, class_names=bundle.class_names
+    )
+    notes = sorted({note for one in found for note in one.notes})
+    return {"attack": repr(attack), "notes": notes, "rows": rows, "pictures": pictures}

@@ -1,0 +1,149 @@
+"""Reconstructions against the truth and against the guess without any gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkl import metrics
+from fedkl.attacks import Reconstruction
+from fedkl.audit.config import AuditConfig
+from fedkl.data import DataBundle
+from fedkl.errors import DataError
+from fedkl.rng import derive
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """The victims' images, and what a guesser without gradients makes of them.
+
+    Everything is flat over (victims, T, images per update): N images.
+
+    Attributes:
+        rows: Test images, (N,).
+        images: (N, C, H, W).
+        labels: (N,).
+        floor: Class mean of the public images, (N, C, H, W).
+        decoys: Other test images of the same class, (N, candidates - 1).
+        floor_figures: Metrics of the floor by name, (N,).
+    """
+
+    rows: Tensor
+    images: Tensor
+    labels: Tensor
+    floor: Tensor
+    decoys: Tensor
+    pool: Tensor
+    floor_figures: dict[str, Tensor]
+
+
+def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
+    """The truth of the victims ``rows`` (victims, T, images).
+
+    The floor is told the true label, which batch-1 gradients give away: the strongest guesser.
+
+    Raises:
+        DataError: A class has too few images for the candidates asked for.
+    """
+    flat = rows.flatten()
+    images, labels = bundle.test.batch(flat)
+    public, public_labels = bundle.public.batch(torch.arange(len(bundle.public)))
+    floor = metrics.class_mean_floor(public, public_labels, labels)
+    pool, pool_labels = bundle.test.batch(torch.arange(len(bundle.test)))
+    decoys = metrics.draw_decoys(
+        labels,
+        pool_labels,
+        generator=derive(audit.run.seed, "decoys"),
+        own=flat,
+        count=audit.candidates - 1,
+    )
+    figures = figures_of(floor, images, pool, decoys)
+    return Truth(flat, images, labels, floor, decoys, pool, figures)
+
+
+def figures_of(x: Tensor, truth: Tensor, pool: Tensor, decoys: Tensor) -> dict[str, Tensor]:
+    """Every metric of reconstructions ``x`` (N, C, H, W) by name, each (N,) float64."""
+    ssim = metrics.ssim(x, truth)
+    figures = {
+        "mse": metrics.mse(x, truth),
+        "psnr": metrics.psnr(x, truth),
+        "ssim": ssim,
+        "ssim_aligned": metrics.ssim_aligned(x, truth),
+        "identified": metrics.identified(x, truth, pool, decoys).double(),
+        "success": metrics.success(ssim).double(),
+        "paper_mse": metrics.paper_mse(x, truth),
+        "paper_psnr": metrics.paper_psnr(x, truth),
+    }
+    if min(truth.shape[-2:]) >= 7:
+        figures["ssim_uniform"] = metrics.ssim_uniform(x, truth)
+    figures |= _perceptual(x, truth)
+    return figures
+
+
+def _perceptual(x: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    try:
+        value = metrics.lpips(x, truth)
+    except DataError:  # images too small for the network
+        return {}
+    return {"lpips": value} if isinstance(value, Tensor) else {}
+
+
+def matched(
+    found: Sequence[Reconstruction], truth: Truth, per_update: int
+) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) and labels (N,), each update's put in the order that fits best.
+
+    A gradient does not tell the order within a batch; the floor needs no matching, for it knows
+    every image's label.
+    """
+    images = torch.cat([one.images.flatten(0, 1) for one in found]).to(truth.images.dtype)
+    labels = torch.cat([one.labels.flatten() for one in found])
+    if per_update == 1:
+        return images, labels
+    for start in range(0, len(images), per_update):
+        part = slice(start, start + per_update)
+        order = metrics.best_matching(images[part], truth.images[part])
+        images[part], labels[part] = images[part][order], labels[part][order]
+    return images, labels
+
+
+def rows_of(
+    found: Sequence[Reconstruction],
+    images: Tensor,
+    labels: Tensor,
+    truth: Truth,
+    facts: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """One plain dict per image; ``facts`` (attack, defense, ...) are in every one."""
+    figures = figures_of(images, truth.images, truth.pool, truth.decoys)
+    per_victim = len(images) // len(found)
+    rows = []
+    for i in range(len(images)):
+        row = {
+            **facts,
+            "image": int(truth.rows[i]),
+            "label": int(truth.labels[i]),
+            "label_found": int(labels[i]),
+            "loss": number(found[i // per_victim].loss),
+            **{name: number(float(values[i])) for name, values in figures.items()},
+            **{
+                f"floor_{name}": number(float(truth.floor_figures[name][i]))
+                for name in ("mse", "ssim", "ssim_aligned", "identified", "success")
+            },
+        }
+        row.setdefault("lpips", None)
+        row.setdefault("ssim_uniform", None)
+        row["advantage"] = row["ssim_aligned"] - row["floor_ssim_aligned"]
+        for name in ("identified", "success", "floor_identified", "floor_success"):
+            row[name] = bool(row[name])
+        rows.append(row)
+    return rows
+
+
+def number(value: float) -> float | None:
+    """``value`` for JSON: infinity (an exact image's PSNR) and nan become None."""
+    return value if abs(value) < float("inf") else None

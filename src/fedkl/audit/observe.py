@@ -1,0 +1,53 @@
+"""From what a client sent to what an attacker sees under a threat model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedkl.audit.victims import Sent, Victims
+from fedkl.observation import Observation, ThreatModel
+
+
+def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list[Observation]:
+    """One observation per victim. The model is rebuilt: nothing private comes along by reference.
+
+    Args:
+        victims: The clients.
+        sent: What each of them sent.
+        threat: What the attacker is granted.
+    """
+    model = victims.public_model()
+    secrets = victims.secrets(model)
+    if victims.spec is not None and victims.spec.statistics_shared:
+        threat_statistics = True
+    else:
+        threat_statistics = threat.statistics
+    spec = None if victims.spec is None else victims.spec.to_dict()
+    known = victims.held() if threat.key else {}
+    weights = victims.lock_weights() if threat.lock_weights else {}
+    return [
+        Observation(
+            model=model,
+            kind="gradient" if victims.audit.local_steps == 1 else "update",
+            changes=one.changes,
+            image_shape=victims.bundle.image_shape,
+            num_classes=victims.bundle.num_classes,
+            training=victims.training,
+            threat=threat,
+            secrets=secrets,
+            known=known,
+            labels=_labels(victims, one) if threat.labels else None,
+            spec=spec,
+            lock_weights=weights,
+            lock_gradients=one.lock_gradients if threat.lock_gradients else (),
+            statistics=one.statistics if threat_statistics else (),
+        )
+        for one in sent
+    ]
+
+
+def _labels(victims: Victims, sent: Sent) -> Tensor:
+    return torch.stack([victims.bundle.test.labels[rows] for rows in sent.rows])

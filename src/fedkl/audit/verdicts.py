@@ -1,0 +1,166 @@
+"""From rows to means with intervals, and from those to a verdict that is never better than them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from fedkl.audit.config import KEY_HOLDER
+from fedkl.metrics import mean_interval, proportion_interval
+
+Row = Mapping[str, Any]
+
+LEAKS, HOLDS, INCONCLUSIVE = "leaks", "holds", "inconclusive"
+EXIT_CODES: Final = {HOLDS: 0, LEAKS: 1, INCONCLUSIVE: 3}
+
+ADVANTAGE_LEAKS, ADVANTAGE_HOLDS = 0.05, 0.02
+IDENTIFIED_LEAKS, IDENTIFIED_HOLDS = 0.02, 0.02
+IDENTIFIED_HOLDS_FEW, FEW = 0.06, 100
+WORKS = 0.10
+
+CELL: Final = (
+    "attack", "defense", "threat", "stage", "batch", "steps", "observations", "presentations",
+)  # fmt: skip
+MEANS: Final = (
+    "mse", "psnr", "ssim", "ssim_uniform", "ssim_aligned", "lpips", "paper_mse", "paper_psnr",
+    "floor_ssim", "floor_ssim_aligned", "advantage",
+)  # fmt: skip
+RATES: Final = ("identified", "floor_identified", "success", "floor_success", "labels_right")
+
+
+def summarize(
+    rows: Sequence[Row], *, judged: Sequence[str], feed_forward: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """One entry per attack, defense and threat: means, 95 % intervals, and a verdict.
+
+    Args:
+        rows: The audit's rows.
+        judged: Defenses that a verdict is about; the others, and key holders, are controls.
+        feed_forward: Attacks without an optimizer, which are cheap: their ``holds`` needs the
+            identification bound of 2 % whatever the number of images.
+    """
+    cells: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[name] for name in CELL), []).append(row)
+    entries = []
+    for place, members in cells.items():
+        entry: dict[str, Any] = dict(zip(CELL, place, strict=True))
+        entry["n"] = len(members)
+        entry |= {name: _mean(members, name) for name in MEANS}
+        entry |= {name: _rate(members, name) for name in RATES}
+        control = entry["defense"] not in judged or entry["threat"] == KEY_HOLDER
+        entry["role"] = "control" if control else "defense"
+        entries.append(entry)
+    for entry in entries:
+        entry["works"] = works(entry, entries)
+        entry["verdict"], entry["reason"] = judge(entry, cheap=str(entry["attack"]) in feed_forward)
+    return entries
+
+
+def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
+    """Whether the same attack succeeds undefended or holding the key, per metric."""
+    same = [
+        other
+        for other in entries
+        if all(
+            other[name] == entry[name]
+            for name in ("attack", "stage", "batch", "steps", "observations")
+        )
+        and (
+            other["defense"] == "none"
+            or (other["defense"] == entry["defense"] and other["threat"] == KEY_HOLDER)
+        )
+    ]
+    return {
+        "advantage": any((o["advantage"]["mean"] or 0.0) >= WORKS for o in same),
+        "identified": any(
+            o["identified"]["mean"] - o["floor_identified"]["mean"] >= WORKS for o in same
+        ),
+    }
+
+
+def judge(entry: Row, *, cheap: bool = False) -> tuple[str, str]:
+    """Verdict and one sentence. A missing bound counts as the worst it could be."""
+    advantage, identified = entry["advantage"], entry["identified"]
+    low, high = advantage["low"], advantage["high"]
+    if low is not None and low > ADVANTAGE_LEAKS:
+        return LEAKS, (
+            f"aligned SSIM beats the floor by {advantage['mean']:.3f} "
+            f"(95 % from {low:.3f}), more than {ADVANTAGE_LEAKS}."
+        )
+    if identified["low"] > IDENTIFIED_LEAKS:
+        return LEAKS, (
+            f"{identified['mean']:.0%} of the images are identified among others of their class "
+            f"(95 % from {identified['low']:.1%}), more than {IDENTIFIED_LEAKS:.0%}."
+        )
+    if missing := [name for name, fine in entry["works"].items() if not fine]:
+        what = {"advantage": "aligned SSIM", "identified": "identification"}
+        return INCONCLUSIVE, (
+            f"the attack does not beat the floor by {WORKS} in "
+            f"{' or '.join(what[name] for name in missing)} undefended or with the key either, so "
+            "its failure says nothing."
+        )
+    bound = IDENTIFIED_HOLDS
+    if not cheap and entry["n"] >= FEW:
+        bound = IDENTIFIED_HOLDS_FEW
+    if high is not None and high <= ADVANTAGE_HOLDS and identified["high"] <= bound:
+        return HOLDS, (
+            f"advantage at most {high:.3f} and identification at most {identified['high']:.1%} "
+            "(95 %), while the same attack succeeds where it should."
+        )
+    above = "–" if high is None else f"{high:.3f}"
+    return INCONCLUSIVE, (
+        f"{entry['n']} images leave room for an advantage up to {above} and identification up to "
+        f"{identified['high']:.1%} (95 %); more images would narrow it."
+    )
+
+
+def overall(entries: Sequence[Row], judged: Sequence[str]) -> dict[str, Any]:
+    """The verdict on every judged defense, and the worst of them.
+
+    One leak is a leak. ``holds`` needs at least one attack that was able to fail, and no attack
+    that is inconclusive.
+    """
+    defenses = {}
+    for name in judged:
+        mine = [
+            (i, e) for i, e in enumerate(entries) if e["defense"] == name and e["role"] == "defense"
+        ]
+        defenses[name] = _worst(mine)
+    order = (LEAKS, INCONCLUSIVE, HOLDS)
+    found = {verdict["verdict"] for verdict in defenses.values()}
+    worst = next((v for v in order if v in found), INCONCLUSIVE)
+    return {"overall": worst, "defenses": defenses}
+
+
+def _worst(entries: Sequence[tuple[int, Row]]) -> dict[str, Any]:
+    for verdict in (LEAKS, INCONCLUSIVE, HOLDS):
+        having = [(i, e) for i, e in entries if e["verdict"] == verdict]
+        if having:
+            i, entry = max(having, key=lambda pair: pair[1]["advantage"]["mean"] or 0.0)
+            reason = f"{entry['attack']} ({entry['threat']}): {entry['reason']}"
+            return {"verdict": verdict, "worst": i, "reason": reason}
+    return {
+        "verdict": INCONCLUSIVE,
+        "worst": None,
+        "reason": "no attack that was asked for applies to this defense.",
+    }
+
+
+def _mean(rows: Sequence[Row], name: str) -> dict[str, float | None]:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if not values:
+        return {"mean": None, "low": None, "high": None}
+    mean, half = mean_interval(values)
+    if half is None:
+        return {"mean": mean, "low": None, "high": None}
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def _rate(rows: Sequence[Row], name: str) -> dict[str, float]:
+    if name == "labels_right":
+        hits = [row["label"] == row["label_found"] for row in rows]
+    else:
+        hits = [bool(row[name]) for row in rows]
+    low, high = proportion_interval(sum(hits), len(hits))
+    return {"mean": sum(hits) / len(hits), "low": low, "high": high}

@@ -1,0 +1,210 @@
+"""What clients really send: updates made with the federation's own client code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedkl.audit.config import AuditConfig
+from fedkl.data import DataBundle
+from fedkl.errors import CheckpointError
+from fedkl.federation import ClientTask, RunConfig, client_update
+from fedkl.federation.checkpoint import Checkpoints
+from fedkl.federation.session import Session
+from fedkl.locking import LockSpec, private_state
+from fedkl.locking.rebuild import held_secrets, rebuild, secret_names
+from fedkl.models import build
+from fedkl.observation import Training
+from fedkl.rng import derive
+
+CLIENT = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """Of one victim: T updates, and what a threat model may grant beyond them.
+
+    Attributes:
+        rows: Test images behind them, (T, images).
+        changes: The change of every shared tensor per update.
+        statistics: Shared buffers per update, as sent.
+        lock_gradients: Gradient of the lock's own parameters per update.
+    """
+
+    rows: Tensor
+    changes: tuple[dict[str, Tensor], ...]
+    statistics: tuple[dict[str, Tensor], ...]
+    lock_gradients: tuple[dict[str, Tensor], ...]
+
+
+class Victims:
+    """The clients of one trained federation, at one stage.
+
+    Args:
+        config: The federation, its defense included.
+        folder: Its run folder.
+        bundle: Its data; victims are test images, which no client has trained on.
+        audit: How updates are made.
+        shared: Another global state than the stage's, such as a crafted one.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        bundle: DataBundle,
+        audit: AuditConfig,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.audit, self.bundle = audit, bundle
+        one_gradient = audit.local_steps == 1
+        training = dataclasses.replace(
+            config.training,
+            batch_size=audit.batch_size,
+            local_steps=audit.local_steps,
+            keep_momentum=False,
+        )
+        method = "fedsgd" if one_gradient else "fedavg"
+        federation = dataclasses.replace(config.federation, method=method)
+        self.config = dataclasses.replace(config, training=training, federation=federation)
+        self.session = Session(self.config, folder, bundle)
+        self.workspace = self.session.workspace
+        self.workspace.images = bundle.test
+        self.round, stage_state = _stage(self.session, folder, audit.stage)
+        self.shared = dict(stage_state if shared is None else shared)
+        self.key = self.session.store.key(CLIENT)
+        self.private = self.session._state(CLIENT, before=self.round + 1).private
+        self.training = Training(
+            batch_size=audit.batch_size,
+            local_steps=audit.local_steps,
+            lr=training.lr,
+            momentum=training.momentum if not one_gradient else 0.0,
+            nesterov=training.nesterov and not one_gradient,
+            weight_decay=training.weight_decay if not one_gradient else 0.0,
+        )
+
+    @property
+    def spec(self) -> LockSpec | None:
+        """The lock spec, None without a lock."""
+        return self.session.spec
+
+    def public_model(self) -> nn.Module:
+        """The architecture as an outsider builds it, with the shared tensors loaded."""
+        run = self.config
+        plain = build(
+            run.model.name,
+            num_classes=self.bundle.num_classes,
+            channels=run.data.channels,
+            image_size=run.data.image_size,
+            # The outsider's own draw: what is private must not stand in it by accident.
+            generator=derive(run.seed, "outsider"),
+        )
+        model = plain if self.spec is None else rebuild(plain, self.spec)
+        own = dict(model.state_dict())
+        with torch.no_grad():
+            for name, tensor in self.shared.items():
+                own[name].copy_(tensor)
+        return model
+
+    def secrets(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of the private parameters of :meth:`public_model`."""
+        return () if self.spec is None else secret_names(model)
+
+    def held(self) -> dict[str, Tensor]:
+        """The client's true secrets before its first step: for the control that holds the key."""
+        if self.spec is None:
+            return {}
+        self.workspace.enter(self.shared, self.key, self.private)
+        return {n: t.detach().clone() for n, t in held_secrets(self.workspace.model).items()}
+
+    def lock_weights(self) -> dict[str, Tensor]:
+        """The lock's own tensors before the first step."""
+        if self.spec is None:
+            return {}
+        self.workspace.enter(self.shared, self.key, self.private)
+        found = private_state(self.workspace.model)
+        return {n: t.detach().clone() for n, t in found.items() if ".keylock." in f".{n}"}
+
+    def send(self, rows: Tensor, *, lock_gradients: bool = False) -> Sent:
+        """Updates made from test images ``rows`` (T, images)."""
+        changes, statistics, locks = [], [], []
+        for t, images in enumerate(rows):
+            task = ClientTask(
+                client=CLIENT,
+                round=self.round + 1,
+                index=images,
+                key=self.key,
+                private=self.private,
+                moments={},
+                join=False,
+                lr=self.config.training.lr,
+            )
+            generator = derive(self.config.seed, "victim", int(images[0]), t)
+            update = client_update(self.workspace, self.shared, task, generator).update
+            parameters = self.workspace.parameters
+            buffers = {n: v for n, v in update.tensors.items() if n not in parameters}
+            tensors = {n: v for n, v in update.tensors.items() if n in parameters}
+            if update.kind == "state":
+                tensors = {n: self.shared[n] - v for n, v in tensors.items()}
+            changes.append(tensors)
+            statistics.append(buffers)
+            locks.append(self._lock_gradients(images) if lock_gradients else {})
+        return Sent(rows, tuple(changes), tuple(statistics), tuple(locks))
+
+    def _lock_gradients(self, images: Tensor) -> dict[str, Tensor]:
+        workspace = self.workspace
+        workspace.enter(self.shared, self.key, self.private)
+        workspace.model.train()
+        workspace.model.zero_grad(set_to_none=True)
+        x, y = self.bundle.test.batch(images)
+        cross_entropy(workspace.model(x), y).backward()  # type: ignore[no-untyped-call]
+        found = {
+            n: p.grad.clone()
+            for n, p in workspace.model.named_parameters()
+            if ".keylock." in f".{n}" and p.grad is not None
+        }
+        workspace.model.zero_grad(set_to_none=True)
+        return found
+
+
+def _stage(session: Session, folder: Path, stage: str) -> tuple[int, Mapping[str, Tensor]]:
+    if stage == "initial":
+        return 0, session.initial()
+    latest, _ = Checkpoints(folder / "checkpoints").latest()
+    if latest is None:
+        raise CheckpointError(
+            f"there is no checkpoint in {folder}, so no {stage} stage; train it first, or audit "
+            "--stage initial."
+        )
+    return latest.round, latest.shared
+
+
+def draw_victims(bundle: DataBundle, audit: AuditConfig) -> Tensor:
+    """Rows of test images (victims, T, images): classes as evenly as possible, fixed by the seed.
+
+    Batch 1 goes through the classes in turn; the images of a larger batch are drawn at random.
+    """
+    count = audit.images * audit.per_victim
+    generator = derive(audit.run.seed, "victims")
+    labels = bundle.test.labels
+    order = torch.randperm(len(labels), generator=generator)
+    if audit.per_victim == 1:
+        order = _in_turn(order, labels)
+    while len(order) < count:  # digits has few images; a batch may then hold one twice
+        order = torch.cat([order, order])
+    return order[:count].view(audit.images, audit.observations, -1)
+
+
+def _in_turn(order: Tensor, labels: Tensor) -> Tensor:
+    mine = labels[order]
+    rank = torch.zeros_like(mine)
+    for label in torch.unique(mine):
+        where = (mine == label).nonzero().flatten()
+        rank[where] = torch.arange(len(where))
+    return order[torch.argsort(rank, stable=True)]
