@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fedkl._version import __version__
+from fedkl.cli.audit import audit
 from fedkl.cli.demo import demo
 from fedkl.cli.evaluate import evaluate
 from fedkl.cli.inspection import inspect
@@ -41,7 +42,10 @@ Examples:
 
   fedkl evaluate runs/kl --split test
 
-Exit codes: 0 done, 2 something for you to mend, 130 interrupted, 70 a fault of FedKL's own.
+  fedkl audit --run runs/kl --out runs/kl-audit
+
+Exit codes: 0 done, 2 something for you to mend, 130 interrupted, 70 a fault of FedKL's own; of an
+audit also 0 holds, 1 leaks, 3 inconclusive.
 """
 
 app = typer.Typer(
@@ -57,6 +61,7 @@ for command, panel in (
     (demo, "Start here"),
     (train, "Federations"),
     (evaluate, "Federations"),
+    (audit, "Audits"),
     (inspect, "Keys and models"),
     (keygen, "Keys and models"),
 ):
@@ -118,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help_of(words: Sequence[str]) -> str:
-    names = {"demo", "train", "evaluate", "inspect", "keygen"}
+    names = {"audit", "demo", "train", "evaluate", "inspect", "keygen"}
     named = [word for word in words[:1] if word in names]
     return " ".join(["fedkl", *named, "--help"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,29 +20,31 @@ if TYPE_CHECKING:
 SHORT = "fedkl"  # --method fedkl
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+def with_settings(
+    command: Callable[..., None], *, without: Sequence[str] = ()
+) -> Callable[..., None]:
     """Replaces the parameter ``settings`` of ``command`` by one option per setting of a run.
 
-    ``settings`` then holds what was given, by path; what was not given is not in it.
+    ``settings`` then holds what was given, by path; what was not given is not in it. ``without``
+    lists the paths of settings that the command has flags of its own for.
     """
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name != "settings"]
+    taken = [setting for setting in SETTINGS if setting.path not in without]
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
-        given = {s.path: v for s in SETTINGS if (v := values.pop(s.name)) is not None}
+        given = {s.path: v for s in taken if (v := values.pop(s.name)) is not None}
         if "training.milestones" in given:
             given["training.milestones"] = _integers(given["training.milestones"])
         command(settings=given, **values)
 
-    options = [_option(s, PANELS[section]) for section in PANELS for s in _of(section)]
+    options = [
+        _option(s, panel) for name, panel in PANELS.items() for s in taken if s.section == name
+    ]
     made = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *options]]
     wrapper.__dict__["__signature__"] = signature.replace(parameters=made)
     return wrapper
-
-
-def _of(section: str) -> list[Setting]:
-    return [setting for setting in SETTINGS if setting.section == section]
 
 
 def _option(setting: Setting, panel: str) -> inspect.Parameter:

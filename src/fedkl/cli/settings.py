@@ -19,6 +19,12 @@ ACTIVATIONS: Final = ("identity", "relu", "sigmoid", "tanh")
 LAWS: Final = ("sign", "uniform", "normal")
 OPTIMIZERS: Final = ("sgd", "adam", "rmsprop", "adadelta")
 SCHEDULES: Final = ("constant", "step", "cosine")
+ATTACKS: Final = ("dlg", "idlg", "inverting-gradients")
+THREATS: Final = (
+    "key-unknown", "key-regressed", "key-shared", "lock-gradient", "adaptive", "crafting",
+)  # fmt: skip
+EFFORTS: Final = ("quick", "standard", "paper")
+STAGES: Final = ("initial", "mid", "final")
 
 
 @dataclass(frozen=True)
