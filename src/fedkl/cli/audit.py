@@ -198,7 +198,7 @@ def _conclude(result: Mapping[str, Any], folder: Path) -> None:
     columns = ["defense (threat)", "attack", "n", "advantage", "identified", "verdict"]
     out().print(
         table_of(
-            "Aligned SSIM beyond the floor, and images found among 100 of their class; 95 % intervals",
+            "Aligned SSIM beyond the floor, images found among 100 of a class; 95 % intervals",
             columns,
             rows,
         )

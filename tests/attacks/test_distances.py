@@ -1,0 +1,52 @@
+"""Distances of gradients against their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import wasserstein_distance
+
+from fedkl.attacks.distances import DISTANCES, cosine, grnn, squared, wasserstein
+from fedkl.rng import derive
+
+
+@pytest.fixture
+def pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = derive(0, "pairs")
+    shapes = [(3, 4), (5,), (2, 2, 2)]
+    return [
+        (torch.randn(s, generator=generator), torch.randn(s, generator=generator)) for s in shapes
+    ]
+
+
+def flat(pairs: list[tuple[torch.Tensor, torch.Tensor]], side: int) -> np.ndarray:
+    return torch.cat([pair[side].flatten() for pair in pairs]).double().numpy()
+
+
+def test_squared(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    expected = ((flat(pairs, 0) - flat(pairs, 1)) ** 2).sum()
+    assert float(squared(pairs)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_cosine(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    a, b = flat(pairs, 0), flat(pairs, 1)
+    expected = 1 - a @ b / math.sqrt((a @ a) * (b @ b))
+    assert float(cosine(pairs)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_wasserstein_is_scipys(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    expected = wasserstein_distance(flat(pairs, 0), flat(pairs, 1))
+    assert float(wasserstein(pairs)) == pytest.approx(expected, rel=1e-5)
+    assert float(grnn(pairs)) == pytest.approx(float(squared(pairs)) + expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_zero_where_they_agree_and_with_a_derivative_everywhere(name: str) -> None:
+    seen = torch.randn(6, generator=derive(1, "seen"))
+    assert float(DISTANCES[name]([(seen, seen)])) == pytest.approx(0, abs=1e-6)
+    zero = torch.zeros(6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(DISTANCES[name]([(zero, seen)]), zero)
+    assert bool(torch.isfinite(gradient).all())

@@ -1,0 +1,110 @@
+"""The public model as a function: gradients and unrolled updates against plain torch."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from attackhelp import CLASSES, gradient_of, images, observe, tiny
+from torch.func import vmap
+from torch.nn.functional import cross_entropy, one_hot
+
+from fedkl.attacks.network import Network
+from fedkl.errors import AttackError
+from fedkl.observation import OPEN, Observation, Training
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_gradient_is_that_of_autograd(norm: bool) -> None:
+    model = tiny(norm=norm)
+    x, y = images(3, (1, 8, 8)), torch.tensor([0, 3, 1])
+    network = Network(observe(model, x[:1], y[:1])[0])
+    made = network.gradient({}, x, one_hot(y, CLASSES).float())
+    for name, seen in gradient_of(model, x, y).items():
+        torch.testing.assert_close(made[name], seen, rtol=1e-4, atol=1e-6)
+
+
+def test_many_victims_at_once_are_each_alone() -> None:
+    model = tiny(norm=True)
+    x, y = images(4, (1, 8, 8)), torch.tensor([0, 3, 1, 2])
+    network = Network(observe(model, x[:1], y[:1])[0])
+    labels = one_hot(y, CLASSES).float()
+    together = vmap(lambda a, b: network.gradient({}, a[None], b[None]))(x, labels)
+    for i in range(4):
+        alone = network.gradient({}, x[i : i + 1], labels[i : i + 1])
+        for name, value in alone.items():
+            torch.testing.assert_close(together[name][i], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        Training(batch_size=2, local_steps=3, lr=0.1),
+        Training(batch_size=2, local_steps=3, lr=0.1, momentum=0.9, weight_decay=0.01),
+        Training(batch_size=2, local_steps=2, lr=0.1, momentum=0.9, nesterov=True),
+        Training(batch_size=2, local_steps=2, lr=0.1, repeats=True),
+    ],
+    ids=["plain", "momentum", "nesterov", "repeats"],
+)
+def test_unrolled_update_is_that_of_sgd(training: Training) -> None:
+    model = tiny(norm=True)
+    x = images(training.images, (1, 8, 8))
+    y = torch.arange(training.images) % CLASSES
+    trained = deepcopy(model).train()
+    optimizer = torch.optim.SGD(
+        trained.parameters(),
+        lr=training.lr,
+        momentum=training.momentum,
+        nesterov=training.nesterov,
+        weight_decay=training.weight_decay,
+    )
+    for step in range(training.local_steps):
+        at = 0 if training.repeats else 2 * step
+        optimizer.zero_grad()
+        cross_entropy(trained(x[at : at + 2]), y[at : at + 2]).backward()
+        optimizer.step()
+    after = dict(trained.named_parameters())
+    change = {n: (p - after[n]).detach() for n, p in model.named_parameters()}
+    network = Network(
+        Observation(
+            model=model,
+            kind="update",
+            changes=(change,),
+            image_shape=(1, 8, 8),
+            num_classes=CLASSES,
+            training=training,
+            threat=OPEN,
+        )
+    )
+    made = network.change({}, x, one_hot(y, CLASSES).float())
+    for name, seen in change.items():
+        torch.testing.assert_close(made[name], seen, rtol=1e-3, atol=1e-6)
+
+
+def test_victims_model_is_not_touched() -> None:
+    model = tiny(norm=True)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    x, y = images(2, (1, 8, 8)), torch.tensor([0, 1])
+    observation = observe(model, x[:1], y[:1])[0]
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    Network(observation).gradient({}, x, one_hot(y, CLASSES).float())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda c: c.pop("0.weight"), "lacks 0.weight"),
+        (lambda c: c.update({"0.weight": torch.zeros(2)}), "has shape"),
+        (lambda c: c["0.weight"].fill_(float("nan")), "NaN"),
+    ],
+    ids=["missing", "shape", "nan"],
+)
+def test_update_that_does_not_fit_is_refused(spoil: object, message: str) -> None:
+    model = tiny()
+    observation = observe(model, images(1, (1, 8, 8)), torch.tensor([0]))[0]
+    spoil(observation.changes[0])  # type: ignore[operator]
+    with pytest.raises(AttackError, match=message):
+        Network(observation)
