@@ -148,4 +148,14 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "root": (lambda: nn.BatchNorm2d(3), IMAGE),
     "root layer": (lambda: nn.Conv2d(3, 4, 3), IMAGE),
 }
-SCHEMES = ["channel", "paper", "paper-sigmoid", "fedbn", "norm"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "channel": {"length": 32},
+    "paper": {"length": 32},
+    "paper-sigmoid": {"length": 32},
+    "pad": {"spread": 0.5},
+    "open-pad": {},
+    "fedbn": {},
+    "norm": {},
+}
+SCHEMES = list(SETTINGS)
+POSITIONAL = {"pad", "open-pad"}

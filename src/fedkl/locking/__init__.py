@@ -13,13 +13,14 @@ from fedkl.locking.api import (
     unwrap,
 )
 from fedkl.locking.merging import merge
-from fedkl.locking.reuse import calibrate, replaced_affines, restart_lock
+from fedkl.locking.pad import OpenPad, Pad
+from fedkl.locking.reuse import calibrate, epoch_of, renew, replaced_affines, restart_lock
+from fedkl.locking.scheme import Scheme
 from fedkl.locking.schemes import (
     PRESETS,
     SCHEMES,
     Channel,
     PrivateNorm,
-    Scheme,
     SharedNorm,
     scheme_of,
 )
@@ -43,6 +44,8 @@ __all__ = [
     "Layers",
     "LockSpec",
     "Lockable",
+    "OpenPad",
+    "Pad",
     "PrivateNorm",
     "Scheme",
     "SharedNorm",
@@ -51,6 +54,7 @@ __all__ = [
     "calibrate",
     "check_optimizer",
     "copy_state",
+    "epoch_of",
     "is_locked",
     "load_private_state",
     "load_shared_state",
@@ -61,6 +65,7 @@ __all__ = [
     "merge",
     "private_names",
     "private_state",
+    "renew",
     "replaced_affines",
     "restart_lock",
     "scheme_of",

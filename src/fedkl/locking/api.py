@@ -12,24 +12,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from fedkl.errors import LockError
 from fedkl.key import Key
 from fedkl.locking.check import verify
-from fedkl.locking.schemes import Channel, Scheme, scheme_of
-from fedkl.locking.select import Layers, Target, select
-from fedkl.locking.sites import (
-    INSERTED_NAME,
-    LockedNorm,
-    NormAfter,
-    affine_shape,
-    current_affine,
-    insert_norm,
-    lock_norm,
-    locked_norms,
-    new_norm,
-    remove_norm,
-    source_of,
-    unlock_norm,
-)
+from fedkl.locking.install import Plan, install, plan, remove, target_of
+from fedkl.locking.pad import Pad, PadAffine
+from fedkl.locking.scheme import Scheme
+from fedkl.locking.schemes import Channel, scheme_of
+from fedkl.locking.select import Layers, select
+from fedkl.locking.sites import locked_norms, source_of
 from fedkl.locking.sources import AffineSource, KeyedAffine
-from fedkl.locking.spec import LockSpec, SiteSpec
+from fedkl.locking.spec import LockSpec
 from fedkl.locking.survey import refusal, registered, trace
 
 
@@ -86,13 +76,14 @@ def lock(
     order = registered(locked) if example is None else trace(locked, example)
     targets = select(locked, layers, order, traced=example is not None)
     try:
-        sources = _install(locked, key, value, targets, norm, share_statistics)
+        what = plan(locked, value, targets, order.order, example)
+        sources = install(locked, key, value, what, norm, share_statistics)
         if group is not None:
             agree(locked, group)
         if example is not None:
             verify(locked, sources, example)
     except Exception:
-        _remove(locked)
+        remove(locked)
         raise
     return locked
 
@@ -108,30 +99,31 @@ def lock_like(
     scheme = spec.scheme_value()
     model = unwrap(model)
     _check_model(model, key, scheme)
-    targets = [Target(_place(site), site.inserted) for site in spec.sites]
+    targets = [target_of(site) for site in spec.sites]
     modules = dict(model.named_modules(remove_duplicate=False))
     if missing := [t.name for t in targets if t.name not in modules]:
         raise LockError(f"the lock spec names {', '.join(missing)}, which this model lacks{_FIT}")
     if refused := {t.name: why for t in targets if (why := refusal(modules[t.name]))}:
         raise LockError(f"the lock spec does not fit this model: {refused}{_FIT}")
+    known = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
+    if lost := [n for n in spec.private if n not in known]:
+        raise LockError(f"the lock spec names {', '.join(lost[:4])}, which is not there{_FIT}")
     locked = model if inplace else _copy(model)
     try:
-        _install(locked, key, scheme, targets, spec.norm, spec.statistics_shared)
+        sizes = {site.name: site.shape for site in spec.sites} if scheme.positional else {}
+        what = Plan(targets, sizes, spec.private)
+        install(locked, key, scheme, what, spec.norm, spec.statistics_shared)
         made = {site.name: site for site in lock_spec(locked).sites}
         if wrong := [s.name for s in spec.sites if made.get(s.name) != s]:
             raise LockError(f"kind or size of {', '.join(wrong)} is not the lock spec's{_FIT}")
     except Exception:
-        _remove(locked)
+        remove(locked)
         raise
     return locked
 
 
 _FIT = "; build the model with the architecture the spec was made for."
-
-
-def _place(site: SiteSpec) -> str:
-    """Name of the module to lock: behind a layer that had no norm, that layer's."""
-    return site.name.removesuffix(INSERTED_NAME).removesuffix(".") if site.inserted else site.name
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -160,6 +152,21 @@ def _check_model(model: nn.Module, key: Key | None, scheme: Scheme) -> None:
             f"scheme {scheme.name!r} needs a fedkl.Key, got {type(key).__name__}: "
             "pass Key.generate() or Key.load(path)."
         )
+    if isinstance(scheme, Pad) and key is not None:
+        check_random(key)
+
+
+def check_random(key: Key) -> None:
+    """Raises unless ``key`` was drawn at random: a pad is as unpredictable as its key.
+
+    Raises:
+        LockError: The key is an imported vector, whose entropy nobody knows.
+    """
+    if key.kind != "seed":
+        raise LockError(
+            "a pad takes a random key, got an imported vector, which works with scheme 'channel' "
+            "only; use Key.generate()."
+        )
 
 
 def _check_arguments(
@@ -172,35 +179,6 @@ def _check_arguments(
             f"scheme {scheme.name!r} with these settings needs an example: it depends on the order "
             "of execution or on activation sizes. Pass example=one input batch."
         )
-
-
-def _install(
-    model: nn.Module,
-    key: Key | None,
-    scheme: Scheme,
-    targets: list[Target],
-    norm: str,
-    share_statistics: bool,
-) -> dict[str, AffineSource]:
-    """Installs one source per target (in place) and writes the spec down on the model."""
-    sources: dict[str, AffineSource] = {}
-    sites, previous = [], None
-    for target in targets:
-        site, module = target.name, model.get_submodule(target.name)
-        if target.insert:
-            insert_norm(module, new_norm(module, norm))
-            module = module.get_submodule(INSERTED_NAME)
-            site = f"{site}.{INSERTED_NAME}" if site else INSERTED_NAME
-        source = scheme.source(site, *current_affine(module), key, previous)
-        sites.append(SiteSpec(site, type(module).__name__, affine_shape(module), target.insert))
-        if source is not None:
-            lock_norm(module, source, statistics_shared=share_statistics)
-            source.train(module.training)
-            sources[site] = previous = source
-    model.__dict__["_fedkl_spec"] = LockSpec(
-        scheme.name, scheme.settings(), tuple(sites), norm, share_statistics
-    )
-    return sources
 
 
 def agree(model: nn.Module, group: Key) -> None:
@@ -236,24 +214,14 @@ def unlock(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     root = unwrap(model)
     root = root if inplace else deepcopy(root)
     lock_spec(root)
-    _remove(root)
+    remove(root)
     return root
-
-
-def _remove(model: nn.Module) -> None:
-    """Takes every lock off ``model`` (in place), also off one that was locked only in part."""
-    for module in list(model.modules()):
-        if isinstance(module, LockedNorm):
-            unlock_norm(module)
-        elif isinstance(module, NormAfter):
-            # Its norm, a descendant, is thrown away: no need to unlock that.
-            remove_norm(module)
-        module.__dict__.pop("_fedkl_spec", None)
 
 
 def set_key(model: nn.Module, key: Key) -> None:
     """Puts another key into a locked model; the lock's weights stay (in place).
 
+    A pad is drawn anew, of the epoch that the private state says; private layers stay.
     This is the thief who got the lock's weights but not the key, and the user with a wrong key.
 
     Raises:
@@ -264,6 +232,11 @@ def set_key(model: nn.Module, key: Key) -> None:
     spec = lock_spec(model)
     scheme = spec.scheme_value()
     sources = [m for m in unwrap(model).modules() if isinstance(m, KeyedAffine)]
+    if isinstance(scheme, Pad):
+        for pad in sources_of(model).values():
+            assert isinstance(pad, PadAffine)
+            scheme.redraw(pad, key, int(pad.epoch))
+        return
     if not sources or not isinstance(scheme, Channel):
         raise LockError(f"scheme {spec.scheme!r} takes no key.")
     vector = key.vector(scheme.length, scheme.law)
@@ -315,18 +288,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raises unless ``optimizer`` holds every parameter of every lock.
+    """Raises unless ``optimizer`` holds every parameter of every lock and private layer.
 
     Raises:
         LockError: Names the missing parameters; happens when the optimizer was built before
             :func:`lock`, which returns a copy with new parameters.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = {id(p) for s in sources_of(model).values() for p in s.parameters() if p.requires_grad}
+    private = set(lock_spec(model).private) if is_locked(model) else set()
     missing = [
-        f"{site}.keylock.{name}"
-        for site, source in sources_of(model).items()
-        for name, p in source.named_parameters()
-        if p.requires_grad and id(p) not in held
+        name
+        for name, p in unwrap(model).named_parameters()
+        if id(p) not in held and p.requires_grad and (id(p) in own or name in private)
     ]
     if missing:
         raise LockError(

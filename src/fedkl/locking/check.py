@@ -29,7 +29,7 @@ def verify(model: nn.Module, sources: Mapping[str, AffineSource], example: Any) 
     Raises:
         LockError: Names the locks without effect, or the mode in which the model fails.
     """
-    with _restored(model), _nothing_zero(model):
+    with restored(model), _nothing_zero(model):
         silent = set(sources)
         for mode in ("train", "eval"):
             waiting = {name: source for name, source in sources.items() if name in silent}
@@ -46,7 +46,8 @@ def verify(model: nn.Module, sources: Mapping[str, AffineSource], example: Any) 
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
+    """Within the block modes and buffers may change; afterwards they are as before."""
     modes = {module: module.training for module in model.modules()}
     buffers = {id(b): (b, b.detach().clone()) for b in model.buffers()}
     try:

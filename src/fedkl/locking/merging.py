@@ -7,6 +7,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from fedkl.errors import LockError
 from fedkl.locking.api import is_locked, lock_spec, unwrap
 from fedkl.locking.sites import (
     LockedNorm,
@@ -49,9 +50,15 @@ def merge(model: nn.Module) -> nn.Module:
     inserted norm becomes ``nn.Sequential(layer, norm)``, so those names change.
 
     Raises:
-        LockError: The model is not locked.
+        LockError: The model is not locked, or its lock has one γ and β per position (``pad``),
+            which no ordinary norm can hold.
     """
-    lock_spec(model)
+    spec = lock_spec(model)
+    if spec.scheme_value().positional:
+        raise LockError(
+            f"a lock of scheme {spec.scheme!r} has one scale per position, which no ordinary norm "
+            "can hold; use the locked model itself, or keep its state_dict and the key."
+        )
     root = deepcopy(unwrap(model))
     for module in list(root.modules()):
         if isinstance(module, LockedNorm):

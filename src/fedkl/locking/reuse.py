@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedkl.errors import DataError
+from fedkl.errors import DataError, LockError
 from fedkl.key import Key
-from fedkl.locking.api import agree, lock_spec, set_key, sources_of, unwrap
+from fedkl.locking.api import agree, check_random, lock_spec, set_key, sources_of, unwrap
+from fedkl.locking.pad import OpenPad, Pad, PadAffine
 from fedkl.locking.schemes import Channel
-from fedkl.locking.sites import LOCK_NAME, restore_statistics
+from fedkl.locking.sites import LOCK_NAME, PositionalNorm, restore_statistics
 from fedkl.locking.sources import KeyedAffine, PrivateAffine
 from fedkl.locking.state import private_state
+from fedkl.locking.stem import draw_private, restore
 
 
 def restart_lock(model: nn.Module, key: Key | None, group: Key | None = None) -> None:
@@ -30,6 +32,13 @@ def restart_lock(model: nn.Module, key: Key | None, group: Key | None = None) ->
         assert key is not None
         set_key(model, key)
     root = unwrap(model)
+    if isinstance(scheme, Pad):
+        assert key is not None
+        check_random(key)
+        renew(model, key, 0)
+        draw_private(_spec_holder(root), spec.private, key)
+    elif isinstance(scheme, OpenPad):
+        restore(_spec_holder(root), parameters=True)
     for site, source in sources_of(model).items():
         norm = root.get_submodule(site)
         if isinstance(source, KeyedAffine) and isinstance(scheme, Channel):
@@ -42,7 +51,54 @@ def restart_lock(model: nn.Module, key: Key | None, group: Key | None = None) ->
         agree(model, group)
 
 
+def renew(model: nn.Module, key: Key, epoch: int, *, keep_learned: bool = False) -> None:
+    """Puts the pad of another epoch into a locked model (in place).
+
+    What was learned on top belongs to the old pad and starts again, unless ``keep_learned``.
+    Private layers (stem, head) stay, the key as well: who has it can draw every epoch's pad.
+
+    Args:
+        model: Locked with scheme ``pad``.
+        key: The client's key.
+        epoch: Number of the pad, >= 0; never use one twice.
+        keep_learned: Whether learned maps stay.
+
+    Raises:
+        LockError: The scheme has no pad, or ``key`` is none.
+        ConfigError: ``epoch`` is negative.
+    """
+    if not isinstance(key, Key):
+        raise LockError(f"expected a fedkl.Key, got {type(key).__name__}.")
+    spec = lock_spec(model)
+    scheme = spec.scheme_value()
+    if not isinstance(scheme, Pad):
+        raise LockError(f"scheme {spec.scheme!r} has no pad to renew; lock with scheme='pad'.")
+    for source in sources_of(model).values():
+        assert isinstance(source, PadAffine)
+        scheme.redraw(source, key, epoch)
+        if not keep_learned:
+            source.restart()
+
+
+def epoch_of(model: nn.Module) -> int:
+    """Which pad a model locked with scheme ``pad`` has; 0 for other schemes."""
+    for source in sources_of(model).values():
+        if isinstance(source, PadAffine):
+            return int(source.epoch)
+    return 0
+
+
+def _spec_holder(root: nn.Module) -> nn.Module:
+    """The module that was locked, which may have been wrapped into another one since."""
+    return next(m for m in root.modules() if "_fedkl_spec" in m.__dict__)
+
+
 def _to_original(norm: nn.Module, source: PrivateAffine) -> None:
+    if isinstance(norm, PositionalNorm):
+        with torch.no_grad():
+            source.gamma.fill_(1.0)
+            source.beta.zero_()
+        return
     original = norm.__dict__["_fedkl_original"]
     weight, bias = original["weight"], original["bias"]
     with torch.no_grad():

@@ -1,11 +1,10 @@
-"""Schemes: how γ and β of a site come about, as plain data plus one factory method."""
+"""The schemes by name: the shared norm, the private norm, and the paper's lock; the pad."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final
 
 import torch
@@ -13,47 +12,11 @@ from torch import Tensor, nn
 
 from fedkl.errors import ConfigError, LockError, unknown
 from fedkl.key import Key, KeyStream
+from fedkl.locking.pad import OpenPad, Pad
+from fedkl.locking.scheme import Scheme
 from fedkl.locking.sources import ACTIVATIONS, AffineSource, KeyedAffine, PrivateAffine
 
 KEY_LAWS: Final = ("sign", "uniform", "normal")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scheme(ABC):
-    """What stands at every site. Public: it is part of the lock spec."""
-
-    name: ClassVar[str]
-    keyed: ClassVar[bool] = False
-    private: ClassVar[bool] = True
-    needs_example: ClassVar[bool] = False
-
-    @property
-    def takes_group(self) -> bool:
-        """Whether locks of this scheme can start where a group key says."""
-        return False
-
-    @abstractmethod
-    def source(
-        self,
-        site: str,
-        scale: Tensor,
-        shift: Tensor,
-        key: Key | None,
-        previous: AffineSource | None,
-    ) -> AffineSource | None:
-        """The affine source of one site, or None where the norm keeps its own affine.
-
-        Args:
-            site: Name of the norm, which also names the key stream.
-            scale: The norm's γ before locking; gives shape, dtype and device.
-            shift: The norm's β before locking.
-            key: The client's key, None for keyless schemes.
-            previous: The source of the site executed before this one, None at the first.
-        """
-
-    def settings(self) -> dict[str, Any]:
-        """The fields as a dict of plain values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +33,13 @@ class SharedNorm(Scheme):
         shift: Tensor,
         key: Key | None,
         previous: AffineSource | None,
+        shape: tuple[int, ...],
     ) -> AffineSource | None:
         return None
+
+    def rebuilt(self) -> Scheme:
+        """Itself: nothing of it is secret."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +55,13 @@ class PrivateNorm(Scheme):
         shift: Tensor,
         key: Key | None,
         previous: AffineSource | None,
+        shape: tuple[int, ...],
     ) -> AffineSource:
         return PrivateAffine(scale, shift)
+
+    def rebuilt(self) -> Scheme:
+        """Itself: its secrets are ordinary parameters."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +120,7 @@ class Channel(Scheme):
         shift: Tensor,
         key: Key | None,
         previous: AffineSource | None,
+        shape: tuple[int, ...],
     ) -> AffineSource:
         if key is None:
             raise LockError("scheme 'channel' needs a key, got none: pass Key.generate().")
@@ -184,6 +158,10 @@ class Channel(Scheme):
                     _uniform(bias, stream, source.scale_weight.shape[1])
                 elif bias is not None:
                     bias.zero_()
+
+    def rebuilt(self) -> Scheme:
+        """Private γ and β."""
+        return PrivateNorm()
 
     @property
     def takes_group(self) -> bool:
@@ -226,6 +204,8 @@ SCHEMES: Final[Mapping[str, type[Scheme]]] = {
     "channel": Channel,
     "fedbn": PrivateNorm,
     "norm": SharedNorm,
+    "open-pad": OpenPad,
+    "pad": Pad,
 }
 
 _PAPER: Final[dict[str, Any]] = {

@@ -16,10 +16,11 @@ Layers = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Module], bool
 
 @dataclass(frozen=True)
 class Target:
-    """One place to lock: a norm, or a layer behind which a norm has to be inserted first."""
+    """One place to lock: a norm, or a layer behind (or before) which one is inserted first."""
 
     name: str
     insert: bool
+    before: bool = False
 
 
 def select(model: nn.Module, layers: Layers, order: Trace, *, traced: bool) -> list[Target]:

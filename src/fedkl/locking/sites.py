@@ -8,7 +8,7 @@ reads ``norm.weight`` without calling ``norm`` gets γ as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any, Final, cast
 
@@ -22,6 +22,7 @@ from fedkl.locking.sources import PICKLE_REMEDY, AffineSource
 
 LOCK_NAME: Final = "keylock"
 INSERTED_NAME: Final = "inserted_norm"
+INPUT_NAME: Final = "input_norm"
 STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
 
 CONVOLUTIONS: Final[dict[type[nn.Module], int]] = {
@@ -45,8 +46,16 @@ class LockedNorm(Swapped):
     """A norm whose γ and β come from its child ``keylock``."""
 
 
+class PositionalNorm(LockedNorm):
+    """A locked norm that runs without affine; γ and β per position are applied to its output."""
+
+
 class NormAfter(Swapped):
     """A convolution or linear layer with a norm inserted behind it."""
+
+
+class NormBefore(Swapped):
+    """A convolution or linear layer with a norm inserted in front of it."""
 
 
 def _guarded(base: type[nn.Module]) -> dict[str, Any]:
@@ -71,7 +80,9 @@ def _guarded(base: type[nn.Module]) -> dict[str, Any]:
 
 # One generated class per class, so that isinstance and torch.compile see the same one each time.
 _LOCKED: Final[dict[type[nn.Module], type[nn.Module]]] = {}
+_POSITIONAL: Final[dict[type[nn.Module], type[nn.Module]]] = {}
 _NORMED: Final[dict[type[nn.Module], type[nn.Module]]] = {}
+_FRONTED: Final[dict[type[nn.Module], type[nn.Module]]] = {}
 
 
 def _locked_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -90,6 +101,49 @@ def _locked_class(base: type[nn.Module]) -> type[nn.Module]:
         members["bias"] = property(lambda self: self._modules[LOCK_NAME].shift())
     _LOCKED[base] = type(f"Locked{base.__name__}", (LockedNorm, base), members)
     return _LOCKED[base]
+
+
+def _positional_class(base: type[nn.Module]) -> type[nn.Module]:
+    if base in _POSITIONAL:
+        return _POSITIONAL[base]
+    members = _guarded(base)
+
+    def normalized(self: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = base.forward(self, x)
+        return out
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return positioned(source_of(self), normalized(self, x))
+
+    # The norm's own forward finds no affine.
+    members |= {"weight": None, "bias": None, "normalized": normalized, "forward": forward}
+    _POSITIONAL[base] = type(f"Locked{base.__name__}", (PositionalNorm, base), members)
+    return _POSITIONAL[base]
+
+
+def positioned(source: AffineSource, x: Tensor) -> Tensor:
+    """γ ⊙ x + β for ``x`` (N, *positions), in the dtype of ``x``.
+
+    Of a pad over tokens (T, D) the first rows are used for shorter inputs.
+
+    Raises:
+        LockError: The positions are others than those of the lock.
+    """
+    scale, shift = source.scale(), source.shift()
+    if x.shape[1:] != scale.shape:
+        if x.ndim != 3 or x.shape[2:] != scale.shape[1:] or x.shape[1] > scale.shape[0]:
+            raise LockError(_misfit(tuple(scale.shape), tuple(x.shape)))
+        scale, shift = scale[: x.shape[1]], shift[: x.shape[1]]
+    out = torch.addcmul(shift, x, scale)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+def _misfit(pad: tuple[int, ...], called: tuple[int, ...]) -> str:
+    return (
+        f"this lock has one scale per position, {pad}, and was called with {called[1:]} for each "
+        "of a batch; keep to the size of the example, or for token sequences lock with "
+        "max_length=<the longest>."
+    )
 
 
 def _normed_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -111,8 +165,31 @@ def _normed_class(base: type[nn.Module]) -> type[nn.Module]:
     return _NORMED[base]
 
 
+def _fronted_class(base: type[nn.Module]) -> type[nn.Module]:
+    if base in _FRONTED:
+        return _FRONTED[base]
+    members = _guarded(base)
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        norm = self._modules[INPUT_NAME]
+        assert norm is not None
+        out: Tensor = base.forward(
+            self, apply_last(norm, x) if isinstance(self, nn.Linear) else norm(x)
+        )
+        return out
+
+    members["forward"] = forward
+    _FRONTED[base] = type(f"Fronted{base.__name__}", (NormBefore, base), members)
+    return _FRONTED[base]
+
+
 def apply_last(norm: nn.Module, x: Tensor) -> Tensor:
     """Applies a norm over (N, C) to the last axis of ``x`` (..., C)."""
+    if isinstance(norm, PositionalNorm) and x.ndim > 2:
+        # The positions are those of x, not of the rows that the norm averages over.
+        plain = cast(Callable[[Tensor], Tensor], norm.normalized)
+        flat = plain(x.reshape(-1, x.shape[-1]))
+        return positioned(source_of(norm), flat.reshape(x.shape))
     result: Tensor = norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)
     return result
 
@@ -153,8 +230,10 @@ def locked_norms(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[s
             yield name, cast(nn.Module, module)
 
 
-def lock_norm(norm: nn.Module, source: AffineSource, *, statistics_shared: bool) -> None:
-    """Makes ``norm`` take γ and β from ``source`` (in place)."""
+def lock_norm(
+    norm: nn.Module, source: AffineSource, *, statistics_shared: bool, positional: bool = False
+) -> None:
+    """Makes ``norm`` take γ and β from ``source``, per position or per channel (in place)."""
     original = {name: norm._parameters.pop(name, None) for name in ("weight", "bias")}
     norm.__dict__["_fedkl_original"] = original
     norm.__dict__["_fedkl_statistics_shared"] = statistics_shared
@@ -163,8 +242,16 @@ def lock_norm(norm: nn.Module, source: AffineSource, *, statistics_shared: bool)
         for name in STATISTICS
         if not statistics_shared and (buffer := norm._buffers.get(name)) is not None
     }
-    norm.__class__ = _locked_class(type(norm))
+    swapped = _positional_class if positional else _locked_class
+    norm.__class__ = swapped(type(norm))
     norm.add_module(LOCK_NAME, source)
+    if positional:
+        # Fused inference paths (nn.TransformerEncoderLayer), which skip norms, respect a hook.
+        norm.__dict__["_fedkl_hook"] = norm.register_forward_pre_hook(_nothing)
+
+
+def _nothing(norm: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that is there to be seen."""
 
 
 def restore_statistics(norm: nn.Module) -> None:
@@ -184,35 +271,38 @@ def unlock_norm(norm: nn.Module, *, keep_statistics: bool = False) -> None:
     """
     if not keep_statistics:
         restore_statistics(norm)
-    scale, _ = current_affine(norm)
+    like = source_of(norm).like()
     del norm._modules[LOCK_NAME]
     original = norm.__dict__.pop("_fedkl_original")
     del norm.__dict__["_fedkl_statistics_shared"], norm.__dict__["_fedkl_statistics"]
+    if hook := norm.__dict__.pop("_fedkl_hook", None):
+        hook.remove()
     norm.__class__ = type(norm)._fedkl_base  # type: ignore[attr-defined]
     for name, parameter in original.items():
         if name == "bias" and isinstance(norm, nn.RMSNorm):
             continue
         if parameter is not None:
-            parameter.data = parameter.data.to(scale.device, scale.dtype)
+            parameter.data = parameter.data.to(like.device, like.dtype)
         norm.register_parameter(name, parameter)
 
 
-def insert_norm(layer: nn.Module, norm: nn.Module) -> None:
-    """Puts ``norm`` behind ``layer`` (in place)."""
-    layer.__class__ = _normed_class(type(layer))
-    layer.add_module(INSERTED_NAME, norm)
+def insert_norm(layer: nn.Module, norm: nn.Module, *, before: bool = False) -> None:
+    """Puts ``norm`` behind ``layer``, or in front of it (in place)."""
+    swapped = _fronted_class if before else _normed_class
+    layer.__class__ = swapped(type(layer))
+    layer.add_module(INPUT_NAME if before else INSERTED_NAME, norm)
 
 
 def remove_norm(layer: nn.Module) -> nn.Module:
     """Takes an inserted norm away again and returns it (in place)."""
-    norm = layer._modules.pop(INSERTED_NAME)
+    norm = layer._modules.pop(INPUT_NAME if isinstance(layer, NormBefore) else INSERTED_NAME)
     assert norm is not None
     layer.__class__ = type(layer)._fedkl_base  # type: ignore[attr-defined]
     return norm
 
 
-def new_norm(layer: nn.Module, kind: str) -> nn.Module:
-    """An ordinary norm with affine that fits behind ``layer``.
+def new_norm(layer: nn.Module, kind: str, *, before: bool = False) -> nn.Module:
+    """An ordinary norm with affine that fits behind ``layer``, or in front of it.
 
     Raises:
         ConfigError: ``kind`` is not one of :data:`INSERTABLE`.
@@ -222,7 +312,8 @@ def new_norm(layer: nn.Module, kind: str) -> nn.Module:
         raise ConfigError(unknown("norm to insert", kind, INSERTABLE))
     weight: Tensor = layer.weight  # type: ignore[assignment]
     linear = isinstance(layer, nn.Linear)
-    features = layer.out_features if linear else layer.out_channels
+    width = ("in" if before else "out") + ("_features" if linear else "_channels")
+    features = getattr(layer, width)
     assert isinstance(features, int)
     dims = 1 if linear else next(d for c, d in CONVOLUTIONS.items() if isinstance(layer, c))
     norm: nn.Module

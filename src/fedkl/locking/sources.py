@@ -68,6 +68,10 @@ class AffineSource(nn.Module, ABC):
             self._witness.add("shift")
         return self._shift().view(self.shape)
 
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of γ and β."""
+        return self._scale().detach()
+
     @abstractmethod
     def _scale(self) -> Tensor: ...
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedkl.errors import CheckpointError
-from fedkl.locking.schemes import Scheme, scheme_of
+from fedkl.locking.scheme import Scheme
+from fedkl.locking.schemes import scheme_of
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,11 @@ class SiteSpec:
     """One lock.
 
     Attributes:
-        name: Name of the locked norm; ``<layer>.inserted_norm`` where one was inserted.
+        name: Name of the locked norm; ``<layer>.inserted_norm`` where one was inserted behind a
+            layer, ``<layer>.input_norm`` where in front of it.
         norm: Class name of the norm.
         shape: Shape of γ and β.
-        inserted: Whether the norm was inserted behind a layer that had none.
+        inserted: Whether the norm was inserted.
     """
 
     name: str
@@ -37,6 +39,7 @@ class LockSpec:
         sites: The locks in order of execution.
         norm: Kind of the inserted norms.
         statistics_shared: Whether running statistics of locked norms leave the client.
+        private: Names of further private tensors: those of a private stem and head.
     """
 
     scheme: str
@@ -44,6 +47,7 @@ class LockSpec:
     sites: tuple[SiteSpec, ...]
     norm: str
     statistics_shared: bool
+    private: tuple[str, ...] = ()
 
     def scheme_value(self) -> Scheme:
         """The scheme as a value."""
@@ -71,6 +75,7 @@ class LockSpec:
                 sites=sites,
                 norm=data["norm"],
                 statistics_shared=bool(data["statistics_shared"]),
+                private=tuple(data.get("private", ())),  # absent in those of version 0.1
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(

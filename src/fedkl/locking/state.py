@@ -9,12 +9,17 @@ from torch import Tensor, nn
 
 from fedkl.errors import StateError
 from fedkl.locking.api import unwrap
-from fedkl.locking.sites import LOCK_NAME, STATISTICS, locked_norms
+from fedkl.locking.pad import PadAffine
+from fedkl.locking.sites import LOCK_NAME, STATISTICS, locked_norms, source_of
+from fedkl.locking.spec import LockSpec
 
 
 def private_names(model: nn.Module) -> set[str]:
     """Names of the tensors in the model's state dict that must not leave the client."""
     names: set[str] = set()
+    for prefix, module in unwrap(model).named_modules(remove_duplicate=False):
+        if isinstance(spec := module.__dict__.get("_fedkl_spec"), LockSpec):
+            names |= {f"{prefix}.{n}" if prefix else n for n in spec.private}
     for prefix, module in locked_norms(unwrap(model), aliases=True):
         dot = f"{prefix}." if prefix else ""
         names |= {f"{dot}{LOCK_NAME}.{n}" for n in module.get_submodule(LOCK_NAME).state_dict()}
@@ -34,7 +39,7 @@ def shared_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def private_state(model: nn.Module) -> dict[str, Tensor]:
-    """What stays: lock parameters and statistics of locked norms. Never the key itself.
+    """What stays: lock parameters, statistics of locked norms, private layers. Never the key.
 
     Together with :func:`shared_state` this is the whole state dict, with nothing in both.
     """
@@ -56,8 +61,13 @@ def load_private_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Raises:
         StateError: As :func:`load_shared_state`.
+
+    A pad of another epoch than the model's is refused when the model runs; ``set_key`` draws it.
     """
     copy_state(private_state(model), state, "private state")
+    for _, norm in locked_norms(unwrap(model)):
+        if isinstance(source := source_of(norm), PadAffine):
+            source.notice_epoch()
 
 
 def state_problems(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:

@@ -1,0 +1,160 @@
+"""Putting locks into a model and taking them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedkl.key import Key
+from fedkl.locking.pad import OpenPad, Pad
+from fedkl.locking.scheme import Scheme
+from fedkl.locking.select import Target
+from fedkl.locking.sites import (
+    INPUT_NAME,
+    INSERTED_NAME,
+    LockedNorm,
+    NormAfter,
+    NormBefore,
+    affine_shape,
+    current_affine,
+    insert_norm,
+    lock_norm,
+    new_norm,
+    remove_norm,
+    unlock_norm,
+)
+from fedkl.locking.sizes import Size, activation_sizes, head_of, stem_of
+from fedkl.locking.sources import AffineSource
+from fedkl.locking.spec import LockSpec, SiteSpec
+from fedkl.locking.stem import draw_private, give_back, make_private
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything to install, decided before the model is changed.
+
+    Attributes:
+        targets: Where locks stand, in order of execution.
+        sizes: Of positional schemes the size of every lock, by the target's site name.
+        private: Names of further private tensors: stem and head.
+    """
+
+    targets: Sequence[Target]
+    sizes: Mapping[str, Size] = field(default_factory=dict)
+    private: tuple[str, ...] = ()
+
+
+def plan(
+    model: nn.Module, scheme: Scheme, targets: Sequence[Target], order: Sequence[str], example: Any
+) -> Plan:
+    """Sizes of the locks and names of the private layers, from a run on ``example``.
+
+    Raises:
+        LockError: A norm runs at two sizes or not at all, or there is no head.
+    """
+    if not isinstance(scheme, Pad | OpenPad):
+        return Plan(targets)
+    outputs = activation_sizes(model, example, [t.name for t in targets])
+    sizes = {site_name(t): _longer(outputs[t.name], scheme.max_length) for t in targets}
+    private: list[str] = []
+    if scheme.stem:
+        private += stem_of(model, example, targets[0].name, order)
+    if scheme.head or scheme.lock_head_input:
+        head = head_of(order, model)
+        if scheme.head:
+            ids = {id(p) for p in model.get_submodule(head).parameters()}
+            named = model.named_parameters(remove_duplicate=False)
+            private += [n for n, p in named if id(p) in ids and n not in private]
+        if scheme.lock_head_input:
+            target = Target(head, insert=True, before=True)
+            size = activation_sizes(model, example, [head], inputs=True)[head]
+            targets = [*targets, target]
+            sizes[site_name(target)] = _longer(size, scheme.max_length)
+    taken = {f"{t.name}.{n}" for t in targets if not t.insert for n in ("weight", "bias")}
+    taken |= {n.removeprefix(".") for n in taken}
+    return Plan(targets, sizes, tuple(n for n in private if n not in taken))
+
+
+def _longer(size: Size, rows: int | None) -> Size:
+    """The size with room for ``rows`` tokens, if it is one of tokens."""
+    return (max(rows, size[0]), size[1]) if rows and len(size) == 2 else size
+
+
+def site_name(target: Target) -> str:
+    """Name of the norm that carries the lock of ``target``."""
+    if not target.insert:
+        return target.name
+    child = INPUT_NAME if target.before else INSERTED_NAME
+    return f"{target.name}.{child}" if target.name else child
+
+
+def target_of(site: SiteSpec) -> Target:
+    """Inverse of :func:`site_name`."""
+    if not site.inserted:
+        return Target(site.name, insert=False)
+    before = site.name.rpartition(".")[2] == INPUT_NAME
+    child = INPUT_NAME if before else INSERTED_NAME
+    return Target(site.name.removesuffix(child).removesuffix("."), insert=True, before=before)
+
+
+def install(
+    model: nn.Module,
+    key: Key | None,
+    scheme: Scheme,
+    what: Plan,
+    norm: str,
+    share_statistics: bool,
+) -> dict[str, AffineSource]:
+    """Installs one source per target (in place) and writes the spec down on the model."""
+    make_private(model, what.private)
+    sources: dict[str, AffineSource] = {}
+    sites, previous = [], None
+    for target in what.targets:
+        site, module = site_name(target), model.get_submodule(target.name)
+        if target.insert:
+            insert_norm(module, new_norm(module, norm, before=target.before), before=target.before)
+            module = model.get_submodule(site)
+        shape = what.sizes.get(site, affine_shape(module))
+        affine = current_affine(module)
+        if scheme.positional:
+            affine = _spread_out(affine, shape)
+        source = scheme.source(site, *affine, key, previous, shape)
+        sites.append(SiteSpec(site, type(module).__name__, shape, target.insert))
+        if source is not None:
+            lock_norm(
+                module, source, statistics_shared=share_statistics, positional=scheme.positional
+            )
+            source.train(module.training)
+            sources[site] = previous = source
+    if key is not None and what.private:
+        draw_private(model, what.private, key)
+    model.__dict__["_fedkl_spec"] = LockSpec(
+        scheme.name, scheme.settings(), tuple(sites), norm, share_statistics, what.private
+    )
+    return sources
+
+
+def _spread_out(affine: tuple[Tensor, Tensor], shape: Size) -> tuple[Tensor, Tensor]:
+    """γ and β of a norm so that they broadcast over positions of ``shape``."""
+    own = tuple(affine[0].shape)
+    trailing = shape[len(shape) - len(own) :] == own
+    # Channels come first behind a convolution and last in a transformer.
+    view = own if trailing and len(own) < len(shape) else own + (1,) * (len(shape) - len(own))
+    return affine[0].reshape(view), affine[1].reshape(view)
+
+
+def remove(model: nn.Module) -> None:
+    """Takes every lock off ``model`` (in place), also off one that was locked only in part."""
+    for module in list(model.modules()):
+        if isinstance(module, LockedNorm):
+            unlock_norm(module)
+        # A norm inserted is thrown away: no need to unlock that, a descendant.
+        if isinstance(module, NormBefore):
+            remove_norm(module)
+        if isinstance(module, NormAfter):
+            remove_norm(module)
+        give_back(module)
+        module.__dict__.pop("_fedkl_spec", None)

@@ -1,0 +1,231 @@
+"""The pad scheme: one γ and one β per position, expanded from the key, and a private stem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.errors import ConfigError, LockError, SecretError, unknown
+from fedkl.key import Key, KeyStream
+from fedkl.locking.scheme import Scheme
+from fedkl.locking.sources import PICKLE_REMEDY, AffineSource, PrivateAffine, Sealed
+
+SCALE_LAWS: Final[Mapping[str, tuple[float, float]]] = {
+    "near-one": (1.0, 0.3),
+    "normal": (0.0, 1.0),
+    "sign": (1.0, 0.0),
+}
+"""γ = ±|mean + deviation·N(0, 1)|, by name: (mean, deviation)."""
+LEARNED: Final = ("position", "channel", "none")
+STALE: Final = (
+    "the pad in this model is of another epoch than its private state; put the key in again with "
+    "fedkl.locking.set_key(model, key) after loading a state."
+)
+
+
+class PadAffine(AffineSource):
+    """γ and β of one site, redrawn from the key at any time, plus what is learned on top.
+
+    The pad itself is neither parameter nor buffer. The buffer ``epoch`` says which pad it is, so a
+    private state tells all that is needed, with the key, to make the lock again.
+
+    Args:
+        site: Name of the norm; names the key stream.
+        pad: γ and β as drawn, (2, *shape).
+        learned: Shape of what is learned on top, broadcasting over the pad's; None for nothing.
+        epoch: Number of the pad.
+    """
+
+    epoch: Tensor
+
+    def __init__(
+        self, site: str, pad: Tensor, learned: tuple[int, ...] | None, epoch: int = 0
+    ) -> None:
+        super().__init__(tuple(pad.shape[1:]))
+        self.site = site
+        zeros = None if learned is None else torch.zeros(learned, dtype=pad.dtype)
+        self.scale_learned = None if zeros is None else nn.Parameter(zeros.clone())
+        self.shift_learned = None if zeros is None else nn.Parameter(zeros)
+        self.register_buffer("epoch", torch.tensor(epoch))
+        self._drawn = epoch
+        self._stale = False
+        self._sealed = Sealed(pad)
+
+    def redraw(self, pad: Tensor, epoch: int) -> None:
+        """Puts another pad (2, *shape) in the place of this one; what was learned stays."""
+        old = self._sealed.tensor
+        self._sealed = Sealed(pad.to(old.device, old.dtype))
+        self._drawn, self._stale = epoch, False
+        with torch.no_grad():
+            self.epoch.fill_(epoch)
+
+    def restart(self) -> None:
+        """Forgets what was learned on top (in place)."""
+        with torch.no_grad():
+            for learned in (self.scale_learned, self.shift_learned):
+                if learned is not None:
+                    learned.zero_()
+
+    def notice_epoch(self) -> None:
+        """Called when a state was loaded: from another epoch, the pad no longer belongs to it."""
+        self._stale = int(self.epoch) != self._drawn
+
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of γ and β."""
+        return self._sealed.tensor
+
+    def _pad(self, index: int, learned: Tensor | None) -> Tensor:
+        if self._stale:
+            raise LockError(STALE)
+        value = self._sealed.tensor[index]
+        return value if learned is None else value + learned
+
+    def _scale(self) -> Tensor:
+        return self._pad(0, self.scale_learned)
+
+    def _shift(self) -> Tensor:
+        return self._pad(1, self.shift_learned)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.notice_epoch()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PadAffine:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._sealed = Sealed(fn(self._sealed.tensor))
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SecretError(PICKLE_REMEDY)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PadAffine:
+        copy = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copy
+        copy.__dict__ = deepcopy(self.__dict__, memo)
+        return copy
+
+    def extra_repr(self) -> str:
+        return f"positions={'x'.join(map(str, self.shape))}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenPad(Scheme):
+    """The pad's network without a key: γ and β per position are ordinary private parameters.
+
+    The attacker's twin of :class:`Pad`, and a control: what a private stem and private learned
+    maps are worth by themselves.
+
+    Args:
+        stem: Whether everything up to the first lock is private.
+        head: Whether the classifier is private.
+        lock_head_input: Whether a lock stands in front of the classifier.
+        max_length: As in :class:`Pad`.
+    """
+
+    name: ClassVar[str] = "open-pad"
+    positional: ClassVar[bool] = True
+
+    stem: bool = True
+    head: bool = False
+    lock_head_input: bool = False
+    max_length: int | None = None
+
+    def source(
+        self,
+        site: str,
+        scale: Tensor,
+        shift: Tensor,
+        key: Key | None,
+        previous: AffineSource | None,
+        shape: tuple[int, ...],
+    ) -> AffineSource:
+        return PrivateAffine(scale.new_ones(shape), shift.new_zeros(shape))
+
+    def rebuilt(self) -> Scheme:
+        """Itself: its secrets are ordinary parameters."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pad(Scheme):
+    """One γ and one β per position, drawn from the key, and a private stem drawn from the key.
+
+    If the first lock cuts every path from the input to the shared layers, their gradients depend
+    on it only through z = γ⊙norm(stem(x)) + β, and for every x some β gives the same z.
+
+    Args:
+        spread: Standard deviation of β. The norm's output has 1, so this is how wide the pad is.
+        scale_law: γ = ±|1 + 0.3·N| (``near-one``), ±|N| (``normal``) or ±1 (``sign``), the sign
+            of every position at random.
+        learned: What is learned on top of the pad: one number per ``position``, one per
+            ``channel``, or ``none``.
+        stem: Whether everything up to and including the first lock is private, drawn from the key.
+        head: Whether the classifier (the last linear layer that runs) is private as well.
+        lock_head_input: Whether a norm with a pad is inserted in front of the classifier.
+        max_length: Rows allocated for tokens (T, D); None takes the example's length. Of shorter
+            inputs the first T rows are used.
+    """
+
+    name: ClassVar[str] = "pad"
+    keyed: ClassVar[bool] = True
+    positional: ClassVar[bool] = True
+
+    spread: float = 3.0
+    scale_law: str = "near-one"
+    learned: str = "position"
+    stem: bool = True
+    head: bool = False
+    lock_head_input: bool = False
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale_law not in SCALE_LAWS:
+            raise ConfigError(unknown("law of γ", self.scale_law, SCALE_LAWS))
+        if self.learned not in LEARNED:
+            raise ConfigError(unknown("learned part of a pad", self.learned, LEARNED))
+        if not (0 < self.spread < math.inf):
+            raise ConfigError(f"spread must be a positive number, got {self.spread}.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(f"max_length must be at least 1, got {self.max_length}.")
+
+    def source(
+        self,
+        site: str,
+        scale: Tensor,
+        shift: Tensor,
+        key: Key | None,
+        previous: AffineSource | None,
+        shape: tuple[int, ...],
+    ) -> AffineSource:
+        if key is None:
+            raise LockError("scheme 'pad' needs a key, got none: pass Key.generate().")
+        learned = {"position": shape, "channel": tuple(scale.shape), "none": None}[self.learned]
+        source = PadAffine(site, self.draw(site, shape, key, 0), learned)
+        return source.to(scale.device, scale.dtype)
+
+    def draw(self, site: str, shape: tuple[int, ...], key: Key, epoch: int) -> Tensor:
+        """γ and β of one site and epoch: float32 (2, *shape), the same in every process."""
+        stream: KeyStream = key.stream(f"pad/{site}", epoch)
+        mean, deviation = SCALE_LAWS[self.scale_law]
+        signs = stream.signs(shape)
+        scale = signs * (mean + deviation * stream.normal(shape)).abs()
+        return torch.stack([scale, self.spread * stream.normal(shape)])
+
+    def redraw(self, source: PadAffine, key: Key, epoch: int) -> None:
+        """Puts the pad of ``key`` and ``epoch`` into a source; what was learned stays."""
+        source.redraw(self.draw(source.site, source.shape, key, epoch), epoch)
+
+    def rebuilt(self) -> Scheme:
+        """γ and β per position as parameters; stem and head those of the fresh architecture."""
+        return OpenPad(
+            stem=self.stem,
+            head=self.head,
+            lock_head_input=self.lock_head_input,
+            max_length=self.max_length,
+        )
