@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from fedkl.locking.api import affines, lock_like, lock_spec
-from fedkl.locking.schemes import PrivateNorm, SharedNorm
+from fedkl.locking.api import affines, lock_like, lock_spec, unwrap
 from fedkl.locking.spec import LockSpec
 from fedkl.locking.state import private_names
 
@@ -15,14 +14,15 @@ from fedkl.locking.state import private_names
 def rebuild(plain: nn.Module, spec: LockSpec) -> nn.Module:
     """A copy of ``plain`` that computes what a model locked as ``spec`` says computes.
 
-    Every private tensor is an ordinary parameter with a neutral value (γ = 1, β = 0), so that an
-    attacker can set or search it. No key and no private tensor of a client comes along: ``plain``
-    is a fresh model of the public architecture.
+    Every private tensor is an ordinary parameter, so that an attacker can set or search it: γ = 1
+    and β = 0 per channel or per position, private layers with the weights of ``plain``. No key
+    and no private tensor of a client comes along: ``plain`` is a fresh model of the public
+    architecture.
 
     Raises:
         LockError: ``plain`` is not of the architecture that ``spec`` was made for.
     """
-    keyless = SharedNorm() if spec.scheme == SharedNorm.name else PrivateNorm()
+    keyless = spec.scheme_value().rebuilt()
     twin = replace(spec, scheme=keyless.name, settings=keyless.settings())
     return lock_like(plain, None, twin)
 
@@ -38,9 +38,9 @@ def held_secrets(locked: nn.Module) -> dict[str, Tensor]:
 
     For the control that holds the key; private.
     """
-    if lock_spec(locked).scheme == SharedNorm.name:
-        return {}
-    found: dict[str, Tensor] = {}
+    spec = lock_spec(locked)
+    parameters = dict(unwrap(locked).named_parameters())
+    found = {n: parameters[n].detach().clone() for n in spec.private if n in parameters}
     for site, (scale, shift) in affines(locked).items():
         found[f"{site}.keylock.gamma"] = scale
         found[f"{site}.keylock.beta"] = shift
