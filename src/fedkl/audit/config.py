@@ -89,6 +89,15 @@ class AuditConfig:
         """Images behind one observation of one victim."""
         return self.batch_size * self.local_steps * self.observations
 
+    @property
+    def cost(self) -> str:
+        """What there is to do, in words."""
+        return (
+            f"{len(self.grid)} defenses x {self.seeds} seed(s) are trained where needed; then "
+            f"{len(self.attacks)} attack(s) under up to {len(self.threats) + 1} threat models each "
+            f"on {self.images} victims of {self.per_victim} image(s), effort {self.effort}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return dataclasses.asdict(self)

@@ -18,10 +18,11 @@ from fedkl.audit.pictures import save_pictures
 from fedkl.audit.verdicts import overall, summarize
 from fedkl.audit.victims import Sent, Victims, draw_victims
 from fedkl.data import DataBundle
-from fedkl.errors import CheckpointError, ConfigError
+from fedkl.errors import AttackError, CheckpointError, ConfigError
 from fedkl.federation import RunConfig, config_from, run
 from fedkl.federation.config import differences
 from fedkl.federation.engine import one_thread
+from fedkl.federation.preflight import preflight
 from fedkl.federation.session import load_data
 from fedkl.files import make_folder, read_json, write_json
 from fedkl.observation import ThreatModel
@@ -94,20 +95,24 @@ def run_audit(
         FedKLError: As :func:`fedkl.federation.run` and the attacks.
     """
     tell = listen or (lambda event: None)
-    _claim(audit, folder, resume)
     bundle = load_data(audit.run)
+    truth = truth_of(bundle, draw_victims(bundle, audit), audit)
+    _check(audit, folder, source, bundle)
+    _claim(audit, folder, resume)
+    tell(Event("note", audit.cost))
     with one_thread():
-        truth = truth_of(bundle, draw_victims(bundle, audit), audit)
         accuracy = {}
         for defense, seed, config, place in _federations(audit, folder, source):
             accuracy[defense, seed] = _train(audit, config, place, bundle, tell)
-        rows, pictures, threats = [], [], {}
+        rows, pictures, skipped, threats = [], [], [], {}
         cells = list(_cells(audit, folder, source, bundle))
         for done, cell in enumerate(cells):
             tell(Event("cell", cell.name(audit), done, len(cells)))
             found = _attacked(audit, folder, source, bundle, truth, cell, tell)
             rows += found["rows"]
             pictures += found["pictures"]
+            if found["skipped"] is not None:
+                skipped.append({"cell": cell.name(audit), "reason": found["skipped"]})
             threats[cell.threat.name] = cell.threat.to_dict()
     summary = summarize(rows, judged=audit.judged, feed_forward=FEED_FORWARD)
     result = {
@@ -115,6 +120,7 @@ def run_audit(
         "version": VERSION,
         "config": audit.to_dict(),
         "data": bundle.origin,
+        "cost": audit.cost,
         **(facts or {}),
         "verdict": overall(summary, audit.judged),
         "threats": threats,
@@ -123,10 +129,21 @@ def run_audit(
         "summary": summary,
         "rows": rows,
         "pictures": pictures,
+        "skipped": skipped,
         "certificate": None,
     }
     write_json(folder / "audit.json", result)
     return result
+
+
+def _check(audit: AuditConfig, folder: Path, source: Path | None, bundle: DataBundle) -> None:
+    """Everything that can be known to go wrong, before anything is written."""
+    for _, _, config, place in _federations(audit, folder, source):
+        if place == source:
+            continue
+        there = (place / "config.json").exists()
+        if not there or audit.stage == "final":
+            preflight(config, place, resume=there, bundle=bundle)
 
 
 def _claim(audit: AuditConfig, folder: Path, resume: bool) -> None:
@@ -243,14 +260,21 @@ def _attacked(
         victims.shared = arsenal.crafted(victims)
     sent = _sent(audit, victims, truth, cell.threat)
     observations = observe(victims, sent, cell.threat)
-    attack = arsenal.attack(cell.attack, cell.threat, observations[0])
 
     def progress(done: int, of: int, loss: float) -> None:
         tell(Event("attack", cell.name(audit), done, of, loss))
 
     generator = derive(audit.run.seed, "attack", cell.attack, cell.seed)
-    found = attack.reconstruct(observations, generator=generator, progress=progress)
-    result = _written(audit, folder, cell, attack, found, truth, bundle)
+    try:
+        attack = arsenal.attack(cell.attack, cell.threat, observations[0])
+        found = attack.reconstruct(observations, generator=generator, progress=progress)
+    except AttackError as error:
+        # Some attacks do not apply to some models; the others go on, and the JSON says so.
+        tell(Event("note", f"{cell.name(audit)} is left out: {error}"))
+        result = {"attack": cell.attack, "notes": [], "rows": [], "pictures": []}
+        result["skipped"] = str(error)
+    else:
+        result = _written(audit, folder, cell, attack, found, truth, bundle)
     write_json(path, result)
     return result
 
@@ -288,4 +312,10 @@ def _written(
         folder, name, found, images, truth, rows, count=count, class_names=bundle.class_names
     )
     notes = sorted({note for one in found for note in one.notes})
-    return {"attack": repr(attack), "notes": notes, "rows": rows, "pictures": pictures}
+    return {
+        "attack": repr(attack),
+        "notes": notes,
+        "rows": rows,
+        "pictures": pictures,
+        "skipped": None,
+    }

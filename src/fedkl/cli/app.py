@@ -12,6 +12,7 @@ import typer
 
 from fedkl._version import __version__
 from fedkl.cli.audit import audit
+from fedkl.cli.audit_update import audit_update
 from fedkl.cli.demo import demo
 from fedkl.cli.evaluate import evaluate
 from fedkl.cli.inspection import inspect
@@ -62,6 +63,7 @@ for command, panel in (
     (train, "Federations"),
     (evaluate, "Federations"),
     (audit, "Audits"),
+    (audit_update, "Audits"),
     (inspect, "Keys and models"),
     (keygen, "Keys and models"),
 ):
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help_of(words: Sequence[str]) -> str:
-    names = {"audit", "demo", "train", "evaluate", "inspect", "keygen"}
+    names = {"audit", "audit-update", "demo", "train", "evaluate", "inspect", "keygen"}
     named = [word for word in words[:1] if word in names]
     return " ".join(["fedkl", *named, "--help"])
 

@@ -1,4 +1,4 @@
-"""``fedkl audit`` and ``fedkl audit-update``."""
+"""``fedkl audit``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedkl.cli.show import err, out, plain, say, table_of
 from fedkl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedkl.audit import AuditConfig, Event
+    from fedkl.audit import Event
 
 # What an audit trains unless told otherwise: enough for a model that works, in a minute or two.
 START: Final = {
@@ -93,10 +93,9 @@ def audit(
         seeds=seeds,
         effort=effort,
     )
-    say(_cost(config))
-    facts = {"command": command_line(), "versions": versions(), "cost": _cost(config)}
+    facts = {"command": command_line(), "versions": versions()}
     try:
-        with _watching() as watch:
+        with watching_audit() as watch:
             result = run_audit(
                 config, out_folder, source=run_folder, resume=resume, facts=facts, listen=watch
             )
@@ -141,16 +140,9 @@ def _listed(text: str, everything: tuple[str, ...] = ()) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _cost(config: AuditConfig) -> str:
-    return (
-        f"{len(config.grid)} defenses x {config.seeds} seed(s) are trained where needed; then "
-        f"{len(config.attacks)} attack(s) x up to {len(config.threats) + 1} threat models on "
-        f"{config.images} victims of {config.per_victim} image(s), effort {config.effort}."
-    )
-
-
 @contextmanager
-def _watching() -> Iterator[Callable[[Event], None]]:
+def watching_audit() -> Iterator[Callable[[Event], None]]:
+    """Shows the events of an audit: a bar on a terminal, a line per cell elsewhere."""
     console = err()
     if not console.is_terminal:
         yield lambda event: say(_line(event)) if event.kind in ("cell", "note") else None

@@ -1,0 +1,252 @@
+"""An update of any other framework: two weight files, and what they give away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fedkl import metrics
+from fedkl.attacks import Attack, Reconstruction
+from fedkl.audit.measure import number
+from fedkl.audit.pictures import save_png
+from fedkl.errors import AttackError, ConfigError, StateError, unknown
+from fedkl.files import make_folder, write_json
+from fedkl.locking import state_problems
+from fedkl.models import build
+from fedkl.observation import OPEN, Observation, Training
+from fedkl.rng import derive
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig:
+    """How an update was made: the contents of ``steps.toml``.
+
+    Attributes:
+        num_classes, channels, image_size: Of the model.
+        batch_size, local_steps, lr, momentum, nesterov, weight_decay: Of the client's SGD; ``lr``
+            may be left out for a single step without momentum and weight decay, where it only
+            scales the gradient.
+        repeats: Every step saw the same batch.
+        train_mode: Batch norms used the batch's own statistics.
+        labels: The true labels, if they are known.
+    """
+
+    num_classes: int = 10
+    channels: int = 3
+    image_size: int = 32
+    batch_size: int = 1
+    local_steps: int = 1
+    repeats: bool = False
+    lr: float | None = None
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    train_mode: bool = True
+    labels: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "channels", "image_size", "batch_size", "local_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ConfigError(f"lr must be a positive number, got {self.lr}.")
+        if self.lr is None and (self.local_steps > 1 or self.momentum or self.weight_decay):
+            raise ConfigError(
+                "lr is needed to repeat several steps, momentum or weight decay; set lr in the "
+                "file of steps."
+            )
+        if self.labels is not None and len(self.labels) != self.training.images:
+            raise ConfigError(
+                f"got {len(self.labels)} labels for {self.training.images} images behind the "
+                "update (batch_size x local_steps); give one for each, or none."
+            )
+
+    @property
+    def training(self) -> Training:
+        """As an observation has it."""
+        return Training(
+            batch_size=self.batch_size,
+            local_steps=self.local_steps,
+            repeats=self.repeats,
+            lr=1.0 if self.lr is None else self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+            train_mode=self.train_mode,
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> UpdateConfig:
+        """From a parsed TOML file.
+
+        Raises:
+            ConfigError: An unknown or ill-typed setting, with the nearest names.
+        """
+        known = cls.__dataclass_fields__
+        values: dict[str, Any] = {}
+        for name, value in data.items():
+            if name not in known:
+                raise ConfigError(unknown("setting of an update", str(name), known))
+            kind = {"lr": float, "labels": tuple}.get(name, type(known[name].default))
+            if kind is float and type(value) is int:
+                value = float(value)
+            if kind is tuple and isinstance(value, list):
+                value = tuple(value)
+            if type(value) is not kind or not _integers(value):
+                raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}.")
+            values[name] = value
+        return cls(**values)
+
+
+def _integers(value: object) -> bool:
+    return not isinstance(value, tuple) or all(type(item) is int for item in value)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        StateError: It cannot be read.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StateError(
+            f"{path} cannot be read as safetensors ({error}); write it with "
+            "safetensors.torch.save_file(state, path)."
+        ) from error
+
+
+def observe_update(
+    model: str, config: UpdateConfig, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> Observation:
+    """What an attacker sees of ``before`` and ``after``.
+
+    Raises:
+        StateError: A state does not fit the model, or holds NaN or Inf.
+        AttackError: The two are equal: there is nothing to see.
+    """
+    network = build(
+        model,
+        num_classes=config.num_classes,
+        channels=config.channels,
+        image_size=config.image_size,
+        generator=derive(0, "update"),
+    )
+    own = network.state_dict()
+    for what, state in (("before", before), ("after", after)):
+        if problems := state_problems(own, state):
+            raise StateError(
+                f"the state {what} does not fit model {model!r}: {'; '.join(problems[:4])}. Name "
+                "the model it was made with, and check num_classes, channels and image_size."
+            )
+        if bad := [n for n, t in state.items() if not bool(torch.isfinite(t).all())]:
+            raise StateError(f"the state {what} holds NaN or Inf in {', '.join(bad[:4])}.")
+    network.load_state_dict(dict(before))
+    change = {n: before[n] - after[n] for n, _ in network.named_parameters()}
+    if not any(bool(t.any()) for t in change.values()):
+        raise AttackError("before and after are equal: an update without a change shows nothing.")
+    return _observation(network, config, change)
+
+
+def _observation(
+    network: nn.Module, config: UpdateConfig, change: Mapping[str, Tensor]
+) -> Observation:
+    labels = None if config.labels is None else torch.tensor([list(config.labels)])
+    # Without a rate a single step tells its gradient but for the scale.
+    single = config.local_steps == 1 and not (config.momentum or config.weight_decay)
+    if single and config.lr is not None:
+        change = {name: value / config.lr for name, value in change.items()}
+    return Observation(
+        model=network,
+        kind="gradient" if single else "update",
+        changes=(change,),
+        image_shape=(config.channels, config.image_size, config.image_size),
+        num_classes=config.num_classes,
+        training=config.training,
+        threat=OPEN,
+        labels=labels,
+    )
+
+
+def audit_update(
+    observation: Observation,
+    attacks: Sequence[Attack],
+    folder: Path,
+    *,
+    seed: int = 0,
+    truth: Tensor | None = None,
+    facts: Mapping[str, Any] | None = None,
+    tell: Any = None,
+) -> dict[str, Any]:
+    """Mounts ``attacks`` on one update; writes ``update.json`` and pictures below ``folder``.
+
+    Args:
+        observation: The update.
+        attacks: To be mounted one after the other.
+        folder: Made if missing.
+        seed: Of the attacks.
+        truth: True images (images, C, H, W) in [0, 1], to measure against; without them nobody
+            can say whether a picture is right, and no verdict is given.
+        facts: Further entries of the JSON.
+        tell: Progress, as of an attack.
+
+    Returns:
+        The contents of ``update.json``.
+    """
+    if truth is not None and truth.shape[1:] != observation.image_shape:
+        raise StateError(
+            f"got true images {tuple(truth.shape)}; expected "
+            f"(images, {', '.join(map(str, observation.image_shape))})."
+        )
+    make_folder(folder / "pictures")
+    entries = []
+    for attack in attacks:
+        generator = derive(seed, "attack", attack.name)
+        (found,) = attack.reconstruct([observation], generator=generator, progress=tell)
+        entries.append(_entry(attack, found, folder, truth))
+    result = {
+        "format": "fedkl-update-audit",
+        "version": 1,
+        **(facts or {}),
+        "kind": observation.kind,
+        "training": vars(observation.training),
+        "measured": truth is not None,
+        "attacks": entries,
+    }
+    write_json(folder / "update.json", result)
+    return result
+
+
+def _entry(
+    attack: Attack, found: Reconstruction, folder: Path, truth: Tensor | None
+) -> dict[str, Any]:
+    images, order = found.images[0], torch.arange(len(found.images[0]))
+    figures: dict[str, list[float]] = {}
+    if truth is not None:
+        order = metrics.best_matching(images, truth)
+        figures = {
+            "ssim": metrics.ssim(images[order], truth).tolist(),
+            "mse": metrics.mse(images[order], truth).tolist(),
+        }
+    paths = []
+    for number_, image in enumerate(images[order]):
+        path = f"pictures/{attack.name}-{number_}.png"
+        save_png(image, folder / path)
+        paths.append(path)
+    return {
+        "attack": attack.name,
+        "settings": repr(attack),
+        "labels": found.labels[0][order].tolist(),
+        "loss": number(found.loss),
+        "notes": list(found.notes),
+        "pictures": paths,
+        **figures,
+    }
