@@ -1,0 +1,33 @@
+"""A small audit on digits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedkl.audit import AuditConfig
+from fedkl.federation import RunConfig, config_from
+
+
+def small_run(**defense: Any) -> RunConfig:
+    return config_from(
+        {
+            "data": {"dataset": "digits", "image_size": 16, "channels": 1, "samples": 60},
+            "federation": {"rounds": 1, "clients": 2, "join_steps": 1},
+            "training": {"batch_size": 16, "local_steps": 2},
+            "evaluation": {"every": 0, "images": 20, "wrong_keys": 1, "wrong_key_images": 20,
+                           "thief_images": 20, "calibration_images": 20},
+            "defense": defense,
+        }
+    )  # fmt: skip
+
+
+def small_audit(**settings: Any) -> AuditConfig:
+    values: dict[str, Any] = {
+        "run": small_run(),
+        "defenses": ("channel",),
+        "images": 2,
+        "effort": "quick",
+        "candidates": 10,
+        "pictured": 1,
+    }
+    return AuditConfig(**{**values, **settings})

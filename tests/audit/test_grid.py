@@ -1,0 +1,145 @@
+"""The audit from end to end, on digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from audithelp import small_audit, small_run
+
+from fedkl.attacks import InvertingGradients
+from fedkl.audit import Event, arsenal, run_audit
+from fedkl.errors import ConfigError, DataError
+from fedkl.federation import run
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested is the grid: a few iterations do."""
+    monkeypatch.setattr(
+        arsenal, "make_attack", lambda *_, **__: InvertingGradients(iterations=20, restarts=1)
+    )
+
+
+def whole(folder: Path) -> str:
+    return (folder / "audit.json").read_text()
+
+
+def test_killed_anywhere_and_resumed_gives_the_same_json(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    seen: list[Event] = []
+    audit = small_audit(threats=("adaptive",))
+    reference = run_audit(audit, tmp_path / "a", listen=seen.append)
+    cells = sum(event.kind == "cell" for event in seen)
+    assert cells == 6  # none, norm, fedbn x 2, channel x 2
+    before = whole(tmp_path / "a")
+    # Keys come from the operating system: the same audit is the one in the same folder.
+    for stop in (2, 5):
+        (tmp_path / "a" / "audit.json").unlink()
+        for path in sorted((tmp_path / "a" / "cells").iterdir())[stop:]:
+            path.unlink()
+
+        def kill(event: Event, stop: int = stop) -> None:
+            if event.kind == "attack" and event.done >= 10:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run_audit(audit, tmp_path / "a", resume=True, listen=kill)
+        assert not (tmp_path / "a" / "audit.json").exists()
+        again = run_audit(audit, tmp_path / "a", resume=True)
+        assert whole(tmp_path / "a") == before
+        assert json.loads(before)["summary"] == json.loads(json.dumps(again["summary"]))
+    assert reference["verdict"] == json.loads(before)["verdict"]
+
+
+def test_damaged_cell_is_done_again(tmp_path: Path) -> None:
+    audit = small_audit(stage="initial")
+    run_audit(audit, tmp_path)
+    before = whole(tmp_path)
+    cell = min((tmp_path / "cells").iterdir())
+    cell.write_bytes(cell.read_bytes()[:-20])
+    notes: list[str] = []
+    run_audit(
+        audit,
+        tmp_path,
+        resume=True,
+        listen=lambda e: notes.append(e.text) if e.kind == "note" else None,
+    )
+    assert any("damaged" in note for note in notes)
+    assert whole(tmp_path) == before
+
+
+def test_json_has_what_the_page_and_people_need(tmp_path: Path) -> None:
+    result = run_audit(
+        small_audit(observations=2, seeds=2), tmp_path, facts={"command": "fedkl audit"}
+    )
+    assert result["controls"] == ["none", "norm", "fedbn", "key-shared", "floor"]
+    assert {row["seed"] for row in result["rows"]} == {0, 1}
+    assert len(result["rows"]) == 6 * 2 * 4  # cells x seeds x images
+    for row in result["rows"]:
+        assert row["presentations"] == 2
+        assert row["advantage"] == pytest.approx(row["ssim_aligned"] - row["floor_ssim_aligned"])
+        assert 0 <= row["label"] < 10
+    assert len({(row["image"], row["seed"]) for row in result["rows"]}) == 8
+    for entry in result["summary"]:
+        assert entry["n"] == 8
+    for picture in result["pictures"]:
+        for name in ("truth", "floor", "reconstruction", "sprite"):
+            assert (tmp_path / picture[name]).is_file()
+        assert len(picture["losses"]) == len(picture["ssims"]) == picture["frames"]
+    assert result["accuracy"]["channel"]["own_key"] is not None
+    parsed = json.loads(whole(tmp_path))
+    assert parsed["rows"] == json.loads(json.dumps(result["rows"]))
+
+
+def test_finished_run_is_audited_with_its_own_keys(tmp_path: Path) -> None:
+    config = small_run(name="channel")
+    run(config, tmp_path / "run")
+    keys = {p.name: p.read_bytes() for p in (tmp_path / "run" / "keys").iterdir()}
+    audit = small_audit(run=config, images=1)
+    trained: set[str] = set()
+    run_audit(
+        audit,
+        tmp_path / "audit",
+        source=tmp_path / "run",
+        listen=lambda e: trained.add(e.text) if e.kind == "train" else None,
+    )
+    assert trained == {"none", "norm", "fedbn"}
+    assert keys == {p.name: p.read_bytes() for p in (tmp_path / "run" / "keys").iterdir()}
+
+
+def test_folder_of_another_audit_is_refused(tmp_path: Path) -> None:
+    audit = small_audit(stage="initial", images=1)
+    run_audit(audit, tmp_path)
+    with pytest.raises(ConfigError, match="--resume"):
+        run_audit(audit, tmp_path)
+    with pytest.raises(ConfigError, match="other settings"):
+        run_audit(small_audit(stage="initial", images=2), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"attacks": ("inverting",)}, "inverting-gradients"),
+        ({"threats": ("adaptiv",)}, "adaptive"),
+        ({"defenses": ("chanel",)}, "channel"),
+        ({"stage": "end"}, "final"),
+        ({"effort": "much"}, "standard"),
+        ({"images": 0}, "images must be at least 1"),
+        ({"attacks": ()}, "no attack"),
+        ({"defenses": ()}, "no defense"),
+        ({"candidates": 1}, "at least 2"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_audit(**settings)
+
+
+def test_nothing_is_written_before_all_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="decoys"):
+        run_audit(small_audit(candidates=5000), tmp_path / "new")
+    assert not (tmp_path / "new").exists()

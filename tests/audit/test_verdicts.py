@@ -1,0 +1,125 @@
+"""Verdicts: every branch of the rule, and that it never says more than the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedkl.audit.verdicts import EXIT_CODES, overall, summarize
+
+BASE = {
+    "attack": "a", "stage": "final", "batch": 1, "steps": 1, "observations": 1, "presentations": 1,
+    "label": 1, "label_found": 1, "mse": 0.1, "psnr": 10.0, "ssim": 0.5, "ssim_uniform": 0.5,
+    "lpips": None, "paper_mse": 1.0, "paper_psnr": 1.0, "floor_ssim": 0.4, "success": False,
+    "floor_success": False, "floor_identified": False,
+}  # fmt: skip
+
+
+def rows(
+    defense: str, threat: str, n: int, advantage: float, hits: int = 0, noise: float = 0.001
+) -> list[dict[str, Any]]:
+    """``n`` images with advantages around ``advantage``, ``hits`` of them identified."""
+    return [
+        {
+            **BASE,
+            "defense": defense,
+            "threat": threat,
+            "advantage": advantage + noise * (-1) ** i,
+            "ssim_aligned": 0.4 + advantage,
+            "floor_ssim_aligned": 0.4,
+            "identified": i < hits,
+        }
+        for i in range(n)
+    ]
+
+
+WORKING = rows("none", "open", 200, 0.3, 150)
+HOLDER = rows("channel", "key-shared", 200, 0.3, 150)
+IDLE = rows("none", "open", 200, 0.0)
+
+
+@pytest.mark.parametrize(
+    "mine, controls, verdict, reason",
+    [
+        (rows("channel", "adaptive", 50, 0.2), WORKING, "leaks", "beats the floor by 0.200"),
+        (rows("channel", "adaptive", 50, 0.2), IDLE, "leaks", "beats the floor"),
+        (rows("channel", "adaptive", 200, -0.1, 40), WORKING, "leaks", "identified"),
+        (rows("channel", "adaptive", 200, -0.1, 0), WORKING, "holds", "succeeds where it should"),
+        (rows("channel", "adaptive", 200, -0.1, 0), HOLDER, "holds", "succeeds where it should"),
+        (rows("channel", "adaptive", 200, -0.1, 0), IDLE, "inconclusive", "says nothing"),
+        (rows("channel", "adaptive", 200, -0.1, 0), [], "inconclusive", "says nothing"),
+        (rows("channel", "adaptive", 20, -0.1, 0), WORKING, "inconclusive", "more images"),
+        (rows("channel", "adaptive", 200, 0.03, 0), WORKING, "inconclusive", "up to 0.03"),
+        (rows("channel", "adaptive", 200, 0.0, 6, 0.01), WORKING, "inconclusive", "6."),
+        (rows("channel", "adaptive", 1, -0.1), WORKING, "inconclusive", "1 images"),
+    ],
+)
+def test_rule(
+    mine: list[dict[str, Any]], controls: list[dict[str, Any]], verdict: str, reason: str
+) -> None:
+    entries = summarize([*mine, *controls], judged=["channel"])
+    entry = next(e for e in entries if e["role"] == "defense")
+    assert entry["verdict"] == verdict
+    assert reason in entry["reason"]
+    assert overall(entries, ["channel"])["overall"] == verdict
+
+
+def test_cheap_attacks_need_the_narrow_bound() -> None:
+    found = [*WORKING, *rows("channel", "adaptive", 200, -0.1, 0)]
+    assert overall(summarize(found, judged=["channel"]), ["channel"])["overall"] == "holds"
+    entries = summarize(found, judged=["channel"], feed_forward=["a"])
+    assert overall(entries, ["channel"])["overall"] == "holds"  # 0 of 200: below 2 %
+    few = [*WORKING, *rows("channel", "adaptive", 120, -0.1, 0)]  # 0 of 120: up to 3 %
+    assert overall(summarize(few, judged=["channel"]), ["channel"])["overall"] == "holds"
+    entries = summarize(few, judged=["channel"], feed_forward=["a"])
+    assert overall(entries, ["channel"])["overall"] == "inconclusive"
+
+
+def test_control_in_another_metric_does_not_count() -> None:
+    """An attack that finds identities but no likeness cannot show that likeness is hidden."""
+    controls = rows("none", "open", 200, 0.0, 150)
+    entries = summarize([*controls, *rows("channel", "adaptive", 200, -0.1)], judged=["channel"])
+    entry = next(e for e in entries if e["role"] == "defense")
+    assert entry["works"] == {"advantage": False, "identified": True}
+    assert entry["verdict"] == "inconclusive"
+
+
+def test_one_leak_is_a_leak_and_the_worst_defense_counts() -> None:
+    found = [
+        *WORKING,
+        *rows("channel", "adaptive", 200, 0.2),
+        *rows("channel", "key-unknown", 200, -0.1),
+        *rows("pad", "adaptive", 200, -0.1),
+    ]
+    entries = summarize(found, judged=["channel", "pad"])
+    verdict = overall(entries, ["channel", "pad"])
+    assert verdict["defenses"]["channel"]["verdict"] == "leaks"
+    assert verdict["defenses"]["pad"]["verdict"] == "holds"
+    assert verdict["overall"] == "leaks"
+    assert entries[verdict["defenses"]["channel"]["worst"]]["threat"] == "adaptive"
+
+
+def test_defense_that_nobody_attacked_is_not_said_to_hold() -> None:
+    verdict = overall(summarize(WORKING, judged=["channel"]), ["channel"])
+    assert verdict["overall"] == "inconclusive"
+
+
+def test_key_holder_is_a_control() -> None:
+    entries = summarize([*WORKING, *HOLDER], judged=["channel"])
+    assert {e["role"] for e in entries} == {"control"}
+
+
+def test_exit_codes() -> None:
+    assert EXIT_CODES == {"holds": 0, "leaks": 1, "inconclusive": 3}
+
+
+def test_intervals_are_of_the_images() -> None:
+    entry = summarize(rows("channel", "adaptive", 4, 0.1, 1, noise=0.02), judged=["channel"])[0]
+    # Student's t with 3 degrees: 3.182 * 0.02309 / 2
+    assert entry["advantage"]["high"] - entry["advantage"]["mean"] == pytest.approx(
+        0.03675, rel=1e-3
+    )
+    assert entry["identified"]["mean"] == 0.25
+    assert entry["identified"]["low"] == pytest.approx(0.00631, rel=1e-2)
+    assert entry["lpips"] == {"mean": None, "low": None, "high": None}

@@ -1,0 +1,109 @@
+"""Victims send what the federation's clients send, and nothing private comes along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from audithelp import small_audit, small_run
+from torch.nn.functional import cross_entropy, one_hot
+
+from fedkl.attacks.network import Network
+from fedkl.audit.observe import observe
+from fedkl.audit.victims import Victims, draw_victims
+from fedkl.federation.session import load_data
+from fedkl.locking import affines
+from fedkl.observation import OPEN, threat_of
+
+BUNDLE = load_data(small_run())
+
+
+def victims(tmp_path: Path, defense: str, **settings: object) -> Victims:
+    audit = small_audit(stage="initial", **settings)
+    return Victims(audit.defended(defense, 0), tmp_path, BUNDLE, audit)
+
+
+@pytest.mark.parametrize("defense", ["none", "norm", "fedbn", "channel"])
+def test_gradient_is_the_locked_models(tmp_path: Path, defense: str) -> None:
+    found = victims(tmp_path, defense)
+    rows = torch.tensor([[5]])
+    sent = found.send(rows)
+    found.workspace.enter(found.shared, found.key, found.private)
+    model = found.workspace.model.train()
+    model.zero_grad()
+    x, y = BUNDLE.test.batch(rows[0])
+    cross_entropy(model(x), y).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if n in found.shared}
+    assert expected.keys() == sent.changes[0].keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(sent.changes[0][name], value)
+
+
+@pytest.mark.parametrize("defense", ["none", "norm", "fedbn", "channel"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_key_holder_can_repeat_the_update(tmp_path: Path, defense: str, steps: int) -> None:
+    """The rebuilt model with the true secrets makes the very update from the true images."""
+    found = victims(tmp_path, defense, local_steps=steps, batch_size=2)
+    rows = torch.arange(2 * steps)[None]
+    sent = found.send(rows)
+    threat = OPEN if defense in ("none", "norm") else threat_of("key-shared")
+    (seen,) = observe(found, [sent], threat)
+    network = Network(seen)
+    x, y = BUNDLE.test.batch(rows[0])
+    secrets = {n: seen.known.get(n, v) for n, v in network.secrets.items()}
+    # A client goes through its images in an order of its own.
+    made = network.change(secrets, x, one_hot(y, 10).float())
+    if steps == 1:
+        for name, value in made.items():
+            torch.testing.assert_close(value, seen.changes[0][name], rtol=1e-3, atol=1e-5)
+    else:
+        flat = torch.cat([v.flatten() for v in made.values()])
+        true = torch.cat([seen.changes[0][n].flatten() for n in made])
+        assert float(torch.cosine_similarity(flat, true, dim=0)) > 0.9
+
+
+@pytest.mark.parametrize("defense", ["fedbn", "channel"])
+@pytest.mark.parametrize("threat", ["adaptive", "key-shared"])
+def test_secrets_are_granted_or_neutral(tmp_path: Path, defense: str, threat: str) -> None:
+    found = victims(tmp_path, defense)
+    (seen,) = observe(found, [found.send(torch.tensor([[0]]))], threat_of(threat))
+    parameters = dict(seen.model.named_parameters())
+    assert seen.secrets
+    for name in seen.secrets:
+        neutral = 1.0 if name.endswith("gamma") else 0.0
+        assert bool((parameters[name] == neutral).all())
+    assert (set(seen.known) == set(seen.secrets)) == (threat == "key-shared")
+    assert bool(seen.known) == (threat == "key-shared")
+
+
+def test_no_private_byte_in_an_adaptive_observation(tmp_path: Path) -> None:
+    """Every tensor of the observation, against every private tensor of the client."""
+    found = victims(tmp_path, "channel")
+    found.workspace.enter(found.shared, found.key, found.private)
+    private = [t.clone() for pair in affines(found.workspace.model).values() for t in pair]
+    private += [p.detach().clone() for p in found.workspace.private_parameters]
+
+    def contains(observation: object) -> bool:
+        public = [
+            *seen.model.state_dict().values(),
+            *seen.changes[0].values(),
+            *seen.known.values(),
+        ]
+        blob = b"|".join(t.contiguous().numpy().tobytes() for t in public)
+        return any(t.numpy().tobytes() in blob for t in private)
+
+    sent = found.send(torch.tensor([[0]]))
+    (seen,) = observe(found, [sent], threat_of("adaptive"))
+    assert not contains(seen)
+    (seen,) = observe(found, [sent], threat_of("key-shared"))
+    assert contains(seen)  # planted, so the search can find
+
+
+def test_victims_go_through_the_classes(tmp_path: Path) -> None:
+    rows = draw_victims(BUNDLE, small_audit(images=20))
+    labels = BUNDLE.test.labels[rows.flatten()]
+    assert torch.bincount(labels, minlength=10).tolist() == [2] * 10
+    assert len(rows.unique()) == 20
+    again = draw_victims(BUNDLE, small_audit(images=20, seeds=2))
+    assert torch.equal(rows, again)
