@@ -1,0 +1,27 @@
+"""Attackers who know about the lock: they search its secrets, train their own, or craft weights."""
+
+from fedkl.attacks.adaptive.crafting import Fishing, catch, craft
+from fedkl.attacks.adaptive.keys import GuessedKey, LockGradientKey, RegressedKey, read_key
+from fedkl.attacks.adaptive.shadow import Shadow
+from fedkl.attacks.adaptive.shadow_client import train_secrets
+from fedkl.attacks.adaptive.threats import ATTACKERS, adaptive_for
+from fedkl.attacks.adaptive.unknowns import AdaptiveSecrets, FreeAffines, FreeSecrets
+from fedkl.attacks.adaptive.wrapper import Adaptive
+
+__all__ = [
+    "ATTACKERS",
+    "Adaptive",
+    "AdaptiveSecrets",
+    "Fishing",
+    "FreeAffines",
+    "FreeSecrets",
+    "GuessedKey",
+    "LockGradientKey",
+    "RegressedKey",
+    "Shadow",
+    "adaptive_for",
+    "catch",
+    "craft",
+    "read_key",
+    "train_secrets",
+]

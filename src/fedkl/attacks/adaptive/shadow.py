@@ -1,0 +1,231 @@
+"""The shadow attack: learn on a client of one's own what a victim's gradient looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from fedkl.attacks.adaptive.shadow_client import (
+    Public,
+    ShadowClient,
+    check_single,
+    train_secrets,
+)
+from fedkl.attacks.adaptive.shadow_decoder import RESTANDARDIZATIONS, Coordinates, Decoder
+from fedkl.attacks.base import Attack, Progress, Reconstruction
+from fedkl.attacks.closed_form import penultimate_features
+from fedkl.attacks.labels import infer_labels
+from fedkl.attacks.network import Network
+from fedkl.errors import AttackError, ConfigError, unknown
+from fedkl.observation import Observation
+
+VARIANTS: Final = ("features", "gradient")
+
+Tensors = Mapping[str, Tensor]
+
+
+class Shadow(Attack):
+    """A decoder from the victim's features or gradient to the image, learned on public images.
+
+    The attacker trains secrets of its own against the victim's shared layers, makes updates of
+    public images with them, and learns to undo that. All victims of one call share one lock. With
+    secrets granted (the control that holds the key) it uses those; without a lock there are none.
+
+    Args:
+        images: Public images (M, C, H, W) in [0, 1].
+        labels: Their labels (M,).
+        variant: ``features``: from the classifier's input, which its gradient gives away exactly;
+            ``gradient``: from the whole shared gradient.
+        restandardize: None, ``global`` or ``label``: bring victims into the shadow's coordinates
+            by statistics of the victims of the call (:meth:`Coordinates.align`).
+        shadows: Clients of the attacker's own, each with secrets and a decoder; images are
+            averaged.
+        secret_epochs: Passes over the public images to train secrets.
+        hidden: Width of the decoder's network; 0: ridge regression alone.
+        epochs: Passes over the public images to train the decoder.
+        sketch: Length that a gradient is sketched to.
+    """
+
+    name: ClassVar[str] = "shadow"
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        variant: str = "features",
+        restandardize: str | None = None,
+        shadows: int = 1,
+        secret_epochs: int = 3,
+        hidden: int = 512,
+        epochs: int = 10,
+        sketch: int = 2048,
+    ) -> None:
+        self.public = Public(images, labels)
+        super().__init__(
+            public=self.public,
+            variant=variant,
+            restandardize=restandardize,
+            shadows=shadows,
+            secret_epochs=secret_epochs,
+            hidden=hidden,
+            epochs=epochs,
+            sketch=sketch,
+        )
+        if variant not in VARIANTS:
+            raise ConfigError(unknown("variant of the shadow", variant, VARIANTS))
+        if restandardize not in RESTANDARDIZATIONS:
+            raise ConfigError(unknown("restandardization", str(restandardize), ("global", "label")))
+        if min(shadows, epochs, sketch) < 1 or min(secret_epochs, hidden) < 0:
+            raise ConfigError(
+                f"got shadows {shadows}, epochs {epochs}, sketch {sketch}, secret_epochs "
+                f"{secret_epochs}, hidden {hidden}; expected the first three from 1, the others "
+                "from 0."
+            )
+        self.variant, self.restandardize, self.shadows = variant, restandardize, shadows
+        self.secret_epochs, self.hidden, self.epochs = secret_epochs, hidden, epochs
+        self.sketch = sketch
+
+    def reconstruct(
+        self,
+        observations: Sequence[Observation],
+        *,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+    ) -> list[Reconstruction]:
+        """As :meth:`Attack.reconstruct`; the loss is nan.
+
+        Raises:
+            AttackError: Updates of more than one image or step, a private classifier, too few
+                victims to restandardize by, or public images of another shape.
+        """
+        first, network = self._check(observations)
+        labels = torch.cat([infer_labels(o, network).reshape(-1) for o in observations])
+        if self.variant == "features":
+            seen = torch.cat([penultimate_features(o, network) for o in observations])
+        else:
+            sketch = Sketch(network.shared, self.sketch, generator)
+            seen = torch.cat([sketch(_gradients(o, network)) for o in observations])
+        total = torch.zeros(len(seen), *first.image_shape)
+        for number in range(self.shadows):
+            secrets = self._secrets(first, network, generator)
+            client = ShadowClient(network, secrets, first.num_classes)
+            if self.variant == "features":
+                inputs = client.features(self.public.images)
+            else:
+                chunks = client.gradients(self.public.images, self.public.labels)
+                inputs = torch.cat([sketch(chunk) for chunk in chunks])
+            decoder = self._learn(inputs, first.num_classes, generator, number, progress)
+            aligned = decoder.coordinates.align(seen, labels, self.restandardize)
+            total += decoder.decode(aligned, labels, first.image_shape)
+        images = torch.split(total / self.shadows, first.count)
+        found = torch.split(labels, first.count)
+        return [
+            Reconstruction(images=x[:, None], labels=y[:, None], notes=(self._note(first),))
+            for x, y in zip(images, found, strict=True)
+        ]
+
+    def _check(self, observations: Sequence[Observation]) -> tuple[Observation, Network]:
+        if not observations:
+            raise AttackError("got no observation; expected one or more.")
+        first = observations[0]
+        for observation in observations:
+            check_single(observation)
+        if tuple(self.public.images.shape[1:]) != first.image_shape:
+            raise AttackError(
+                f"got public images of {tuple(self.public.images.shape[1:])}, the victim's are "
+                f"{first.image_shape}; give public images of that shape."
+            )
+        victims = sum(o.count for o in observations)
+        if self.restandardize is not None and victims < 20:
+            raise AttackError(
+                f"got {victims} updates to take mean and deviation from, expected 20 or more under "
+                "one lock; give all victims in one call or leave restandardize out."
+            )
+        return first, Network(first)
+
+    def _secrets(
+        self, observation: Observation, network: Network, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        if network.secrets and network.secrets.keys() <= observation.known.keys():
+            return {name: observation.known[name] for name in network.secrets}
+        return train_secrets(
+            observation,
+            self.public,
+            generator=generator,
+            epochs=self.secret_epochs,
+            network=network,
+        )
+
+    def _learn(
+        self,
+        inputs: Tensor,
+        num_classes: int,
+        generator: torch.Generator,
+        number: int,
+        progress: Progress | None,
+    ) -> Decoder:
+        coordinates = Coordinates.of(inputs, self.public.labels, num_classes)
+        decoder = Decoder(coordinates, num_classes, hidden=self.hidden, epochs=self.epochs)
+        done = number * self.epochs
+
+        def tell(loss: float) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, self.shadows * self.epochs, loss)
+
+        decoder.fit(inputs, self.public.labels, self.public.images, generator, tell)
+        return decoder
+
+    def _note(self, observation: Observation) -> str:
+        own = "no secrets" if not observation.secrets else f"{self.shadows} shadow client(s)"
+        if observation.secrets and set(observation.secrets) <= observation.known.keys():
+            own = "the victim's secrets"
+        return f"shadow on {self.variant} with {own}; restandardized: {self.restandardize or 'no'}"
+
+
+class Sketch:
+    """Gradients of any size as vectors of one length, inner products kept on average.
+
+    Every tensor is first scaled to norm 1: how much an example was missed is no part of the image.
+    Then entries are added up with random signs in random places (count sketch, Charikar et al.
+    2002), which takes no matrix. Gradients shorter than the sketch are kept as they are.
+
+    Args:
+        shared: Shared parameters by name, for their sizes.
+        length: Entries of a sketch.
+        generator: Draws signs and places.
+    """
+
+    def __init__(self, shared: Tensors, length: int, generator: torch.Generator) -> None:
+        self.names = tuple(shared)
+        size = sum(value.numel() for value in shared.values())
+        self.length = length if size > length else 0
+        self.places = torch.randint(length, (size,), generator=generator)
+        self.signs = torch.randint(2, (size,), generator=generator).float() * 2 - 1
+
+    def __call__(self, gradients: Tensors) -> Tensor:
+        """(N, length) of gradients by name, each (N, *shape)."""
+        rows = [gradients[name].flatten(1) for name in self.names]
+        flat = torch.cat([r / r.norm(dim=1, keepdim=True).clamp_min(1e-20) for r in rows], dim=1)
+        if self.length == 0:
+            return flat
+        out = flat.new_zeros(len(flat), self.length)
+        return out.index_add_(1, self.places, flat * self.signs)
+
+
+def _gradients(observation: Observation, network: Network) -> dict[str, Tensor]:
+    """Gradients (T, *shape) by name; of an update, up to a factor."""
+    found = {}
+    for name, value in network.shared.items():
+        stacked = torch.stack([change[name] for change in observation.changes])
+        if observation.kind == "update" and observation.training.weight_decay:
+            training = observation.training
+            factor = training.lr * (1 + training.momentum if training.nesterov else 1.0)
+            stacked = stacked / factor - training.weight_decay * value
+        found[name] = stacked
+    return found

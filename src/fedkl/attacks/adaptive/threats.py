@@ -1,0 +1,94 @@
+"""Which attackers belong to a threat model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from torch import Tensor
+
+from fedkl.attacks.adaptive.keys import GuessedKey, LockGradientKey, RegressedKey
+from fedkl.attacks.adaptive.unknowns import (
+    AdaptiveSecrets,
+    FreeAffines,
+    FreeSecrets,
+    is_affine,
+    spec_of,
+)
+from fedkl.attacks.adaptive.wrapper import Adaptive
+from fedkl.attacks.base import Attack
+from fedkl.attacks.matching import GradientMatching
+from fedkl.observation import Observation, ThreatModel
+
+Make = Callable[[Observation], AdaptiveSecrets]
+
+
+def _free(observation: Observation) -> AdaptiveSecrets:
+    """γ and β where nothing else is private, else everything."""
+    if all(is_affine(name) for name in observation.secrets):
+        return FreeAffines()
+    return FreeSecrets(start="law")
+
+
+def _guessed(observation: Observation) -> AdaptiveSecrets:
+    return GuessedKey(spec_of(observation))
+
+
+def _regressed(observation: Observation) -> AdaptiveSecrets:
+    return RegressedKey(spec_of(observation))
+
+
+def _read(observation: Observation) -> AdaptiveSecrets:
+    return LockGradientKey(spec_of(observation))
+
+
+# Threat models that grant lock weights mean nothing for a lock that has none (fedbn, pad): there
+# the attacker is left with what it can do without them.
+ATTACKERS: Final[Mapping[str, tuple[Make | None, Make | None]]] = {
+    "key-unknown": (_guessed, None),
+    "key-regressed": (_regressed, _free),
+    "key-shared": (None, None),
+    "lock-gradient": (_read, None),
+    "adaptive": (_free, _free),
+    "crafting": (_free, _free),
+}
+"""By threat model: secrets for a lock with a key vector, and for any other; None: as granted."""
+
+
+def adaptive_for(
+    threat: ThreatModel, attack: Attack, observation: Observation, *, floor: Tensor | None = None
+) -> Attack:
+    """``attack`` as someone would carry it out who knows what ``threat`` grants.
+
+    Args:
+        threat: The threat model; one without a row in :data:`ATTACKERS` goes by its facts.
+        attack: Any attack. One that is not of the gradient-matching family (``closed-form``,
+            ``shadow``) comes back as it is: it treats secrets in its own way.
+        observation: A victim, for its lock spec and the names of its secrets.
+        floor: As in :class:`Adaptive`.
+
+    Returns:
+        An :class:`Adaptive`, or ``attack`` itself if there is no secret to be found.
+    """
+    if not isinstance(attack, GradientMatching):
+        return attack
+    make = _maker(threat, observation) if observation.secrets else None
+    return attack if make is None else Adaptive(attack, make(observation), floor=floor)
+
+
+def _maker(threat: ThreatModel, observation: Observation) -> Make | None:
+    name = threat.name if threat.name in ATTACKERS else _kind(threat)
+    spec = observation.spec
+    keyed = spec is not None and spec.get("scheme") == "channel"
+    return ATTACKERS[name][0 if keyed else 1]
+
+
+def _kind(threat: ThreatModel) -> str:
+    """The preset whose grants a threat model of the caller's has."""
+    if threat.key:
+        return "key-shared"
+    if threat.lock_gradients and threat.lock_weights:
+        return "lock-gradient"
+    if threat.lock_weights:
+        return "key-regressed" if threat.frees_secrets else "key-unknown"
+    return "adaptive" if threat.frees_secrets else "key-shared"

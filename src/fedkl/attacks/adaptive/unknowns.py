@@ -1,0 +1,203 @@
+"""Secrets as unknowns: the attacker who knows the lock spec and frees every private tensor.
+
+The key reaches the network through γ and β alone. Whoever makes these unknowns of the search
+needs no key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from fedkl.attacks.adaptive.laws import draw_affines
+from fedkl.attacks.network import Network
+from fedkl.attacks.secrets import PREFIX, Secrets
+from fedkl.errors import AttackError, ConfigError, unknown
+from fedkl.locking import LockSpec
+from fedkl.observation import Observation
+
+Tensors = Mapping[str, Tensor]
+
+STARTS: Final = ("neutral", "law")
+IGNORES: Final = ("nothing", "locked-block")
+AFFINES: Final = (".keylock.gamma", ".keylock.beta")
+
+
+def is_affine(name: str) -> bool:
+    """Whether a secret of a rebuilt model is the γ or β of a lock (else: stem, head, ...)."""
+    return f".{name}".endswith(AFFINES)
+
+
+def spec_of(observation: Observation) -> LockSpec:
+    """The lock spec that the observation carries.
+
+    Raises:
+        AttackError: There is none.
+    """
+    if observation.spec is None:
+        raise AttackError(
+            "this attacker uses the lock spec, and the observation has none: either the victim has "
+            "no lock (attack it without secrets) or Observation.spec was left out."
+        )
+    return LockSpec.from_dict(observation.spec)
+
+
+class AdaptiveSecrets(Secrets):
+    """What all adaptive attackers share.
+
+    Args:
+        ignore: ``nothing``, or ``locked-block``: gradients of the tensors at and before the first
+            lock (in the model's order) are left out of the comparison.
+        settings: What the subclass adds, for ``repr``.
+    """
+
+    label: ClassVar[str]
+    """How results refer to it, behind the attack's name."""
+    words: ClassVar[str]
+    """One sentence for people."""
+
+    def __init__(self, *, ignore: str = "nothing", **settings: Any) -> None:
+        if ignore not in IGNORES:
+            raise ConfigError(unknown("gradients to ignore", ignore, IGNORES))
+        self.ignore = ignore
+        self.settings = {**settings, "ignore": ignore}
+
+    def variants(self) -> tuple[AdaptiveSecrets, ...]:
+        """Discrete alternatives, each of which is tried; the attack's loss chooses."""
+        return (self,)
+
+    def ignored(self, observation: Observation, network: Network) -> frozenset[str]:
+        if self.ignore == "nothing":
+            return frozenset()
+        site = spec_of(observation).sites[0]
+        block = site.name
+        if site.inserted:  # the norm is a child of the layer it normalizes
+            block = block.rpartition(".")[0]
+        inside = [i for i, n in enumerate(network.names) if f".{n}".startswith(f".{block}.")]
+        before = _position(network, block) if not inside else max(inside) + 1
+        left_out = frozenset(network.names[:before])
+        if len(left_out) == len(network.names):
+            raise AttackError(
+                f"every shared tensor is at or before the first lock ({site.name}); without their "
+                "gradients there is nothing to match. Use ignore='nothing'."
+            )
+        return left_out
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return f"{type(self).__name__}({settings})"
+
+
+class FreeSecrets(AdaptiveSecrets):
+    """Every private tensor is an unknown: γ, β, and weights of a private stem or head.
+
+    Args:
+        start: ``neutral`` (γ = 1, β = 0, fresh weights) or ``law``: drawn from the lock spec's law,
+            anew for every trial.
+        rate: Step of γ and β in units of the attack's own: an unknown u stands for rate·u, so that
+            it works alike with every optimizer.
+        weight_rate: The same for private weights, which are smaller.
+        ignore: As in :class:`AdaptiveSecrets`.
+    """
+
+    label: ClassVar[str] = "secrets"
+    words: ClassVar[str] = "every private tensor is searched along with the image"
+
+    def __init__(
+        self,
+        *,
+        start: str = "neutral",
+        rate: float = 0.5,
+        weight_rate: float = 0.05,
+        ignore: str = "nothing",
+    ) -> None:
+        super().__init__(ignore=ignore, start=start, rate=rate, weight_rate=weight_rate)
+        if start not in STARTS:
+            raise ConfigError(unknown("start of the secrets", start, STARTS))
+        if min(rate, weight_rate) <= 0:
+            raise ConfigError(
+                f"got rate {rate}, weight_rate {weight_rate}; both must be positive numbers."
+            )
+        self.begin, self.rate, self.weight_rate = start, rate, weight_rate
+
+    def frees(self, name: str) -> bool:
+        """Whether the secret called ``name`` is an unknown."""
+        return True
+
+    def given(self, observation: Observation, network: Network) -> dict[str, Tensor]:
+        known = {n: observation.known.get(n, value) for n, value in network.secrets.items()}
+        if not any(self.frees(name) for name in known):
+            raise AttackError(
+                f"{type(self).__name__} finds nothing to free: the model's secrets are "
+                f"{sorted(known)[:4] or 'none'}. Attack it without adaptive secrets."
+            )
+        return known
+
+    def start(
+        self, observations: Sequence[Observation], rows: Sequence[int], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        first = observations[0]
+        neutral = {n: p.detach() for n, p in first.model.named_parameters() if n in first.secrets}
+        drawn = [self._begin(first, neutral, generator) for _ in rows]
+        return {
+            PREFIX + name: torch.stack([d[name] for d in drawn]) / self._rate(name)
+            for name in neutral
+            if self.frees(name)
+        }
+
+    def _begin(
+        self, observation: Observation, neutral: Tensors, generator: torch.Generator
+    ) -> Tensors:
+        if self.begin == "neutral":
+            return neutral
+        return draw_secrets(spec_of(observation), neutral, generator)
+
+    def values(self, unknowns: Tensors, given: Tensors, network: Network) -> dict[str, Tensor]:
+        return {
+            name: unknowns[PREFIX + name] * self._rate(name) if self.frees(name) else value
+            for name, value in given.items()
+        }
+
+    def _rate(self, name: str) -> float:
+        return self.rate if is_affine(name) else self.weight_rate
+
+
+class FreeAffines(FreeSecrets):
+    """γ and β of every lock are unknowns; other private tensors stay as granted or neutral."""
+
+    label: ClassVar[str] = "affine"
+    words: ClassVar[str] = "γ and β of every lock are searched along with the image"
+
+    def frees(self, name: str) -> bool:
+        return is_affine(name)
+
+
+def draw_secrets(spec: LockSpec, neutral: Tensors, generator: torch.Generator) -> dict[str, Tensor]:
+    """One draw of all private tensors: γ and β from the spec's law, weights as wide as fresh ones.
+
+    Args:
+        spec: The public lock spec.
+        neutral: Fresh values by name, for shapes and widths.
+        generator: All randomness.
+    """
+    affines = draw_affines(spec, generator)
+    drawn = {}
+    for name, value in neutral.items():
+        if name in affines:
+            drawn[name] = affines[name].to(value.dtype).reshape(value.shape)
+        elif value.is_floating_point() and value.numel() > 1 and value.ndim > 1:
+            width = value.std(correction=0)
+            drawn[name] = width * torch.randn(value.shape, generator=generator).to(value.dtype)
+        else:
+            drawn[name] = value
+    return drawn
+
+
+def _position(network: Network, block: str) -> int:
+    """How many shared parameters come before the module ``block``, which has none itself."""
+    order = [name for name, _ in network.model.named_parameters()]
+    first = next((i for i, n in enumerate(order) if f".{n}".startswith(f".{block}.")), 0)
+    return sum(name in network.shared for name in order[:first])

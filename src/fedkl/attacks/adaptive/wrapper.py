@@ -1,0 +1,100 @@
+"""Any gradient-matching attack, carried out by someone who knows about the lock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedkl.attacks.adaptive.unknowns import AdaptiveSecrets
+from fedkl.attacks.base import Attack, Progress, Reconstruction
+from fedkl.attacks.labels import infer_labels
+from fedkl.attacks.matching import GradientMatching
+from fedkl.attacks.network import Network
+from fedkl.errors import AttackError
+from fedkl.observation import Observation
+
+
+class Adaptive(Attack):
+    """``attack`` with the victim's secrets treated as ``secrets`` says.
+
+    The T updates of one observation were made under one lock: its secrets are searched once for
+    all of them. Works for gradients and for unrolled updates. There γ and β take the client's
+    steps themselves; a client with a channel lock moves its matrices instead, which changes γ by
+    another rate, so from the second step on the attacker's client differs a little from the real.
+
+    Args:
+        attack: Any attack that searches by gradient matching.
+        secrets: What is made of the private tensors.
+        floor: Best guesses without a gradient by class, (classes, C, H, W) in [0, 1]. The first
+            restart of every victim starts from the guess for its label (from their mean where
+            labels are searched).
+    """
+
+    name: str  # type: ignore[misc]  # of two parts, so it belongs to the value
+
+    def __init__(
+        self, attack: GradientMatching, secrets: AdaptiveSecrets, *, floor: Tensor | None = None
+    ) -> None:
+        shown = None if floor is None else tuple(floor.shape)
+        super().__init__(attack=attack, secrets=secrets, floor=shown)
+        self.attack, self.secrets, self.floor = attack, secrets, floor
+        self.name = f"{attack.name}+{secrets.label}"
+
+    def reconstruct(
+        self,
+        observations: Sequence[Observation],
+        *,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+    ) -> list[Reconstruction]:
+        """As :meth:`Attack.reconstruct`.
+
+        Raises:
+            AttackError: The observations lack what the secrets need, or the floor does not fit.
+        """
+        guesses = None if self.floor is None else self._guesses(observations)
+        variants = self.secrets.variants()
+        best: list[Reconstruction] = []
+        for number, secrets in enumerate(variants):
+            found = self.attack.reconstruct(
+                observations,
+                generator=generator,
+                progress=_part(progress, number, len(variants)),
+                secrets=secrets,
+                guesses=guesses,
+            )
+            best = [_better(a, b) for a, b in zip(best or found, found, strict=True)]
+        note = f"{self.name}: {self.secrets.words}"
+        return [replace(r, notes=(*r.notes, note)) for r in best]
+
+    def _guesses(self, observations: Sequence[Observation]) -> list[Tensor]:
+        floor, first = self.floor, observations[0]
+        assert floor is not None
+        if tuple(floor.shape) != (first.num_classes, *first.image_shape):
+            raise AttackError(
+                f"got a floor of shape {tuple(floor.shape)}, expected one image per class, "
+                f"{(first.num_classes, *first.image_shape)}."
+            )
+        if self.attack.labels == "search":
+            mean = floor.mean(dim=0)
+            shape = (first.count, first.training.images, *first.image_shape)
+            return [mean.expand(shape)] * len(observations)
+        network = Network(first)
+        return [floor[infer_labels(o, network)] for o in observations]
+
+
+def _better(a: Reconstruction, b: Reconstruction) -> Reconstruction:
+    return a if a.loss <= b.loss or b.loss != b.loss else b
+
+
+def _part(progress: Progress | None, number: int, parts: int) -> Progress | None:
+    if progress is None:
+        return None
+
+    def tell(done: int, total: int, loss: float) -> None:
+        progress(number * total + done, parts * total, loss)
+
+    return tell
