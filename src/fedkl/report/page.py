@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedkl.errors import OutputError
 from fedkl.report.curves import arms_curves
+from fedkl.report.output import write_page
 from fedkl.report.verdict import verdict
 
 FIGURES = {
@@ -72,7 +70,7 @@ def write_report(
         versions=versions or {},
         notes=notes,
     )
-    return _write(folder / "report.html", text)
+    return write_page(folder / "report.html", text)
 
 
 def _percent(value: float | None) -> str:
@@ -99,17 +97,3 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif value is not None:
             flat[prefix + name] = value
     return flat
-
-
-def _write(path: Path, text: str) -> Path:
-    # fedkl.files would do, but it loads torch.
-    temporary = path.with_name(f".fedkl-{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}; choose another folder."
-        ) from error
-    return path

@@ -1,0 +1,180 @@
+"""The parts of the audit page: what is refused, what stands where, and how figures look."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_audit import write_fake_audit
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedkl.errors import CheckpointError
+from fedkl.report.audit import words
+from fedkl.report.audit.facts import Interval
+from fedkl.report.audit.gallery import heroes
+from fedkl.report.audit.grid import columns
+from fedkl.report.audit.pictures import Album
+from fedkl.report.audit.plots import STRIP_WIDTH, Curve, chart, scatter, strip, ticks
+from fedkl.report.audit.reading import read_audit
+from fedkl.report.audit_page import write_audit_page
+
+
+def rewrite(folder: Path, audit: Any) -> None:
+    (folder / "audit.json").write_text(json.dumps(audit), encoding="utf-8")
+
+
+BROKEN: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("not valid JSON", lambda audit: None),
+    ("its format is 'list'", lambda audit: [audit]),
+    ("its format is 'other'", lambda audit: audit | {"format": "other"}),
+    ("version 2", lambda audit: audit | {"version": 2}),
+    ("'rows' is dict, expected a list", lambda audit: audit | {"rows": {}}),
+    ("'config' is list, expected an object", lambda audit: audit | {"config": [1]}),
+    ("summary[0] is int", lambda audit: audit | {"summary": [3]}),
+    ("summary[0] names no attack", lambda audit: audit | {"summary": [{}]}),
+    ("pictures[0] names no defense", lambda audit: audit | {"pictures": [{"attack": "a"}]}),
+    ("'maybe', expected one of leaks", lambda audit: audit | {"verdict": {"overall": "maybe"}}),
+    (
+        "verdict.defenses['pad'] is str",
+        lambda audit: audit | {"verdict": {"defenses": {"pad": ""}}},
+    ),
+    ("threats['x'] is int", lambda audit: audit | {"threats": {"x": 1}}),
+]
+
+
+@pytest.mark.parametrize("message, spoil", BROKEN, ids=[message for message, _ in BROKEN])
+def test_what_is_no_audit_is_refused(
+    message: str, spoil: Callable[[dict[str, Any]], Any], tmp_path: Path
+) -> None:
+    audit = write_fake_audit(tmp_path)
+    spoiled = spoil(audit)
+    whole = (tmp_path / "audit.json").read_bytes()
+    data = whole[:1000] if spoiled is None else json.dumps(spoiled).encode()
+    (tmp_path / "audit.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        write_audit_page(tmp_path)
+    assert str(tmp_path / "audit.json") in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_missing_audit_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"No such file.*fedkl audit"):
+        write_audit_page(tmp_path)
+
+
+def test_columns_come_controls_first_and_key_holder_last(tmp_path: Path) -> None:
+    audit = write_fake_audit(tmp_path)
+    audit["summary"].reverse()
+    rewrite(tmp_path, audit)
+    order = columns(read_audit(tmp_path / "audit.json"))
+    assert [x.defense for x in order[:3]] == ["none", "norm", "fedbn"]
+    assert [x.defense for x in order[3:]] == ["channel"] * 3 + ["pad"] * 3
+    assert [x.threat for x in order].count("key-shared") == 2
+    assert order[5].threat == order[8].threat == "key-shared"
+    assert [x.control for x in order] == [True] * 3 + [False, False, True] * 2
+
+
+def test_picture_beside_a_verdict_is_the_median_one(tmp_path: Path) -> None:
+    audit = write_fake_audit(tmp_path)
+    mine = [
+        one
+        for one in audit["pictures"]
+        if (one["attack"], one["defense"], one["threat"])
+        == ("inverting-gradients", "channel", "adaptive")
+    ]
+    for one, ssim in zip(mine, (0.9, 0.1, 0.8, 0.3, 0.2), strict=True):
+        one["ssim"] = ssim
+    rewrite(tmp_path, audit)
+    found = read_audit(tmp_path / "audit.json")
+    first = heroes(found, columns(found), Album(tmp_path))[0]
+    assert first.judgment.defense == "channel"
+    assert first.tile is not None
+    assert first.tile.ssim == 0.3
+
+
+def test_rows_of_a_cell_become_its_dots(tmp_path: Path) -> None:
+    audit = write_fake_audit(tmp_path)
+    found = read_audit(tmp_path / "audit.json")
+    assert set(found.advantages) == {one.cell for one in found.summaries}
+    assert sum(len(x) for x in found.advantages.values()) == len(audit["rows"])
+
+
+@pytest.mark.parametrize(
+    "value, metric, shown",
+    [
+        (0.314, "ssim", "0.31"),
+        (-0.018, "ssim", "−0.02"),
+        (0.305, "advantage", "+0.30"),
+        (-0.001, "advantage", "0.00"),
+        (0.013, "identified", "1.3 %"),
+        (0.85, "identified", "85 %"),
+        (1.0, "success", "100 %"),
+        (28.14, "psnr", "28.1"),
+        (0.00123, "mse", "0.00123"),
+        (None, "psnr", "–"),
+    ],
+)
+def test_figures(value: float | None, metric: str, shown: str) -> None:
+    assert words.figure(value, metric) == shown
+
+
+def test_unknown_bounds_are_one_dash() -> None:
+    assert words.span(Interval(0.1, None, 0.2), "advantage") == "–"
+    assert words.span(Interval(0.1, 0.0, 0.2), "advantage") == "0.00 to +0.20"
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_few_round_and_inside(low: float, width: float) -> None:
+    found = ticks(low, low + width)
+    assert 1 <= len(found) <= 6
+    assert all(low - 1e-6 * width <= x <= low + width * (1 + 1e-6) for x in found)
+    assert found == sorted(set(found))
+
+
+def test_curves_rise_upwards_and_gaps_are_left_out() -> None:
+    drawn = chart([Curve("a", 0, 0, [0, 10, 20], [0.0, None, 1.0])])
+    assert drawn is not None
+    (x0, y0), (x1, y1) = (
+        tuple(map(float, point.split())) for point in drawn.traces[0].path[1:].split("L")
+    )
+    frame = drawn.frame
+    assert (x0, x1) == (frame.left, frame.right)
+    assert (y0, y1) == (frame.bottom, frame.top)
+    assert chart([Curve("a", 0, 0, [0], [None])]) is None
+
+
+@pytest.mark.parametrize(
+    "values, log", [((1.0, 0.001), True), ((1.0, 0.5), False), ((1.0, 0.0), False)]
+)
+def test_logarithmic_only_where_it_can_be(values: tuple[float, float], log: bool) -> None:
+    drawn = chart([Curve("a", 0, 0, [0, 1], values)], logarithmic=True)
+    assert drawn is not None
+    assert drawn.log is log
+
+
+def test_strip_keeps_order_and_stays_inside() -> None:
+    drawn = strip(Interval(0.2, 0.1, 0.3), [x / 100 for x in range(-50, 150)], (-0.1, 0.5))
+    assert drawn is not None
+    assert drawn.mean is not None
+    assert drawn.low is not None
+    assert drawn.high is not None
+    assert 0 < drawn.zero < drawn.limit < drawn.low < drawn.mean < drawn.high < STRIP_WIDTH
+    assert len(drawn.dots) == 60
+    assert all(0 < x < STRIP_WIDTH for x, _ in drawn.dots)
+    assert strip(Interval(), [], (-0.1, 0.5)) is None
+
+
+def test_scatter_puts_accurate_up_and_leaky_right() -> None:
+    drawn = scatter([("good", 0, Interval(0.0), 0.9), ("bad", 1, Interval(0.5), 0.6)])
+    assert drawn is not None
+    good, bad = drawn.points
+    assert good.name == "good"
+    assert good.x < bad.x
+    assert good.y < bad.y
+    assert good.x == drawn.zero
+    assert scatter([("x", 0, Interval(), 0.5)]) is None
