@@ -20,6 +20,7 @@ from fedkl.federation import (
     EvaluationConfig,
     FederationConfig,
     ModelConfig,
+    RenewalConfig,
     RunConfig,
     TrainingConfig,
     Workspace,
@@ -29,7 +30,7 @@ from fedkl.key import Key
 from fedkl.models import build
 from fedkl.rng import derive
 
-DEFENSES = ("none", "norm", "fedbn", "channel")
+DEFENSES = ("none", "norm", "fedbn", "channel", "pad")
 
 
 @cache
@@ -92,6 +93,7 @@ def config(defense: str = "none", **sections: dict[str, Any] | Any) -> RunConfig
         defense=section(DefenseConfig, "defense_settings", name=defense),
         training=section(TrainingConfig, "training", batch_size=32),
         federation=section(FederationConfig, "federation", clients=3, rounds=2, join_steps=2),
+        renewal=section(RenewalConfig, "renewal", steps=2),
         evaluation=section(EvaluationConfig, "evaluation", every=1, wrong_keys=2, images=50),
         **sections,
     )
@@ -141,11 +143,24 @@ def fixed_key(client: int, length: int = 1024) -> Key:
     return Key.from_vector(2.0 * bits - 1.0)
 
 
-def make_keys(folder: Path, clients: int, length: int = 1024) -> Path:
+def fixed_seed(client: int) -> Key:
+    """The same for locks that take no imported vector."""
+    bits = torch.randint(256, (32,), generator=derive(client, "seed"))
+    return Key._of("seed", bytes(bits.tolist()))
+
+
+def key_of(defense: str, client: int) -> Key | None:
+    """The key of a client under ``defense``, the same in every run; None without a key."""
+    made = {"channel": fixed_key, "pad": fixed_seed}
+    return made[defense](client) if defense in made else None
+
+
+def make_keys(folder: Path, clients: int, length: int = 1024, *, seeds: bool = False) -> Path:
     """A ``keys/`` folder to copy into several runs."""
     folder.mkdir(parents=True)
     for client in range(clients):
-        fixed_key(client, length).save(folder / f"client-{client:05d}.key")
+        key = fixed_seed(client) if seeds else fixed_key(client, length)
+        key.save(folder / f"client-{client:05d}.key")
     fixed_key(-1, length).save(folder / "group.key")
     return folder
 

@@ -27,7 +27,7 @@ def result(space: Workspace, shared: Any, given: ClientTask, seed: int = 0) -> C
 
 
 def key_for(defense: str) -> Key | None:
-    return Key.generate() if defense == "channel" else None
+    return Key.generate() if defense in ("channel", "pad") else None
 
 
 def assert_equal_results(a: ClientResult, b: ClientResult) -> None:
@@ -124,7 +124,7 @@ def test_global_randomness_is_left_alone_and_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop", "adadelta"])
-@pytest.mark.parametrize("defense", ["none", "channel"])
+@pytest.mark.parametrize("defense", ["none", "channel", "pad"])
 def test_momentum_is_kept_or_not(defense: str, optimizer: str) -> None:
     """Two rounds with kept moments are one run of two epochs; without, they are not."""
     # One image over and over: the order of the batch, which differs, makes no difference.
@@ -148,7 +148,7 @@ def test_momentum_is_kept_or_not(defense: str, optimizer: str) -> None:
     assert differ(rounds(keep=False).update.tensors, rounds(keep=True).update.tensors)
 
 
-@pytest.mark.parametrize("defense", ["fedbn", "channel"])
+@pytest.mark.parametrize("defense", ["fedbn", "channel", "pad"])
 def test_joining_moves_the_lock_alone(defense: str) -> None:
     # The second norm is not locked: its shared statistics see the images as well.
     space = workspace(defense, SMALL, join_steps=3, lock={"layers": "first"})

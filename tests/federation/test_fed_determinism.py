@@ -25,6 +25,17 @@ KINDS: dict[str, dict[str, Any]] = {
         "federation": {"clients": 7, "fraction": 0.5, "dropout": 0.2},
         "data": {"augment": True},
     },
+    "pad": {
+        "defense": "pad",
+        "renewal": {"budget": 2000, "on_spent": "renew", "every": 2, "stagger": True},
+        "training": {"keep_momentum": True, "batch_size": 32},
+    },
+    "pad, fedsgd": {
+        "defense": "pad",
+        "defense_settings": {"head": True, "lock_head_input": True},
+        "federation": {"method": "fedsgd"},
+        "renewal": {"every": 1},
+    },
     "none": {"defense": "none", "training": {"optimizer": "adam", "lr": 0.01}},
 }
 
@@ -37,7 +48,8 @@ def settings(kind: str, **more: Any) -> RunConfig:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_number_of_workers_does_not_matter(kind: str, tmp_path: Path) -> None:
-    keys = make_keys(tmp_path / "keys", 7 if kind == "fraction" else 3)
+    clients = 7 if kind == "fraction" else 3
+    keys = make_keys(tmp_path / "keys", clients, seeds=kind.startswith("pad"))
     found = []
     for workers in (1, 2, 3):
         folder = with_keys(tmp_path / str(workers), keys)

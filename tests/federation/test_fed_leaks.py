@@ -42,6 +42,13 @@ RUNS: dict[str, RunConfig] = {
         model={"name": "lenet"},
         data={"samples": 100},
     ),
+    "pad": config(
+        "pad",
+        defense_settings={"head": True},
+        renewal={"every": 1},
+        training=KEPT,
+        data={"samples": 100},
+    ),
     "fedbn": config("fedbn", training=KEPT, data={"samples": 100}),
     "pool": config(
         "channel", defense_settings=SHORT, training=KEPT, workers=2, data={"samples": 100}
@@ -122,10 +129,11 @@ def test_there_is_something_to_find(name: str, runs: dict[str, Crossed]) -> None
     crossed = runs[name]
     kinds = {found.split()[0] for found in crossed.secrets.words.values()}
     lock = {"gamma", "beta", "running_mean", "running_var"}
-    lock |= set() if name == "fedbn" else {"scale_weight", "shift_weight"}
+    learned = {"fedbn": set(), "pad": {"scale_learned", "shift_learned", "weight", "bias"}}
+    lock |= learned.get(name, {"scale_weight", "shift_weight"})
     lock |= set() if name == "channel" else {"moment"}
     assert lock <= kinds
-    assert len(crossed.secrets.words) > (300 if name == "fedbn" else 20_000)
+    assert len(crossed.secrets.words) > {"fedbn": 300, "pad": 5_000}.get(name, 20_000)
     for path in (crossed.folder / "clients").rglob("*.safetensors"):
         found = {f.split()[0] for f in look(crossed, path.read_bytes())}
         assert lock - {"gamma", "beta"} <= found

@@ -12,11 +12,14 @@ METHODS: Final = ("centralized", "fedavg", "fedsgd", "fedkl")
 DATASETS: Final = ("fashion-mnist", "mnist", "cifar10", "cifar100", "imagenet", "digits")
 PARTITIONS: Final = ("iid", "shards", "dirichlet")
 MODELS: Final = ("lenet", "resnet20", "resnet32", "resnet18", "resnet34", "vgg16")
-DEFENSES: Final = ("none", "norm", "fedbn", "channel")
+DEFENSES: Final = ("none", "norm", "fedbn", "channel", "pad", "open-pad")
 LOCK_PRESETS: Final = ("paper", "paper-sigmoid")
 INSERTED: Final = ("batch", "group", "instance")
 ACTIVATIONS: Final = ("identity", "relu", "sigmoid", "tanh")
 LAWS: Final = ("sign", "uniform", "normal")
+SCALE_LAWS: Final = ("near-one", "normal", "sign")
+LEARNED: Final = ("position", "channel", "none")
+ON_SPENT: Final = ("warn", "error", "renew")
 OPTIMIZERS: Final = ("sgd", "adam", "rmsprop", "adadelta")
 SCHEDULES: Final = ("constant", "step", "cosine")
 ATTACKS: Final = ("dlg", "idlg", "inverting-gradients")
@@ -75,6 +78,7 @@ PANELS: Final = {
     "model": "Model",
     "defense": "Defense",
     "training": "Local training",
+    "renewal": "Renewal of pads",
     "evaluation": "Evaluation",
     "": "Run",
 }
@@ -127,6 +131,15 @@ SETTINGS: Final = (
     Setting("defense.length", "--key-length", int, None, "Length of the key vector."),
     Setting("defense.chain", "--chain/--no-chain", bool, None,
             "Whether each lock is fed by the one before."),
+    Setting("defense.scale_law", "--scale-law", str, None, "Law of a pad's scales.", SCALE_LAWS),
+    Setting("defense.learned", "--learned", str, None, "What is learned on top of a pad.", LEARNED),
+    Setting("defense.stem", "--private-stem/--shared-stem", bool, None,
+            "Of a pad: whether layers up to the first lock stay, drawn from the key."),
+    Setting("defense.head", "--private-head/--shared-head", bool, None,
+            "Of a pad: whether the classifier stays, too."),
+    Setting("defense.lock_head_input", "--lock-head-input/--free-head-input", bool, None,
+            "Of a pad: whether a lock stands in front of the classifier."),
+    Setting("defense.max_length", "--max-length", int, None, "Of a pad over tokens: their number."),
     Setting("training.optimizer", "--optimizer", str, "sgd", "Local optimizer.", OPTIMIZERS),
     Setting("training.lr", "--lr", float, 0.05, "Learning rate."),
     Setting("training.momentum", "--momentum", float, 0.9, "Of sgd and rmsprop."),
@@ -142,6 +155,16 @@ SETTINGS: Final = (
     Setting("training.local_steps", "--local-steps", int, None, "Steps per round, not passes."),
     Setting("training.keep_momentum", "--keep-momentum/--drop-momentum", bool, False,
             "Keep each client's optimizer state from round to round."),
+    Setting("renewal.budget", "--budget", int, 16,
+            "Presentations (images times steps) that one pad may serve."),
+    Setting("renewal.on_spent", "--on-spent", str, "warn",
+            "What happens when a round would exceed the budget.", ON_SPENT),
+    Setting("renewal.every", "--renew-every", int, 0, "Rounds between renewals; 0: never."),
+    Setting("renewal.stagger", "--stagger/--at-once", bool, False,
+            "Clients renew one after the other."),
+    Setting("renewal.steps", "--renew-steps", int, 10, "Lock-only steps after a renewal."),
+    Setting("renewal.keep_learned", "--keep-learned/--restart-learned", bool, False,
+            "What was learned on top of a pad stays when it is renewed."),
     Setting("evaluation.every", "--eval-every", int, 5, "Rounds between evaluations; 0: end only."),
     Setting("evaluation.clients", "--eval-clients", int, 3, "At most so many clients measured."),
     Setting("evaluation.images", "--eval-images", int, 2_000, "Validation images, at most."),

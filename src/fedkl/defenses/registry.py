@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,15 +17,19 @@ class DefenseConfig:
     """Which defense, and how it is set.
 
     Attributes:
-        name: ``none``, ``norm``, ``fedbn``, ``channel``, or several joined by ``+``.
+        name: ``none``, ``norm``, ``fedbn``, ``channel``, ``pad``, ``open-pad``, or several joined
+            by ``+``.
         preset: ``paper`` or ``paper-sigmoid`` for ``channel``; settings given beside it win.
         layers: ``first``, ``all``, a module's name or a regular expression.
         norm: Norm inserted where there is none: ``batch``, ``group`` or ``instance``.
         share_statistics: Share the running statistics of locked norms, as the released code does.
         group_key: Locks of all clients start at the same γ and β, drawn from a key that the clients
             share and the server does not have. Not for the paper's presets.
-        spread, shift_spread, gain, activation, bias, law, length, chain: Settings of the channel
-            scheme; None is its (or the preset's) default.
+        spread: Of ``channel`` and ``pad``.
+        shift_spread, gain, activation, bias, law, length, chain: Further settings of ``channel``;
+            None is its (or the preset's) default.
+        scale_law, learned: Further settings of ``pad``; None is its default.
+        stem, head, lock_head_input, max_length: Of ``pad`` and ``open-pad``; None is the default.
     """
 
     name: str = "none"
@@ -42,6 +46,12 @@ class DefenseConfig:
     law: str | None = None
     length: int | None = None
     chain: bool | None = None
+    scale_law: str | None = None
+    learned: str | None = None
+    stem: bool | None = None
+    head: bool | None = None
+    lock_head_input: bool | None = None
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
@@ -49,23 +59,27 @@ class DefenseConfig:
         make_defense(self)
 
 
-_CHANNEL_SETTINGS: Final = (
-    "spread",
-    "shift_spread",
-    "gain",
-    "activation",
-    "bias",
-    "law",
-    "length",
-    "chain",
-)
+_LAYERS: Final = ("stem", "head", "lock_head_input", "max_length")
+_SETTINGS: Final[Mapping[str, Sequence[str]]] = {
+    "channel": (
+        "spread",
+        "shift_spread",
+        "gain",
+        "activation",
+        "bias",
+        "law",
+        "length",
+        "chain",
+    ),
+    "pad": ("spread", "scale_law", "learned", *_LAYERS),
+    "open-pad": _LAYERS,
+}
 
 
 def _lock(config: DefenseConfig, name: str) -> Defense:
-    settings: dict[str, Any] = {}
+    given = {field: getattr(config, field) for field in _SETTINGS.get(name, ())}
+    settings: dict[str, Any] = {f: value for f, value in given.items() if value is not None}
     if name == "channel":
-        given = {field: getattr(config, field) for field in _CHANNEL_SETTINGS}
-        settings = {field: value for field, value in given.items() if value is not None}
         name = config.preset or name
     return LockDefense(
         scheme_of(name, **settings),
@@ -80,6 +94,8 @@ DEFENSES: Final[Mapping[str, Callable[[DefenseConfig], Defense]]] = {
     "norm": lambda config: _lock(config, "norm"),
     "fedbn": lambda config: _lock(config, "fedbn"),
     "channel": lambda config: _lock(config, "channel"),
+    "pad": lambda config: _lock(config, "pad"),
+    "open-pad": lambda config: _lock(config, "open-pad"),
 }
 
 
@@ -97,6 +113,6 @@ def make_defense(config: DefenseConfig) -> Defense:
     if sum(isinstance(part, LockDefense) for part in parts) > 1:
         raise ConfigError(
             f"defense {config.name!r} has two locks; a model carries one: "
-            "keep one of norm, fedbn, channel."
+            f"keep one of {', '.join(n for n in DEFENSES if n != 'none')}."
         )
     return parts[0] if len(parts) == 1 else Composed(parts)

@@ -8,13 +8,15 @@ from fedkl.federation.config import (
     EvaluationConfig,
     FederationConfig,
     ModelConfig,
+    RenewalConfig,
     RunConfig,
     TrainingConfig,
     config_from,
     load_config,
 )
-from fedkl.federation.engine import Event, RunResult, run
+from fedkl.federation.engine import run
 from fedkl.federation.evaluate import Accuracy
+from fedkl.federation.events import Event, RunResult
 
 __all__ = [
     "METHODS",
@@ -26,6 +28,7 @@ __all__ = [
     "Event",
     "FederationConfig",
     "ModelConfig",
+    "RenewalConfig",
     "RunConfig",
     "RunResult",
     "TrainingConfig",

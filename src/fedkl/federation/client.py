@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,13 +25,16 @@ from fedkl.federation.optim import (
 from fedkl.key import Key
 from fedkl.locking import (
     copy_state,
+    epoch_of,
     is_locked,
     private_names,
     private_state,
+    renew,
     restart_lock,
     set_key,
     shared_state,
 )
+from fedkl.locking.sites import LOCK_NAME
 from fedkl.rng import borrowed
 
 
@@ -56,7 +60,10 @@ class Update:
 
 @dataclass(frozen=True)
 class ClientTask:
-    """What a client starts a round with. ``private`` None: it has not taken part yet."""
+    """What a client starts a round with. ``private`` None: it has not taken part yet.
+
+    ``renew``: draw the next pad before anything else, then take ``renew_steps`` lock-only steps.
+    """
 
     client: int
     round: int
@@ -66,6 +73,9 @@ class ClientTask:
     moments: Mapping[str, Tensor]
     join: bool
     lr: float
+    renew: bool = False
+    renew_steps: int = 0
+    keep_learned: bool = False
 
     def __repr__(self) -> str:
         return f"ClientTask(client={self.client}, round={self.round}, examples={len(self.index)})"
@@ -79,6 +89,7 @@ class ClientResult:
     private: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     loss: float
+    presentations: int = 0
 
     def __repr__(self) -> str:
         return f"ClientResult({self.update.client}, {self.update.round}, loss={self.loss:.4f})"
@@ -131,6 +142,7 @@ class Workspace:
         self._start = {n: t.clone() for n, t in self.private.items()}
         hidden = private_names(model)
         self.private_parameters = [p for p, n in self.names.items() if n in hidden]
+        self.presented = 0  # images that have passed through a step
         self.has_batch_norm = any(isinstance(m, _BatchNorm) for m in model.modules())
 
     def enter(
@@ -148,9 +160,18 @@ class Workspace:
             copy_state(self.private, self._start, "private state")
             restart_lock(self.model, key, self.group)
             return
+        copy_state(self.private, private, "private state")
+        # After the state, which says which pad of the key is the present one.
         if key is not None:
             set_key(self.model, key)
-        copy_state(self.private, private, "private state")
+
+    def renew(self, key: Key, *, keep_learned: bool = False) -> None:
+        """Puts the client's next pad in place of its present one.
+
+        Raises:
+            LockError: The lock has no pad.
+        """
+        renew(self.model, key, epoch_of(self.model) + 1, keep_learned=keep_learned)
 
     def join(
         self,
@@ -160,14 +181,18 @@ class Workspace:
         lr: float,
         *,
         first: bool = True,
+        steps: int | None = None,
     ) -> None:
         """A few steps on the lock alone, for a client that comes to a model it does not know.
 
         Fresh locks disagree on the sign of a channel; averaging what they teach the shared layers
         would cancel it. A client that comes back takes no more of them than a local epoch has.
+        ``steps`` replaces their number.
         """
-        steps = self.join_steps
-        if not first:
+        given, steps = steps, self.join_steps
+        if given is not None:
+            steps = given
+        elif not first:
             steps = min(steps, math.ceil(len(index) / self.training.batch_size))
         if not self.private_parameters or steps == 0:
             return
@@ -206,6 +231,7 @@ class Workspace:
 
     def _loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         x, y = self.images.batch(rows)
+        self.presented += len(rows)
         if self.augmented:
             x = augment(x, generator)
         try:
@@ -289,9 +315,19 @@ def client_update(
         StateError: The global or private state does not fit the model.
     """
     workspace.enter(shared, task.key, task.private)
-    if task.join:
+    if task.renew:
+        assert task.key is not None
+        workspace.renew(task.key, keep_learned=task.keep_learned)
+        if not task.keep_learned:
+            moments = {
+                n: t for n, t in task.moments.items() if f".{LOCK_NAME}." not in n.replace(":", ".")
+            }
+            task = dataclasses.replace(task, moments=moments)
+    if task.join or task.renew:
         first = task.private is None
-        workspace.join(shared, task.index, generator, task.lr, first=first)
+        steps = task.renew_steps if task.renew else None
+        workspace.join(shared, task.index, generator, task.lr, first=first, steps=steps)
+    workspace.presented = 0
     if workspace.method == "fedsgd":
         loss, examples, tensors, moments = workspace.gradient(task, generator)
         kind = "gradient"
@@ -301,7 +337,7 @@ def client_update(
         kind, examples = "state", len(task.index)
     update = Update(task.client, task.round, kind, workspace.defense.share(tensors), examples)
     private = {name: tensor.clone() for name, tensor in workspace.private.items()}
-    return ClientResult(update, private, moments, loss)
+    return ClientResult(update, private, moments, loss, workspace.presented)
 
 
 def logits(output: Any) -> Tensor:

@@ -18,6 +18,7 @@ from fedkl.errors import ConfigError, unknown
 from fedkl.federation.optim import OPTIMIZERS, SCHEDULES
 
 METHODS: Final = ("centralized", "fedavg", "fedsgd")
+ON_SPENT: Final = ("warn", "error", "renew")
 
 
 def _choice(kind: str, value: str, choices: typing.Iterable[str]) -> None:
@@ -159,6 +160,33 @@ class FederationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RenewalConfig:
+    """How long a pad serves. Only for locks with a pad.
+
+    Attributes:
+        budget: Presentations (images × steps) under one pad; None does not count.
+        on_spent: What happens when a round would exceed it: ``warn``, ``error`` or ``renew``.
+        every: Rounds after which pads are renewed anyhow; 0: never.
+        stagger: The clients renew one after the other instead of all in one round.
+        steps: Lock-only steps on a client's own data after it renewed its pad.
+        keep_learned: Whether what was learned on top of a pad stays when it is renewed.
+    """
+
+    budget: int | None = 16
+    on_spent: str = "warn"
+    every: int = 0
+    stagger: bool = False
+    steps: int = 10
+    keep_learned: bool = False
+
+    def __post_init__(self) -> None:
+        _choice("reaction to a spent pad", self.on_spent, ON_SPENT)
+        _at_least("budget", self.budget, 1)
+        _at_least("every", self.every, 0)
+        _at_least("steps", self.steps, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is measured, and on how much.
 
@@ -191,6 +219,7 @@ class RunConfig:
     defense: DefenseConfig = field(default_factory=DefenseConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
+    renewal: RenewalConfig = field(default_factory=RenewalConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
     workers: int = 1

@@ -22,6 +22,7 @@ from fedkl.federation.checkpoint import Checkpoint, Checkpoints
 from fedkl.federation.client import Update
 from fedkl.federation.config import RunConfig, config_from, differences
 from fedkl.federation.evaluate import Accuracy, combine
+from fedkl.federation.events import Event, RunResult
 from fedkl.federation.folder import claimed
 from fedkl.federation.logbook import Logbook
 from fedkl.federation.optim import (
@@ -38,55 +39,6 @@ from fedkl.rng import derive
 Combined = Callable[[Iterable[Update], bool], dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something a caller may want to show.
-
-    ``kind`` is ``note`` (a message), ``client`` (one client of a round is done), ``round`` (a
-    round is done) or ``evaluation``.
-    """
-
-    kind: str
-    round: int = 0
-    rounds: int = 0
-    done: int = 0
-    of: int = 0
-    loss: float = math.nan
-    accuracy: Accuracy | None = None
-    message: str = ""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run; ``to_dict`` is ``summary.json``."""
-
-    config: RunConfig
-    seconds: float
-    accuracy: Accuracy
-    validation: list[dict[str, Any]]
-    best: Mapping[str, Any]
-    counts: Mapping[str, int]
-    spec: Mapping[str, Any] | None
-    origin: str
-    shared: Mapping[str, Tensor]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "method": self.config.federation.method,
-            "defense": self.config.defense.name,
-            "rounds": self.config.federation.rounds,
-            "seconds": self.seconds,
-            "accuracy": self.accuracy.to_dict(),
-            "split": "test",
-            "best_validation": dict(self.best),
-            "counts": dict(self.counts),
-            "data": self.origin,
-            "lock_spec": self.spec,
-            "config": self.config.to_dict(),
-        }
-
-
 @dataclass
 class _Progress:
     """What changes from round to round."""
@@ -97,6 +49,7 @@ class _Progress:
     seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: {"refused": 0, "dropped": 0})
+    pads: dict[str, int] = field(default_factory=lambda: {"renewals": 0, "most_presentations": 0})
 
 
 def run(
@@ -175,7 +128,8 @@ def check_same(old: RunConfig, new: RunConfig) -> None:
     Raises:
         ConfigError: A setting differs that the result depends on.
     """
-    free = ["workers", "device", "checkpoint_every"]
+    # How a pad is renewed is for the clients to tighten (or loosen) at any time.
+    free = ["workers", "device", "checkpoint_every", "renewal.budget", "renewal.on_spent"]
     if new.training.schedule != "cosine":  # whose every rate depends on the number of rounds
         free.append("federation.rounds")
     changed = [d for d in differences(old, new) if d.split(":")[0] not in free]
@@ -259,6 +213,7 @@ class _Engine:
             seconds=facts["seconds"],
             best=dict(facts["best"]),
             counts=dict(facts["counts"]),
+            pads=dict(facts.get("pads") or _Progress({}).pads),
         )
 
     def _seconds(self) -> float:
@@ -267,6 +222,8 @@ class _Engine:
     def run(self, pool: Pool) -> RunResult:
         """All rounds that are left, then the test set, once."""
         rounds = self.config.federation.rounds
+        for warning in self.session.warnings():
+            self.emit(Event("note", message=warning))
         try:
             while self.state.round < rounds:
                 self._round(pool, self.state.round + 1)
@@ -280,6 +237,7 @@ class _Engine:
             validation=self.log.lines,
             best=self.state.best,
             counts=self.state.counts,
+            pads=self.state.pads if self.session.padded else None,
             spec=None if self.session.spec is None else self.session.spec.to_dict(),
             origin=self.session.bundle.origin,
             shared=self.state.shared,
@@ -325,7 +283,16 @@ class _Engine:
             losses.append(result.facts["loss"])
             rounds = self.config.federation.rounds
             self.emit(Event("client", number, rounds, done, of, result.facts["loss"]))
+            self._count_pads(result.facts)
             yield result
+
+    def _count_pads(self, facts: Mapping[str, Any]) -> None:
+        """Clients behind a wire report nothing of their pads: a server has no business with it."""
+        pads = self.state.pads
+        pads["renewals"] += bool(facts.get("renewed"))
+        pads["most_presentations"] = max(pads["most_presentations"], facts.get("spent", 0))
+        if facts.get("note"):
+            self.emit(Event("note", message=facts["note"]))
 
     def _sample(self, number: int) -> tuple[list[int], list[int]]:
         """Clients that answer in this round, and those that drop out."""
@@ -388,6 +355,7 @@ class _Engine:
     def _snapshot(self) -> Checkpoint:
         state = self.state
         facts = {"seconds": self._seconds(), "best": state.best, "counts": state.counts}
+        facts |= {"pads": state.pads}
         return Checkpoint(state.round, state.shared, state.server, facts)
 
     def _checkpoint(self) -> None:

@@ -17,6 +17,7 @@ from fedkl.locking import (
     Channel,
     affines,
     calibrate,
+    draw_layers,
     lock_spec,
     replaced_affines,
     restart_lock,
@@ -140,15 +141,16 @@ def examine(
             set_key(model, wrong_key)
             wrong.append(correct_share(model, exam.images, exam.wrong_rows, device))
         set_key(model, key)
-    other, locks = None, []
+    other, locks, layers = None, [], list[Mapping[str, Tensor]]()
     for number, (other_key, private) in enumerate(others):
         _put(workspace, other_key, private)
         locks.append(affines(model))
+        layers.append({n: private[n] for n in lock_spec(model).private if n in private})
         if number == 0:
             reestimate(workspace, workspace.images, own_rows, every_norm=False)
             other = correct_share(model, exam.images, exam.wrong_rows, device)
     guesses = _guesses(workspace, locks)
-    thief = _thief(workspace, exam, guesses, before)
+    thief = _thief(workspace, exam, guesses, before, layers)
     _restore(workspace, before)
     _put(workspace, key, own_private)
     return ClientAccuracy(own, tuple(wrong), other, thief)
@@ -161,18 +163,19 @@ def _wrong_keys(model: nn.Module, key: Key, count: int) -> Iterator[Key]:
     No module can be named like their stream.
     """
     scheme = lock_spec(model).scheme_value()
-    assert isinstance(scheme, Channel)
+    law, length = (scheme.law, scheme.length) if isinstance(scheme, Channel) else ("normal", 32)
     for number in range(count):
         stream = key.stream("..wrong-key", number)
-        yield Key.from_vector(LAWS[scheme.law](stream, (scheme.length,)))
+        yield Key.from_vector(LAWS[law](stream, (length,)))
 
 
 def _put(workspace: Workspace, key: Key | None, private: Mapping[str, Tensor]) -> None:
-    if key is not None:
-        set_key(workspace.model, key)
     with torch.no_grad():
         for name, tensor in workspace.private.items():
             tensor.copy_(private[name])
+    # After the state, which says which pad of the key is the present one.
+    if key is not None:
+        set_key(workspace.model, key)
 
 
 def _restore(workspace: Workspace, shared: Mapping[str, Tensor]) -> None:
@@ -209,14 +212,32 @@ def _guesses(workspace: Workspace, locks: Sequence[Affines]) -> dict[str, Affine
     return guesses
 
 
+INSIDE: Final = ("others", "group")  # guesses that take more than the global model
+
+
+def _layers_of_a_thief(workspace: Workspace, others: Sequence[Mapping[str, Tensor]]) -> None:
+    """Private stem and head as a thief has them: at random, or the mean of other clients'."""
+    # Anybody's key gives a random draw; always the same one makes the figure repeatable.
+    draw_layers(workspace.model, Key.from_vector([1.0]))
+    with torch.no_grad():
+        for name in others[0] if others else ():
+            values = torch.stack([other[name].double() for other in others])
+            workspace.private[name].copy_(values.mean(0))
+
+
 def _thief(
-    workspace: Workspace, exam: Exam, guesses: Mapping[str, Affines], shared: Mapping[str, Tensor]
+    workspace: Workspace,
+    exam: Exam,
+    guesses: Mapping[str, Affines],
+    shared: Mapping[str, Tensor],
+    layers: Sequence[Mapping[str, Tensor]],
 ) -> dict[str, float]:
-    """Accuracy of each guess at the lock."""
+    """Accuracy of each guess at the lock. ``layers``: the private layers of other clients."""
     model, device = workspace.model, workspace.device
     found = {}
     for name, guess in guesses.items():
         _restore(workspace, shared)  # the guess before has re-estimated shared statistics as well
+        _layers_of_a_thief(workspace, layers if name.startswith(INSIDE) else ())
         with replaced_affines(model, guess):
             for site in guess:
                 # Shared statistics are the thief's already; private ones it starts without.
@@ -227,9 +248,6 @@ def _thief(
             reestimate(workspace, exam.public, exam.public_rows, every_norm=True)
             found[f"{name}+statistics"] = correct_share(model, exam.images, exam.wrong_rows, device)
     return found
-
-
-INSIDE: Final = ("others", "group")  # guesses that take more than the global model
 
 
 def _outsider(thief: Mapping[str, float]) -> float:

@@ -19,9 +19,10 @@ from fedkl.federation.client import ClientTask, Update, Workspace, client_update
 from fedkl.federation.config import RunConfig
 from fedkl.federation.evaluate import ClientAccuracy, Exam, examine
 from fedkl.federation.optim import learning_rate
+from fedkl.federation.renewal import Verdict, excess, judge, presentations
 from fedkl.federation.store import ClientState, ClientStore
 from fedkl.key import Key
-from fedkl.locking import LockSpec, is_locked, lock_spec
+from fedkl.locking import LockSpec, Pad, is_locked, lock_spec
 from fedkl.models import build
 from fedkl.rng import derive
 
@@ -128,7 +129,11 @@ class Session:
     def _train(self, job: Job, shared: Mapping[str, Tensor]) -> Result:
         config = self.config
         state = self._state(job.client, before=job.round)
+        verdict = self._verdict(job, state)
         task = ClientTask(
+            renew=verdict.renew,
+            renew_steps=config.renewal.steps,
+            keep_learned=config.renewal.keep_learned,
             client=job.client,
             round=job.round,
             index=self.parts[job.client],
@@ -140,13 +145,51 @@ class Session:
         )
         generator = derive(config.seed, "client", job.client, "round", job.round)
         result = client_update(self.workspace, shared, task, generator)
-        kept = ClientState(job.round, result.private, result.moments)
+        spent = result.presentations + (0 if verdict.renew else state.spent)
+        kept = ClientState(job.round, result.private, result.moments, spent)
         # A client that diverged goes back to its last good state instead of staying refused.
         if (result.private or result.moments) and _finite(kept):
             self.store.save(job.client, kept, keep=job.keep)
         update = result.update
         facts = {"kind": update.kind, "examples": update.examples, "loss": result.loss}
+        if self.padded:
+            facts |= {"renewed": verdict.renew, "spent": spent, "note": verdict.note}
         return Result(job, facts, update.tensors)
+
+    def _verdict(self, job: Job, state: ClientState) -> Verdict:
+        if not self.padded or self.config.federation.method == "centralized":
+            return Verdict(renew=False)
+        return judge(
+            self.config.renewal,
+            client=job.client,
+            clients=len(self.parts),
+            round_=job.round,
+            last=0 if state.private is None else state.round,
+            spent=state.spent,
+            ahead=self._ahead(job.client),
+        )
+
+    def _ahead(self, client: int) -> int:
+        method = self.config.federation.method
+        return presentations(self.config.training, method, len(self.parts[client]))
+
+    @property
+    def padded(self) -> bool:
+        """Whether the lock has a pad, which is used up by presentations."""
+        return self.spec is not None and self.spec.scheme == Pad.name
+
+    def warnings(self) -> list[str]:
+        """What a user should know about the lock before the first round."""
+        if not self.padded or self.config.federation.method == "centralized":
+            return []
+        most = max(self._ahead(client) for client in range(len(self.parts)))
+        found = [excess(self.config.renewal, most)]
+        if self.config.model.init is not None:
+            found.append(
+                "the stem starts from each client's key, not from the weights given; for the "
+                "layers behind, which the server knows, the pad makes no claim."
+            )
+        return [text for text in found if text]
 
     def _state(self, client: int, *, before: int) -> ClientState:
         if not (self.workspace.private or self.workspace.training.keep_momentum):

@@ -20,6 +20,7 @@ from fedkl.key import Key
 
 _PRIVATE: Final = "private/"
 _MOMENT: Final = "moment/"
+_SPENT: Final = "spent"
 
 
 def _refuse_to_replace(path: Path, used: bool, what: str) -> None:
@@ -33,11 +34,15 @@ def _refuse_to_replace(path: Path, used: bool, what: str) -> None:
 
 @dataclass(frozen=True)
 class ClientState:
-    """Private state and optimizer moments of a client after round ``round`` (0: never)."""
+    """Private state and optimizer moments of a client after round ``round`` (0: never).
+
+    ``spent`` counts the presentations under the pad it has.
+    """
 
     round: int
     private: Mapping[str, Tensor] | None
     moments: Mapping[str, Tensor]
+    spent: int = 0
 
     def __repr__(self) -> str:
         return f"ClientState(round={self.round})"
@@ -100,10 +105,10 @@ class ClientStore:
         past = [r for r in self.rounds(client) if r < before]
         if not past:
             return ClientState(0, None, {})
-        tensors, _ = read_tensors(self._path(client, past[-1]))
+        tensors, meta = read_tensors(self._path(client, past[-1]))
         private = {n[len(_PRIVATE) :]: t for n, t in tensors.items() if n.startswith(_PRIVATE)}
         moments = {n[len(_MOMENT) :]: t for n, t in tensors.items() if n.startswith(_MOMENT)}
-        return ClientState(past[-1], private, moments)
+        return ClientState(past[-1], private, moments, int(meta.get(_SPENT, "0")))
 
     def save(self, client: int, state: ClientState, *, keep: Sequence[int]) -> None:
         """Writes the state after ``state.round``; drops those no checkpoint needs any more.
@@ -117,7 +122,8 @@ class ClientStore:
         tensors = {_PRIVATE + n: t for n, t in (state.private or {}).items()}
         tensors |= {_MOMENT + n: t for n, t in state.moments.items()}
         # Not synced to the disk one by one: the digest in the file finds a torn write.
-        write_tensors(self._path(client, state.round), tensors, private=True, durable=False)
+        path, meta = self._path(client, state.round), {_SPENT: str(state.spent)}
+        write_tensors(path, tensors, meta, private=True, durable=False)
         past = [r for r in self.rounds(client) if r < state.round]
         needed = {max((r for r in past if r <= back), default=0) for back in keep}
         for old in set(past) - needed:

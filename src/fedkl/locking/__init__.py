@@ -14,7 +14,14 @@ from fedkl.locking.api import (
 )
 from fedkl.locking.merging import merge
 from fedkl.locking.pad import OpenPad, Pad
-from fedkl.locking.reuse import calibrate, epoch_of, renew, replaced_affines, restart_lock
+from fedkl.locking.reuse import (
+    calibrate,
+    draw_layers,
+    epoch_of,
+    renew,
+    replaced_affines,
+    restart_lock,
+)
 from fedkl.locking.scheme import Scheme
 from fedkl.locking.schemes import (
     PRESETS,
@@ -54,6 +61,7 @@ __all__ = [
     "calibrate",
     "check_optimizer",
     "copy_state",
+    "draw_layers",
     "epoch_of",
     "is_locked",
     "load_private_state",

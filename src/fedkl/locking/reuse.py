@@ -80,6 +80,11 @@ def renew(model: nn.Module, key: Key, epoch: int, *, keep_learned: bool = False)
             source.restart()
 
 
+def draw_layers(model: nn.Module, key: Key) -> None:
+    """Private layers (stem, head) anew from ``key`` (in place); nothing happens without any."""
+    draw_private(_spec_holder(unwrap(model)), lock_spec(model).private, key)
+
+
 def epoch_of(model: nn.Module) -> int:
     """Which pad a model locked with scheme ``pad`` has; 0 for other schemes."""
     for source in sources_of(model).values():

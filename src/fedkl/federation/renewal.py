@@ -1,0 +1,106 @@
+"""How long one pad serves: presentations counted against a budget, and renewal by the calendar.
+
+A presentation is one image passing through one training step whose outcome is shared. All of them
+under one pad share its β, so what a pad hides wears off with their number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedkl.errors import FederationError
+from fedkl.federation.config import RenewalConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a client does with its pad before a round.
+
+    Attributes:
+        renew: Whether it draws the next pad first.
+        note: Something the user should know, or "".
+    """
+
+    renew: bool
+    note: str = ""
+
+
+def presentations(training: TrainingConfig, method: str, examples: int) -> int:
+    """Presentations of one round of a client with ``examples`` images, at most."""
+    batch = min(training.batch_size, examples)
+    if method == "fedsgd":
+        return batch
+    if training.local_steps is not None:
+        return training.local_steps * batch
+    return training.local_epochs * examples
+
+
+def due(config: RenewalConfig, client: int, clients: int, round_: int, last: int) -> bool:
+    """Whether the calendar asks for a renewal between the rounds ``last`` and ``round_``.
+
+    Every client renews before the rounds 1 + every, 1 + 2·every, …; staggered, client c of n does
+    so ⌊c·every/n⌋ rounds later. One that was absent then renews when it is back.
+    """
+    if not config.every or not last:
+        return False
+    later = client * config.every // clients if config.stagger else 0
+    return (round_ - 1 - later) // config.every > max(0, (last - 1 - later) // config.every)
+
+
+def judge(
+    config: RenewalConfig,
+    *,
+    client: int,
+    clients: int,
+    round_: int,
+    last: int,
+    spent: int,
+    ahead: int,
+) -> Verdict:
+    """Whether a client renews its pad before round ``round_``.
+
+    Args:
+        config: The settings.
+        client, clients: Its number, and how many there are.
+        round_, last: This round, and the last one it took part in (0: none).
+        spent: Presentations so far under its pad.
+        ahead: Presentations of this round.
+
+    Raises:
+        FederationError: The budget does not cover this round, and ``on_spent`` is ``error``.
+    """
+    if due(config, client, clients, round_, last):
+        return Verdict(renew=True)
+    budget = config.budget
+    if budget is None or spent + ahead <= budget:
+        return Verdict(renew=False)
+    if config.on_spent == "error":
+        raise FederationError(
+            f"round {round_}: the pad of client {client} has served {spent} presentations and this "
+            f"round takes {ahead} more, over its budget of {budget}. Renew pads (--on-spent renew "
+            "or --renew-every), raise --budget, or send fewer images a round (--local-steps, "
+            "--batch-size)."
+        )
+    if config.on_spent == "renew":
+        return Verdict(renew=spent > 0)
+    # A round that is over the budget by itself is said once, before the first: see excess().
+    if spent > budget or ahead > budget:
+        return Verdict(renew=False)
+    return Verdict(
+        renew=False,
+        note=f"round {round_}: the pad of client {client} is spent ({spent + ahead} presentations, "
+        f"budget {budget}); --on-spent renew would draw another.",
+    )
+
+
+def excess(config: RenewalConfig, ahead: int) -> str:
+    """A warning where one round is over the budget by itself, else ""."""
+    if config.budget is None or ahead <= config.budget:
+        return ""
+    times = math.ceil(ahead / config.budget)
+    return (
+        f"one round is up to {ahead} presentations under one pad, {times} times its budget of "
+        f"{config.budget}: renewal cannot keep to it. What is left is the unknown stem and the "
+        "averaging over steps; take fewer images a round (--local-steps, --batch-size)."
+    )
