@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedkl.locking import (
         Channel,
         LockSpec,
+        Pad,
         calibrate,
         check_optimizer,
         load_private_state,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
         lockable,
         merge,
         private_state,
+        renew,
+        set_key,
         shared_state,
         unlock,
     )
@@ -36,6 +39,7 @@ __all__ = [
     "FedKLError",
     "Key",
     "LockSpec",
+    "Pad",
     "__version__",
     "calibrate",
     "check_optimizer",
@@ -47,6 +51,8 @@ __all__ = [
     "lockable",
     "merge",
     "private_state",
+    "renew",
+    "set_key",
     "shared_state",
     "unlock",
 ]
@@ -56,6 +62,7 @@ _HOMES = {
     "FedKLError": "fedkl.errors",
     "Key": "fedkl.key",
     "LockSpec": "fedkl.locking",
+    "Pad": "fedkl.locking",
     "calibrate": "fedkl.locking",
     "check_optimizer": "fedkl.locking",
     "load_private_state": "fedkl.locking",
@@ -66,6 +73,8 @@ _HOMES = {
     "lockable": "fedkl.locking",
     "merge": "fedkl.locking",
     "private_state": "fedkl.locking",
+    "renew": "fedkl.locking",
+    "set_key": "fedkl.locking",
     "shared_state": "fedkl.locking",
     "unlock": "fedkl.locking",
 }

@@ -127,7 +127,29 @@ def test_own_other_and_wrong_by_hand(defense: str) -> None:
     assert found.other == pytest.approx(want_other, abs=1e-12)
     assert len(found.wrong) == (0 if defense == "fedbn" else 3)
     assert all(wrong < found.own for wrong in found.wrong)
-    assert found.own > (0.2 if defense == "pad" else 0.3)  # it has learned something, so the comparison means something
+    # It has learned something, so the comparison means something.
+    assert found.own > (0.2 if defense == "pad" else 0.3)
+
+
+def test_thief_of_a_pad_has_nothing_of_the_victims() -> None:
+    """Neither its pad nor its private layers; another victim of the same server looks the same."""
+    space, shared, key, others = played("pad", head=True)
+    test = exam()
+    own = snapshot(space.private)
+    first = examine(space, test, key, others, torch.arange(100))
+    changed = {n: t + 0.5 if t.is_floating_point() else t for n, t in own.items()}
+    space.enter(shared, key_of("pad", 9), changed)
+    second = examine(space, test, key_of("pad", 9), others, torch.arange(100))
+    assert second.thief == first.thief
+    assert second.own != first.own
+    # What an insider takes is the mean of the others' layers, which it has to be.
+    changed = [
+        (k, {n: t * 1.5 if t.is_floating_point() else t for n, t in p.items()}) for k, p in others
+    ]
+    third = examine(space, test, key_of("pad", 9), changed, torch.arange(100))
+    outside = [n for n in first.thief if not n.startswith("others")]
+    assert {n: third.thief[n] for n in outside} == {n: first.thief[n] for n in outside}
+    assert third.thief != first.thief
 
 
 def test_wrong_keys_are_repeatable_and_depend_on_the_key() -> None:
