@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 pytest.importorskip("flwr", reason="Flower is not in this environment")
 
@@ -111,3 +115,43 @@ def serve(grid: Loopback, config: RunConfig, flower: FlowerConfig, **settings: A
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
     app(grid, context)
     return found[0]
+
+
+class Scaled(nn.Module):
+    """A parameter without dimensions."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(pixels, 10)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x.flatten(1)) * self.scale
+        return out
+
+
+def scaled(num_classes: int, channels: int, image_size: int) -> nn.Module:
+    return Scaled(channels * image_size * image_size)
+
+
+def everything_in(grid: Loopback) -> list[np.ndarray[Any, Any]]:
+    """Every vector that reached the server, in whatever record."""
+    found = []
+    for reply in grid.received:
+        if reply.has_error():
+            continue
+        for record in reply.content.values():
+            whole = []
+            for value in record.values():
+                for part in value if isinstance(value, list) else [value]:
+                    if hasattr(part, "numpy"):
+                        array = part.numpy()
+                    elif isinstance(part, bytes) and part.startswith(b"\x93NUMPY"):
+                        array = np.load(io.BytesIO(part), allow_pickle=False)
+                    else:
+                        continue
+                    found.append(array.reshape(-1).astype(np.float64))
+                    whole.append(found[-1])
+            if len(whole) > 1:
+                found.append(np.concatenate(whole))
+    return found

@@ -9,7 +9,7 @@ update. Zeros, ones and constants are nobody's secret and do not count.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +25,10 @@ _WORD: Final = 8
 _SIGNS: Final = 32  # entries of a ±1 key vector that nobody has by chance
 _MIX: Final = np.uint64(0x9E3779B97F4A7C15)
 
+_SIDES: Final = ("left", "right")
+
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Places = np.ndarray[Any, Any]
 
 
 class Secrets:
@@ -33,8 +36,9 @@ class Secrets:
 
     def __init__(self) -> None:
         self._blobs: list[tuple[str, Bytes, int]] = []
+        self._signs: list[tuple[str, Bytes, int]] = []
         self._needles: list[tuple[str, bytes]] = []
-        self._index: _Index | None = None
+        self._index: tuple[_Index, _Index] | None = None
 
     def __repr__(self) -> str:
         return f"Secrets({len(self._blobs)} forms)"
@@ -97,7 +101,7 @@ class Secrets:
     def _add(self, name: str, data: bytes, window: int, *, signs: bool = False) -> None:
         blob = np.frombuffer(data, np.uint8)
         if len(blob) >= _WORD and (signs or not _plain(blob)):
-            self._blobs.append((name, blob, min(window, len(blob))))
+            (self._signs if signs else self._blobs).append((name, blob, min(window, len(blob))))
             self._index = None
 
     def found_in(self, data: bytes | Bytes) -> str | None:
@@ -108,8 +112,9 @@ class Secrets:
             if needle in raw:
                 return name
         if self._index is None:
-            self._index = _Index(self._blobs)
-        return self._index.search(hay)
+            self._index = _Index(self._blobs), _Index(self._signs)
+        values, signs = self._index
+        return values.search(hay, values.around) or signs.search(hay, signs.onwards)
 
     def refuse(self, outgoing: Mapping[str, Any]) -> None:
         """Raises when something that is to leave holds a piece of a secret.
@@ -162,26 +167,39 @@ class _Index:
         mixed: np.ndarray[Any, Any] = (words * _MIX) >> self.shift
         return mixed
 
-    def search(self, hay: Bytes) -> str | None:
-        """Name of the first secret found in ``hay``."""
+    def search(self, hay: Bytes, confirm: Callable[[Bytes, Places, int], str | None]) -> str | None:
+        """Name of the first secret found in ``hay``; ``confirm`` looks at what is around a word."""
         for offset in range(min(_WORD, len(hay) - _WORD + 1)) if len(self.words) else ():
             words = np.frombuffer(hay, "<u8", (len(hay) - offset) // _WORD, offset)
-            for at in np.flatnonzero(self.present[self._slot(words)]):
-                if (name := self._confirmed(hay, offset + _WORD * int(at), words[at])) is not None:
-                    return name
+            hits = np.flatnonzero(self.present[self._slot(words)])
+            found = words[hits]
+            for word in np.unique(found):
+                places = offset + _WORD * hits[found == word]
+                first, last = (np.searchsorted(self.words, word, side=s) for s in _SIDES)
+                for entry in range(int(first), int(last)):
+                    if (name := confirm(hay, places, entry)) is not None:
+                        return name
         return None
 
-    def _confirmed(self, hay: Bytes, at: int, word: Any) -> str | None:
-        first = np.searchsorted(self.words, word, side="left")
-        last = np.searchsorted(self.words, word, side="right")
-        for entry in range(int(first), int(last)):
-            name, blob, window = self.blobs[int(self.owners[entry])]
-            place = int(self.places[entry])
+    def around(self, hay: Bytes, places: Places, entry: int) -> str | None:
+        """Name of the secret if enough bytes agree on both sides of the word together."""
+        name, blob, window = self.blobs[int(self.owners[entry])]
+        place = int(self.places[entry])
+        for at in places.tolist():
             left = _agreement(hay[:at][::-1], blob[:place][::-1], window)
-            right = _agreement(hay[at:], blob[place:], window)
-            if left + right >= window:
+            if left + _agreement(hay[at:], blob[place:], window) >= window:
                 return name
         return None
+
+    def onwards(self, hay: Bytes, places: Places, entry: int) -> str | None:
+        """The same from the word on, at many places at once: ±1 is a frequent word."""
+        name, blob, window = self.blobs[int(self.owners[entry])]
+        piece = blob[int(self.places[entry]) :][:window]
+        starts = places[places <= len(hay) - window]
+        if len(piece) < window or not len(starts):
+            return None
+        stretches = np.lib.stride_tricks.sliding_window_view(hay, window)[starts]
+        return name if bool((stretches == piece).all(1).any()) else None
 
 
 def _agreement(a: Bytes, b: Bytes, most: int) -> int:

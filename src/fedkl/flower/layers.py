@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
@@ -56,7 +56,8 @@ def _legacy(message: Message, context: Context, call_next: Next) -> Message:
     """
     content = message.content
     arrays = content.array_records["fitins.parameters"]
-    (vector,) = arrays.values()
+    (bare,) = arrays.values()
+    vector = Array(bare.numpy())  # the old records do not say what they hold
     config = ConfigRecord(dict(content.config_records["fitins.config"]))
     inside = Message(
         RecordDict({ARRAYS: ArrayRecord({VECTOR: vector}), CONFIG: config}), reply_to=message

@@ -1,0 +1,1 @@
+"""A complete FedKL federation on Flower."""
