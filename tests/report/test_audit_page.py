@@ -30,7 +30,7 @@ DRAWN = {"svg", "path", "line", "circle", "text", "td"}
 VOID = {"meta", "link", "input", "br", "img", "line", "path", "use", "image", "circle"}
 PARTS = (
     *("config", "command", "versions", "data", "cost", "verdict", "threats", "controls"),
-    *("accuracy", "summary", "rows", "pictures", "certificate"),
+    *("accuracy", "summary", "rows", "pictures", "skipped", "certificate"),
 )
 NOTHING = re.compile(r"\b(None|NaN|nan|undefined|Undefined|inf|Infinity)\b|\[\]|\{\}")
 
@@ -271,6 +271,11 @@ def test_nothing_but_the_format_is_enough(tmp_path: Path) -> None:
 def test_without_accuracy_no_section_about_it(tmp_path: Path) -> None:
     text = build(tmp_path, accuracy={"channel": None, "pad": {"own_key": None}}).text
     assert "What the protection costs" not in text
+
+
+def test_what_was_left_out_is_told(tmp_path: Path) -> None:
+    text = build(tmp_path).text
+    assert "Left out: 1 final_pad_ggl no generator for 1 channel" in text
 
 
 def test_one_defense_alone(tmp_path: Path) -> None:

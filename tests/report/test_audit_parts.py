@@ -8,15 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from fake_audit import write_fake_audit
+from fake_audit import LABELS, STRENGTH, write_fake_audit
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from fedkl.audit import verdicts
 from fedkl.errors import CheckpointError
 from fedkl.report.audit import words
 from fedkl.report.audit.facts import Interval
-from fedkl.report.audit.gallery import heroes
+from fedkl.report.audit.gallery import FILM_BYTES, films, heroes
 from fedkl.report.audit.grid import columns
 from fedkl.report.audit.pictures import Album
 from fedkl.report.audit.plots import STRIP_WIDTH, Curve, chart, scatter, strip, ticks
@@ -97,11 +100,59 @@ def test_picture_beside_a_verdict_is_the_median_one(tmp_path: Path) -> None:
     assert first.tile.ssim == 0.3
 
 
+def test_rules_on_the_page_are_those_of_the_audit(tmp_path: Path) -> None:
+    write_fake_audit(tmp_path)
+    text = " ".join(write_audit_page(tmp_path).read_text(encoding="utf-8").split())
+    leaks = f"advantage is above +{verdicts.ADVANTAGE_LEAKS}, or that of identification above "
+    assert leaks + f"{100 * verdicts.IDENTIFIED_LEAKS:.0f} %" in text
+    bounds = f"at most +{verdicts.ADVANTAGE_HOLDS} and {100 * verdicts.IDENTIFIED_HOLDS:.0f} %"
+    few = f" ({100 * verdicts.IDENTIFIED_HOLDS_FEW:.0f} % for attacks by optimization, on "
+    assert bounds + few + f"{verdicts.FEW} images or more)" in text
+    assert f"by at least {verdicts.WORKS:.2f} where nothing is locked" in text
+
+
+def test_films_take_turns_until_the_page_is_full(tmp_path: Path) -> None:
+    audit = write_fake_audit(tmp_path)
+    sprites = [one["sprite"] for one in audit["pictures"] if one["sprite"]]
+    noise = np.random.default_rng(0).integers(0, 256, (320, 640, 3), dtype=np.uint8)
+    for i, one in enumerate(audit["pictures"]):
+        one["sprite"] = sprites[i % len(sprites)]
+    rewrite(tmp_path, audit)
+    found = read_audit(tmp_path / "audit.json")
+    few, left = films(found, columns(found), Album(tmp_path))
+    assert len(few) + left == len(LABELS) * len(STRENGTH)
+    assert [film.attack for film in few] == (list(STRENGTH) * len(LABELS))[: len(few)]
+    Image.fromarray(noise).save(tmp_path / sprites[0])
+    one_film, rest = films(found, columns(found), Album(tmp_path))
+    assert (len(one_film), rest) == (1, len(LABELS) * len(STRENGTH) - 1)
+    assert len(one_film[0].tracks[0].sprite.uri) > FILM_BYTES
+
+
 def test_rows_of_a_cell_become_its_dots(tmp_path: Path) -> None:
     audit = write_fake_audit(tmp_path)
     found = read_audit(tmp_path / "audit.json")
     assert set(found.advantages) == {one.cell for one in found.summaries}
     assert sum(len(x) for x in found.advantages.values()) == len(audit["rows"])
+
+
+@pytest.mark.parametrize(
+    "value, known",
+    [
+        (True, {"advantage": True, "identified": True}),
+        ({"advantage": False, "identified": None}, {"advantage": False}),
+        (None, {}),
+        ("yes", {}),
+    ],
+)
+def test_works_may_be_one_answer_or_one_per_metric(
+    value: Any, known: dict[str, bool], tmp_path: Path
+) -> None:
+    audit = write_fake_audit(tmp_path)
+    audit["summary"][0]["works"] = value
+    rewrite(tmp_path, audit)
+    one = read_audit(tmp_path / "audit.json").summaries[0]
+    assert one.works == known
+    assert "works" not in one.figures
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from fedkl.report.audit import words
 from fedkl.report.audit.facts import Audit, Interval, Summary
@@ -60,6 +59,7 @@ def _render(audit: Audit, folder: Path) -> str:
     album = Album(folder)
     order = columns(audit)
     script = _asset("script.js")
+    shown, left = films(audit, order, album)
     return (
         _environment()
         .get_template("page.html")
@@ -67,15 +67,16 @@ def _render(audit: Audit, folder: Path) -> str:
             audit=audit,
             heroes=heroes(audit, order, album),
             galleries=galleries(audit, order, album),
-            films=films(audit, order, album),
+            films=shown,
+            films_left=left,
             matrix=matrix(audit, order),
             tradeoff=_tradeoff(audit, order),
             metrics=words.metrics(tuple(audit.summaries)),
             names=words.METRICS,
             flags=_flags(audit.threats),
             album=album,
-            style=Markup(_asset("style.css")),
-            script=Markup(script),
+            style=_asset("style.css"),
+            script=script,
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )

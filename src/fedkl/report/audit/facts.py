@@ -28,7 +28,7 @@ class Summary:
         control: Whether it is there for comparison only, so that no verdict follows from it.
         n: Reconstructions.
         figures: Metric → interval, e.g. ``ssim``, ``advantage``, ``floor_identified``.
-        works: Whether this attack is known to beat the floor where nothing stops it.
+        works: Metric → whether this attack beats the floor in it where nothing stops it.
         verdict: ``leaks``, ``holds``, ``inconclusive`` or "" where there is none.
         reason: One sentence.
     """
@@ -37,7 +37,7 @@ class Summary:
     control: bool
     n: int | None
     figures: Mapping[str, Interval]
-    works: bool | None
+    works: Mapping[str, bool]
     verdict: str
     reason: str
 
@@ -102,7 +102,12 @@ class Judgment:
 
 @dataclass(frozen=True)
 class Audit:
-    """All of ``audit.json``; ``advantages`` holds one number an image for cells that have rows."""
+    """All of ``audit.json``.
+
+    Attributes:
+        advantages: One number an image, for the cells that have rows.
+        skipped: What was asked for and not done, and why.
+    """
 
     overall: str
     judgments: Sequence[Judgment]
@@ -111,6 +116,7 @@ class Audit:
     pictures: Sequence[Picture]
     threats: Mapping[str, Mapping[str, Any]]
     accuracy: Mapping[str, Mapping[str, float | None]]
+    skipped: Sequence[tuple[str, str]]
     controls: Sequence[str]
     config: Mapping[str, Any]
     versions: Mapping[str, Any]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Final
 
 from fedkl.report.audit.facts import Audit, Judgment, Picture, Summary
 from fedkl.report.audit.grid import Column
 from fedkl.report.audit.pictures import Album, Embedded
 from fedkl.report.audit.plots import Chart, Curve, chart
 from fedkl.report.audit.words import THREATS, threat_name
+
+FILM_BYTES: Final = 500_000
+"""Beyond so many bytes of frames no further film is added to a page."""
 
 
 @dataclass(frozen=True)
@@ -187,22 +192,31 @@ def _typical(worst: Summary, pictures: Sequence[Picture]) -> Picture | None:
     return ranked[len(ranked) // 2] if ranked else None
 
 
-def films(audit: Audit, order: Sequence[Column], album: Album) -> list[Film]:
-    """One film per attack and victim that has sprites, in the order of the pictures."""
-    groups: dict[tuple[str, ...], list[Picture]] = {}
+def films(audit: Audit, order: Sequence[Column], album: Album) -> tuple[list[Film], int]:
+    """Films of attacks on victims, and how many more there would have been.
+
+    Every attack's first victim comes first, then every attack's second, and so on until
+    ``FILM_BYTES`` are reached: frames are most of what a page weighs.
+    """
+    groups: dict[str, dict[tuple[str, ...], list[Picture]]] = {}
     for one in audit.pictures:
         if one.sprite and one.frames > 1:
-            groups.setdefault((one.attack, one.stage, *one.victim), []).append(one)
+            victims = groups.setdefault(one.attack, {})
+            victims.setdefault((one.stage, *one.victim), []).append(one)
+    rounds = zip_longest(*(victims.values() for victims in groups.values()))
+    queue = [group for among in rounds for group in among if group]
     notes = _Notes(audit.pictures)
-    found = []
-    for group in groups.values():
+    found: list[Film] = []
+    for done, group in enumerate(queue):
+        if sum(len(track.sprite.uri) for film in found for track in film.tracks) > FILM_BYTES:
+            return found, len(queue) - done
         row = {(one.defense, one.threat): one for one in group}
         there = [column for column in order if (column.defense, column.threat) in row]
         made = (_track(column, row[column.defense, column.threat], album) for column in there)
         tracks = [track for track in made if track]
         if tracks:
             found.append(_film(group[0].attack, _victim(row, (), album, notes), tracks))
-    return found
+    return found, 0
 
 
 def _track(column: Column, one: Picture, album: Album) -> Track | None:

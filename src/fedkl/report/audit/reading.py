@@ -16,7 +16,7 @@ _GREATEST: Final = 1e30
 VERDICTS: Final = ("leaks", "holds", "inconclusive")
 _SECTIONS: Final = {
     **dict.fromkeys(("config", "versions", "verdict", "threats", "accuracy"), Mapping),
-    **dict.fromkeys(("controls", "summary", "rows", "pictures"), list),
+    **dict.fromkeys(("controls", "summary", "rows", "pictures", "skipped"), list),
 }
 
 
@@ -89,6 +89,9 @@ def _audit(found: Mapping[str, Any]) -> Audit:
             for name, figures in part["accuracy"].items()
             if isinstance(figures, Mapping)
         },
+        skipped=tuple(
+            (text(one.get("cell")), text(one.get("reason"))) for _, one in _entries(part, "skipped")
+        ),
         controls=tuple(text(name) for name in part["controls"]),
         config=part["config"],
         versions=part["versions"],
@@ -167,15 +170,19 @@ def _summary(place: str, entry: Mapping[str, Any]) -> Summary:
     figures = {
         str(name): Interval(*(number(value.get(k)) for k in ("mean", "low", "high")))
         for name, value in entry.items()
-        if isinstance(value, Mapping)
+        if isinstance(value, Mapping) and name != "works"
     }
     works = entry.get("works")
+    if isinstance(works, bool):  # one answer for both metrics
+        works = dict.fromkeys(("advantage", "identified"), works)
     return Summary(
         cell=_cell(place, entry),
         control=entry.get("role") == "control",
         n=_whole(entry.get("n")),
         figures=figures,
-        works=works if isinstance(works, bool) else None,
+        works={str(k): v for k, v in works.items() if isinstance(v, bool)}
+        if isinstance(works, Mapping)
+        else {},
         verdict=_verdict(f"{place}.verdict", entry.get("verdict")),
         reason=text(entry.get("reason")),
     )

@@ -20,7 +20,9 @@ THREATS: Final = {
     "key-shared": "key holder",
     "key-unknown": "key unknown",
     "key-regressed": "key regressed",
-    "lock-gradient": "sees the lock's gradient",
+    "lock-gradient": "sees the lock’s gradient",
+    "crafting": "crafting server",
+    "open": "nothing private",
 }
 METRICS: Final = {
     "ssim": "SSIM",
