@@ -1,6 +1,17 @@
 """Attacks on shared gradients: from an observation to images and labels."""
 
 from fedkl.attacks.base import Attack, Progress, Reconstruction
+from fedkl.attacks.closed_form import ClosedForm, label_counts, penultimate_features
+from fedkl.attacks.generators import (
+    ConditionalGenerator,
+    cached_generator,
+    generator_of,
+    load_generator,
+    save_generator,
+    train_generator,
+)
+from fedkl.attacks.ggl import GGL
+from fedkl.attacks.grnn import GRNN
 from fedkl.attacks.matching import GradientMatching
 from fedkl.attacks.pixels import DLG, IDLG, InvertingGradients
 from fedkl.attacks.registry import ATTACKS, EFFORTS, make_attack
@@ -10,13 +21,24 @@ __all__ = [
     "ATTACKS",
     "DLG",
     "EFFORTS",
+    "GGL",
+    "GRNN",
     "IDLG",
     "Attack",
+    "ClosedForm",
+    "ConditionalGenerator",
     "GradientMatching",
     "Held",
     "InvertingGradients",
     "Progress",
     "Reconstruction",
     "Secrets",
+    "cached_generator",
+    "generator_of",
+    "label_counts",
+    "load_generator",
     "make_attack",
+    "penultimate_features",
+    "save_generator",
+    "train_generator",
 ]

@@ -167,7 +167,7 @@ class GradientMatching(Attack):
             search.step(gradients, iteration / self.iterations)
             self.project(unknowns)
             if done[2] is not None and (iteration % 10 == 9 or iteration == self.iterations - 1):
-                _tell(done, trials.count, iteration + 1, self.iterations, record)
+                tell(done, trials.count, iteration + 1, self.iterations, record)
         return record.conclude()
 
     def _begin(self, trials: Trials, generator: torch.Generator) -> dict[str, Tensor]:
@@ -175,7 +175,8 @@ class GradientMatching(Attack):
         unknowns |= trials.secrets.start(trials.observations, trials.rows, generator)
         return unknowns
 
-    def _objective(self, trials: Trials) -> Objective:
+    def _loss(self, trials: Trials) -> Callable[[Tensors, Trial, Tensor], Tensor]:
+        """The loss of one trial at one iteration, as a function of its unknowns."""
         network, secrets = trials.network, trials.secrets
         ignored = secrets.ignored(trials.observations[0], network)
 
@@ -190,7 +191,10 @@ class GradientMatching(Attack):
             distance = distance / x.shape[0]
             return distance + self.prior(values, x, iteration) + secrets.prior(values)
 
-        both = vmap(grad_and_value(loss))
+        return loss
+
+    def _objective(self, trials: Trials) -> Objective:
+        both = vmap(grad_and_value(self._loss(trials)))
 
         def evaluate(
             values: dict[str, Tensor], iteration: Tensor
@@ -277,9 +281,10 @@ def _finite(loss: Tensor, gradients: Tensors) -> Tensor:
     return fine
 
 
-def _tell(
+def tell(
     done: tuple[int, int, Progress | None], count: int, iteration: int, all_: int, record: Record
 ) -> None:
+    """Reports progress; ``done`` is (trials before, trials in all, listener)."""
     at, jobs, progress = done
     assert progress is not None
     share = (at + count * iteration / all_) / jobs
