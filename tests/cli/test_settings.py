@@ -17,8 +17,10 @@ from fedkl.data import DATASETS, PARTITIONS
 from fedkl.defenses import DEFENSES
 from fedkl.errors import ConfigError
 from fedkl.federation import METHODS, RunConfig
+from fedkl.federation.config import ON_SPENT
 from fedkl.federation.optim import OPTIMIZERS, SCHEDULES
 from fedkl.locking import PRESETS as LOCK_PRESETS
+from fedkl.locking.pad import LEARNED, SCALE_LAWS
 from fedkl.locking.schemes import KEY_LAWS
 from fedkl.locking.sources import ACTIVATIONS
 from fedkl.models import MODELS
@@ -59,6 +61,9 @@ def test_every_field_has_one_flag_with_its_type_and_default() -> None:
         ("defense.preset", LOCK_PRESETS),
         ("defense.activation", ACTIVATIONS),
         ("defense.law", KEY_LAWS),
+        ("defense.scale_law", SCALE_LAWS),
+        ("defense.learned", LEARNED),
+        ("renewal.on_spent", ON_SPENT),
         ("training.optimizer", OPTIMIZERS),
         ("training.schedule", SCHEDULES),
     ],

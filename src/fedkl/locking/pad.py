@@ -19,6 +19,7 @@ from fedkl.locking.sources import PICKLE_REMEDY, AffineSource, PrivateAffine, Se
 SCALE_LAWS: Final[Mapping[str, tuple[float, float]]] = {
     "near-one": (1.0, 0.3),
     "normal": (0.0, 1.0),
+    "wide": (1.0, 3.0),
     "sign": (1.0, 0.0),
 }
 """γ = ±|mean + deviation·N(0, 1)|, by name: (mean, deviation)."""
@@ -161,8 +162,8 @@ class Pad(Scheme):
 
     Args:
         spread: Standard deviation of β. The norm's output has 1, so this is how wide the pad is.
-        scale_law: γ = ±|1 + 0.3·N| (``near-one``), ±|N| (``normal``) or ±1 (``sign``), the sign
-            of every position at random.
+        scale_law: γ = ±|1 + 0.3·N| (``near-one``), ±|N| (``normal``), ±|1 + 3·N| (``wide``) or ±1
+            (``sign``), the sign of every position at random.
         learned: What is learned on top of the pad: one number per ``position``, one per
             ``channel``, or ``none``.
         stem: Whether everything up to and including the first lock is private, drawn from the key.
