@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from fedkl.attacks import Attack, make_attack
+from fedkl.attacks import Attack, cached_generator, make_attack
+from fedkl.attacks.adaptive import Fishing, adaptive_for, craft
+from fedkl.attacks.labels import classifier
+from fedkl.attacks.network import Network
 from fedkl.audit.config import KEY_HOLDER, AuditConfig
 from fedkl.audit.victims import Victims
 from fedkl.data import DataBundle
-from fedkl.observation import OPEN, Observation, ThreatModel, threat_of
+from fedkl.errors import AttackError
+from fedkl.observation import OPEN, Observation, ThreatModel, Training, threat_of
+from fedkl.rng import derive
 
-FEED_FORWARD: Final = ("shadow", "shadow-gradient", "closed-form")
+FEED_FORWARD: Final = (
+    "closed-form", "shadow", "shadow-global", "shadow-label", "shadow-gradient",
+)  # fmt: skip
+TARGET: Final = 0  # the class that a crafting server fishes for
 _NEED_A_KEY: Final = ("key-unknown", "key-regressed", "lock-gradient")
 
 
@@ -47,14 +57,73 @@ class Arsenal:
     """
 
     def __init__(
-        self, audit: AuditConfig, bundle: DataBundle, folder: Path, tell: Callable[[Any], None]
+        self,
+        audit: AuditConfig,
+        bundle: DataBundle,
+        folder: Path,
+        tell: Callable[[str, str, int, int, float], None],
     ) -> None:
         self.audit, self.bundle, self.folder, self.tell = audit, bundle, folder, tell
 
     def attack(self, name: str, threat: ThreatModel, observation: Observation) -> Attack:
-        """The attack called ``name`` as an attacker under ``threat`` mounts it."""
-        return make_attack(name, self.audit.effort)
+        """The attack called ``name`` as an attacker under ``threat`` mounts it.
+
+        Raises:
+            AttackError: It does not apply to this model or update.
+        """
+        generator_model, public = None, None
+        if name == "ggl":
+            generator_model = self._generator()
+        if name.startswith("shadow"):
+            public = self.public
+        single = make_attack(
+            name, self.audit.effort, generator_model=generator_model, public=public
+        )
+        attack = adaptive_for(threat, single, observation)
+        return Fishing(attack, TARGET) if threat.crafting else attack
+
+    @cached_property
+    def public(self) -> tuple[Tensor, Tensor]:
+        """The public images and their labels."""
+        return self.bundle.public.batch(torch.arange(len(self.bundle.public)))
+
+    def _generator(self) -> nn.Module:
+        images, labels = self.public
+        steps = {"quick": 500, "standard": 3000, "paper": 6000}[self.audit.effort]
+
+        def progress(done: int, of: int, loss: float) -> None:
+            self.tell("train", "generator of images", done, of, loss)
+
+        return cached_generator(
+            self.folder / "generators",
+            images,
+            labels,
+            self.bundle.num_classes,
+            steps=steps,
+            generator=derive(self.audit.run.seed, "generator"),
+            progress=progress,
+        )
 
     def crafted(self, victims: Victims) -> dict[str, Tensor]:
-        """The global state that a crafting server sends in place of the honest one."""
-        raise NotImplementedError
+        """The global state that a crafting server sends in place of the honest one.
+
+        Raises:
+            AttackError: The classifier is private, or has no bias.
+        """
+        model = victims.public_model()
+        # Its own parameters stand in for an observed change: only their names are looked at.
+        changes = {n: p.detach() for n, p in model.named_parameters()}
+        probe = Observation(
+            model=model,
+            kind="gradient",
+            changes=(changes,),
+            image_shape=self.bundle.image_shape,
+            num_classes=self.bundle.num_classes,
+            training=Training(),
+            threat=threat_of("crafting"),
+            secrets=victims.secrets(model),
+        )
+        weight, bias = classifier(Network(probe), self.bundle.num_classes)
+        if bias is None:
+            raise AttackError(f"the classifier {weight} has no bias; class fishing needs one.")
+        return craft(victims.shared, TARGET, weight=weight, bias=bias)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fedkl.attacks import Attack, Reconstruction
-from fedkl.audit.arsenal import FEED_FORWARD, Arsenal, applicable
+from fedkl.audit.arsenal import FEED_FORWARD, TARGET, Arsenal, applicable
 from fedkl.audit.config import AuditConfig
-from fedkl.audit.measure import Truth, matched, rows_of, truth_of
+from fedkl.audit.measure import Truth, fished, matched, rows_of, subset, truth_of
 from fedkl.audit.observe import observe
 from fedkl.audit.pictures import save_pictures
 from fedkl.audit.verdicts import overall, summarize
-from fedkl.audit.victims import Sent, Victims, draw_victims
+from fedkl.audit.victims import Victims, draw_victims
 from fedkl.data import DataBundle
 from fedkl.errors import AttackError, CheckpointError, ConfigError
 from fedkl.federation import RunConfig, config_from, run
@@ -255,17 +255,23 @@ def _attacked(
             tell(Event("note", f"{path} is damaged and is done again."))
     place = _place(audit, folder, source, cell.defense, cell.seed)
     victims = Victims(audit.defended(cell.defense, cell.seed), place, bundle, audit)
-    arsenal = Arsenal(audit, bundle, folder, tell)
-    if cell.threat.crafting:
-        victims.shared = arsenal.crafted(victims)
-    sent = _sent(audit, victims, truth, cell.threat)
-    observations = observe(victims, sent, cell.threat)
+    arsenal = Arsenal(audit, bundle, folder, lambda *facts: tell(Event(*facts)))
+    per_update = audit.batch_size * audit.local_steps
+    rows = truth.rows.view(audit.images, audit.observations, per_update)
 
     def progress(done: int, of: int, loss: float) -> None:
         tell(Event("attack", cell.name(audit), done, of, loss))
 
     generator = derive(audit.run.seed, "attack", cell.attack, cell.seed)
     try:
+        if cell.threat.crafting:
+            victims.shared = arsenal.crafted(victims)
+            mine, places = fished(truth, (audit.images, audit.observations, per_update), TARGET)
+            if not len(mine):
+                raise AttackError(f"no victim's update holds one image of class {TARGET}.")
+            rows, truth, per_update = rows[mine], subset(truth, places), 1
+        sent = [victims.send(one, lock_gradients=cell.threat.lock_gradients) for one in rows]
+        observations = observe(victims, sent, cell.threat)
         attack = arsenal.attack(cell.attack, cell.threat, observations[0])
         found = attack.reconstruct(observations, generator=generator, progress=progress)
     except AttackError as error:
@@ -274,14 +280,9 @@ def _attacked(
         result = {"attack": cell.attack, "notes": [], "rows": [], "pictures": []}
         result["skipped"] = str(error)
     else:
-        result = _written(audit, folder, cell, attack, found, truth, bundle)
+        result = _written(audit, folder, cell, attack, found, truth, bundle, per_update)
     write_json(path, result)
     return result
-
-
-def _sent(audit: AuditConfig, victims: Victims, truth: Truth, threat: ThreatModel) -> list[Sent]:
-    rows = truth.rows.view(audit.images, audit.observations, -1)
-    return [victims.send(one, lock_gradients=threat.lock_gradients) for one in rows]
 
 
 def _written(
@@ -292,6 +293,7 @@ def _written(
     found: list[Reconstruction],
     truth: Truth,
     bundle: DataBundle,
+    per_update: int,
 ) -> dict[str, Any]:
     facts = {
         "attack": cell.attack,
@@ -304,7 +306,7 @@ def _written(
         "presentations": audit.batch_size * audit.local_steps * audit.observations,
         "seed": cell.seed,
     }
-    images, labels = matched(found, truth, audit.batch_size * audit.local_steps)
+    images, labels = matched(found, truth, per_update)
     rows = rows_of(found, images, labels, truth, facts)
     count = audit.pictured if cell.seed == 0 else 0
     name = cell.name(audit)

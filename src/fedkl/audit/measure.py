@@ -65,6 +65,31 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
     return Truth(flat, images, labels, floor, decoys, pool, figures)
 
 
+def subset(truth: Truth, index: Tensor) -> Truth:
+    """The images at the flat positions ``index`` (M,)."""
+    figures = {name: values[index] for name, values in truth.floor_figures.items()}
+    rows, images, labels = truth.rows[index], truth.images[index], truth.labels[index]
+    return Truth(rows, images, labels, truth.floor[index], truth.decoys[index], truth.pool, figures)
+
+
+def fished(truth: Truth, shape: tuple[int, int, int], target: int) -> tuple[Tensor, Tensor]:
+    """What a server that fishes for one class can get.
+
+    Args:
+        truth: Everybody's images.
+        shape: (victims, T, images per update).
+        target: The class.
+
+    Returns:
+        Victims with exactly one image of the class in every update, int64 (V,), and the flat
+        positions of those images, (V * T,).
+    """
+    mine = (truth.labels == target).view(shape)
+    victims = (mine.sum(dim=2) == 1).all(dim=1).nonzero().flatten()
+    places = mine.flatten().nonzero().flatten()
+    return victims, places[torch.isin(places // (shape[1] * shape[2]), victims)]
+
+
 def figures_of(x: Tensor, truth: Tensor, pool: Tensor, decoys: Tensor) -> dict[str, Tensor]:
     """Every metric of reconstructions ``x`` (N, C, H, W) by name, each (N,) float64."""
     ssim = metrics.ssim(x, truth)
