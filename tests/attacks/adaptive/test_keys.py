@@ -73,7 +73,7 @@ def test_lock_gradient_gives_gamma_and_beta_of_the_client(victim: Victim) -> Non
     observation = of(victim, "lock-gradient")
     network = Network(observation)
     true = held_secrets(victim.locked)
-    variants = LockGradientKey(spec_of(observation)).variants()
+    variants = LockGradientKey(spec_of(observation)).variants(observation, derive(0))
     assert len(variants) == 2  # without a bias the key's sign is left to the loss
     errors = [
         max(float((s.given(observation, network)[n] - true[n]).abs().max()) for n in true)

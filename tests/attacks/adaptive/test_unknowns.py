@@ -96,6 +96,16 @@ def test_starts_of_the_law_differ_per_trial_and_have_its_spread(small: Victim) -
     )
 
 
+def test_given_starts_are_taken(small: Victim) -> None:
+    (observation,) = of(small)
+    name = "conv1.inserted_norm.keylock.gamma"
+    secrets = FreeAffines(start={name: torch.full((12,), -2.0)}, rate=0.5)
+    start = secrets.start([observation], [0, 0], derive(0))
+    assert start[f"secret:{name}"].equal(torch.full((2, 12), -4.0))
+    assert start["secret:conv2.inserted_norm.keylock.gamma"].equal(torch.full((2, 12), 2.0))
+    assert "given (1 tensors)" in repr(secrets)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"activation": "relu", "bias": True}, {"chain": True}, {"scheme": "paper-sigmoid"}],
@@ -196,6 +206,34 @@ def test_same_generator_same_images(small: Victim) -> None:
     assert not one.images.equal(other.images)
 
 
+def test_shadow_start_is_tried_beside_the_neutral_one(small: Victim) -> None:
+    observations = of(small)
+    x, y = images(40, start=100)
+    public = (x[..., 8:24, 8:24], y)
+    attack = adaptive_for(THREATS["adaptive"], quick(), observations[0], public=public)
+    assert isinstance(attack, Adaptive)
+    neutral, trained = attack.secrets.variants(observations[0], derive(0))
+    assert isinstance(neutral, FreeAffines)
+    assert isinstance(trained, FreeAffines)
+    assert neutral.begin == "neutral"
+    assert not isinstance(trained.begin, str)
+    assert trained.begin.keys() == set(observations[0].secrets)
+    told: list[tuple[int, int]] = []
+    (found,) = attack.reconstruct(
+        observations, generator=derive(0), progress=lambda a, b, _: told.append((a, b))
+    )
+    assert told[-1] == (6, 6)  # three iterations from either start
+    (alone,) = Adaptive(quick(), FreeAffines()).reconstruct(observations, generator=derive(0))
+    assert found.loss <= alone.loss * 1.5
+    given = {name: torch.ones(12) for name in observations[0].secrets}
+    started = adaptive_for(THREATS["crafting"], quick(), observations[0], start=given)
+    assert isinstance(started, Adaptive)
+    assert len(started.secrets.variants(observations[0], derive(0))) == 1
+    unfit = adaptive_for(THREATS["crafting"], quick(), observations[0], public=public)
+    assert isinstance(unfit, Adaptive)  # crafted weights train nobody
+    assert len(unfit.secrets.variants(observations[0], derive(0))) == 1
+
+
 def test_tells_what_it_is(small: Victim) -> None:
     attack = Adaptive(quick(), FreeAffines(start="law"), floor=torch.zeros(10, 1, 16, 16))
     assert attack.name == "inverting-gradients+affine"
@@ -217,6 +255,7 @@ def test_progress_covers_everything(small: Victim) -> None:
     "make, message",
     [
         (lambda: FreeAffines(start="warm"), "start of the secrets"),
+        (lambda: FreeAffines(start="shadow"), "public images"),
         (lambda: FreeAffines(rate=0), "rate 0"),
         (lambda: FreeAffines(ignore="everything"), "gradients to ignore"),
     ],

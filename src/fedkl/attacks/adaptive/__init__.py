@@ -3,7 +3,7 @@
 from fedkl.attacks.adaptive.crafting import Fishing, catch, craft
 from fedkl.attacks.adaptive.keys import GuessedKey, LockGradientKey, RegressedKey, read_key
 from fedkl.attacks.adaptive.shadow import Shadow
-from fedkl.attacks.adaptive.shadow_client import train_secrets
+from fedkl.attacks.adaptive.shadow_client import Public, train_secrets
 from fedkl.attacks.adaptive.threats import ATTACKERS, adaptive_for
 from fedkl.attacks.adaptive.unknowns import AdaptiveSecrets, FreeAffines, FreeSecrets
 from fedkl.attacks.adaptive.wrapper import Adaptive
@@ -17,6 +17,7 @@ __all__ = [
     "FreeSecrets",
     "GuessedKey",
     "LockGradientKey",
+    "Public",
     "RegressedKey",
     "Shadow",
     "adaptive_for",

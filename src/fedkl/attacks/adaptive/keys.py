@@ -124,7 +124,9 @@ class LockGradientKey(_KeySecrets):
             raise ConfigError(f"got sign {sign!r}; expected 1, -1 or None.")
         self.sign = sign
 
-    def variants(self) -> tuple[AdaptiveSecrets, ...]:
+    def variants(
+        self, observation: Observation, generator: torch.Generator
+    ) -> tuple[AdaptiveSecrets, ...]:
         if self.sign is not None or sign_is_told(self.spec):
             return (self,)
         return tuple(LockGradientKey(self.spec, sign=s, ignore=self.ignore) for s in (1, -1))

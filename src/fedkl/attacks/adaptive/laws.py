@@ -120,6 +120,27 @@ def draw_affines(spec: LockSpec, generator: torch.Generator) -> dict[str, Tensor
     return key_affines(spec, weights, draw_vector(spec, generator))
 
 
+def draw_secrets(spec: LockSpec, neutral: Tensors, generator: torch.Generator) -> dict[str, Tensor]:
+    """One draw of all private tensors: γ and β from the spec's law, weights as wide as fresh ones.
+
+    Args:
+        spec: The public lock spec.
+        neutral: Fresh values by name, for shapes and widths.
+        generator: All randomness.
+    """
+    affines = draw_affines(spec, generator)
+    drawn = {}
+    for name, value in neutral.items():
+        if name in affines:
+            drawn[name] = affines[name].to(value.dtype).reshape(value.shape)
+        elif value.is_floating_point() and value.numel() > 1 and value.ndim > 1:
+            width = value.std(correction=0)
+            drawn[name] = width * torch.randn(value.shape, generator=generator).to(value.dtype)
+        else:
+            drawn[name] = value
+    return drawn
+
+
 def _draw_map(
     spec: LockSpec, kind: str, shape: tuple[int, int], generator: torch.Generator
 ) -> Tensor:

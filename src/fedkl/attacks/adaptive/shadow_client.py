@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy, one_hot
 
-from fedkl.attacks.adaptive.laws import draw_affines
-from fedkl.attacks.adaptive.unknowns import draw_secrets
+from fedkl.attacks.adaptive.laws import draw_affines, draw_secrets
 from fedkl.attacks.labels import classifier
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError, ConfigError

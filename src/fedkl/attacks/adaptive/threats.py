@@ -8,6 +8,7 @@ from typing import Final
 from torch import Tensor
 
 from fedkl.attacks.adaptive.keys import GuessedKey, LockGradientKey, RegressedKey
+from fedkl.attacks.adaptive.shadow_client import Public
 from fedkl.attacks.adaptive.unknowns import (
     AdaptiveSecrets,
     FreeAffines,
@@ -20,25 +21,25 @@ from fedkl.attacks.base import Attack
 from fedkl.attacks.matching import GradientMatching
 from fedkl.observation import Observation, ThreatModel
 
-Make = Callable[[Observation], AdaptiveSecrets]
+Start = str | Mapping[str, Tensor]
+Make = Callable[[Observation, Start, Public | None], AdaptiveSecrets]
 
 
-def _free(observation: Observation) -> AdaptiveSecrets:
+def _free(observation: Observation, start: Start, public: Public | None) -> AdaptiveSecrets:
     """γ and β where nothing else is private, else everything."""
-    if all(is_affine(name) for name in observation.secrets):
-        return FreeAffines()
-    return FreeSecrets(start="law")
+    affine = all(is_affine(name) for name in observation.secrets)
+    return (FreeAffines if affine else FreeSecrets)(start=start, public=public)
 
 
-def _guessed(observation: Observation) -> AdaptiveSecrets:
+def _guessed(observation: Observation, start: Start, public: Public | None) -> AdaptiveSecrets:
     return GuessedKey(spec_of(observation))
 
 
-def _regressed(observation: Observation) -> AdaptiveSecrets:
+def _regressed(observation: Observation, start: Start, public: Public | None) -> AdaptiveSecrets:
     return RegressedKey(spec_of(observation))
 
 
-def _read(observation: Observation) -> AdaptiveSecrets:
+def _read(observation: Observation, start: Start, public: Public | None) -> AdaptiveSecrets:
     return LockGradientKey(spec_of(observation))
 
 
@@ -56,7 +57,13 @@ ATTACKERS: Final[Mapping[str, tuple[Make | None, Make | None]]] = {
 
 
 def adaptive_for(
-    threat: ThreatModel, attack: Attack, observation: Observation, *, floor: Tensor | None = None
+    threat: ThreatModel,
+    attack: Attack,
+    observation: Observation,
+    *,
+    floor: Tensor | None = None,
+    public: tuple[Tensor, Tensor] | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Attack:
     """``attack`` as someone would carry it out who knows what ``threat`` grants.
 
@@ -66,6 +73,11 @@ def adaptive_for(
             ``shadow``) comes back as it is: it treats secrets in its own way.
         observation: A victim, for its lock spec and the names of its secrets.
         floor: As in :class:`Adaptive`.
+        public: Public images (M, C, H, W) and labels (M,). Free secrets are then searched from the
+            neutral start and from secrets trained on them, at twice the cost.
+        start: Free secrets are searched from these values instead. At crafted weights no secrets
+            can be trained: train them (:func:`train_secrets`) on an observation with the honest
+            ones and pass them here.
 
     Returns:
         An :class:`Adaptive`, or ``attack`` itself if there is no secret to be found.
@@ -73,7 +85,11 @@ def adaptive_for(
     if not isinstance(attack, GradientMatching):
         return attack
     make = _maker(threat, observation) if observation.secrets else None
-    return attack if make is None else Adaptive(attack, make(observation), floor=floor)
+    if make is None:
+        return attack
+    images = None if public is None or start is not None or threat.crafting else Public(*public)
+    begin: Start = start if start is not None else "neutral" if images is None else "shadow"
+    return Adaptive(attack, make(observation, begin, images), floor=floor)
 
 
 def _maker(threat: ThreatModel, observation: Observation) -> Make | None:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from fedkl.attacks.adaptive.laws import draw_affines
+from fedkl.attacks.adaptive.laws import draw_secrets
+from fedkl.attacks.adaptive.shadow_client import Public, train_secrets
 from fedkl.attacks.network import Network
 from fedkl.attacks.secrets import PREFIX, Secrets
 from fedkl.errors import AttackError, ConfigError, unknown
@@ -21,7 +22,7 @@ from fedkl.observation import Observation
 
 Tensors = Mapping[str, Tensor]
 
-STARTS: Final = ("neutral", "law")
+STARTS: Final = ("neutral", "law", "shadow")
 IGNORES: Final = ("nothing", "locked-block")
 AFFINES: Final = (".keylock.gamma", ".keylock.beta")
 
@@ -65,8 +66,10 @@ class AdaptiveSecrets(Secrets):
         self.ignore = ignore
         self.settings = {**settings, "ignore": ignore}
 
-    def variants(self) -> tuple[AdaptiveSecrets, ...]:
-        """Discrete alternatives, each of which is tried; the attack's loss chooses."""
+    def variants(
+        self, observation: Observation, generator: torch.Generator
+    ) -> tuple[AdaptiveSecrets, ...]:
+        """Alternatives, each of which is tried; the attack's loss chooses."""
         return (self,)
 
     def ignored(self, observation: Observation, network: Network) -> frozenset[str]:
@@ -95,11 +98,16 @@ class FreeSecrets(AdaptiveSecrets):
     """Every private tensor is an unknown: γ, β, and weights of a private stem or head.
 
     Args:
-        start: ``neutral`` (γ = 1, β = 0, fresh weights) or ``law``: drawn from the lock spec's law,
-            anew for every trial.
+        start: ``neutral`` (γ = 1, β = 0, fresh weights); ``law``: drawn from the lock spec's law,
+            anew for every trial; ``shadow``: tried from ``neutral``, and from the secrets of a
+            client of the attacker's own (:func:`train_secrets`); or such secrets by name. Where a
+            lock draws signs at random and training has taken them up, a shadow is what works: a
+            search of images and γ together hardly carries a γ through zero.
         rate: Step of γ and β in units of the attack's own: an unknown u stands for rate·u, so that
             it works alike with every optimizer.
         weight_rate: The same for private weights, which are smaller.
+        public: Labeled public images, which ``shadow`` needs.
+        epochs: Passes over them to train the secrets of ``shadow``.
         ignore: As in :class:`AdaptiveSecrets`.
     """
 
@@ -109,19 +117,46 @@ class FreeSecrets(AdaptiveSecrets):
     def __init__(
         self,
         *,
-        start: str = "neutral",
+        start: str | Tensors = "neutral",
         rate: float = 0.5,
         weight_rate: float = 0.05,
+        public: Public | None = None,
+        epochs: int = 4,
         ignore: str = "nothing",
     ) -> None:
-        super().__init__(ignore=ignore, start=start, rate=rate, weight_rate=weight_rate)
-        if start not in STARTS:
+        shown = start if isinstance(start, str) else f"given ({len(start)} tensors)"
+        super().__init__(
+            ignore=ignore,
+            start=shown,
+            rate=rate,
+            weight_rate=weight_rate,
+            public=public,
+            epochs=epochs,
+        )
+        if isinstance(start, str) and start not in STARTS:
             raise ConfigError(unknown("start of the secrets", start, STARTS))
         if min(rate, weight_rate) <= 0:
             raise ConfigError(
                 f"got rate {rate}, weight_rate {weight_rate}; both must be positive numbers."
             )
+        if start == "shadow" and public is None:
+            raise ConfigError("start 'shadow' trains on public images; pass public=Public(x, y).")
         self.begin, self.rate, self.weight_rate = start, rate, weight_rate
+        self.public, self.epochs = public, epochs
+
+    def variants(
+        self, observation: Observation, generator: torch.Generator
+    ) -> tuple[AdaptiveSecrets, ...]:
+        if self.begin != "shadow":
+            return (self,)
+        assert self.public is not None
+        trained = train_secrets(observation, self.public, generator=generator, epochs=self.epochs)
+        return tuple(
+            type(self)(
+                start=start, rate=self.rate, weight_rate=self.weight_rate, ignore=self.ignore
+            )
+            for start in ("neutral", trained)
+        )
 
     def frees(self, name: str) -> bool:
         """Whether the secret called ``name`` is an unknown."""
@@ -151,7 +186,9 @@ class FreeSecrets(AdaptiveSecrets):
     def _begin(
         self, observation: Observation, neutral: Tensors, generator: torch.Generator
     ) -> Tensors:
-        if self.begin == "neutral":
+        if not isinstance(self.begin, str):
+            return {name: self.begin.get(name, value) for name, value in neutral.items()}
+        if self.begin != "law":
             return neutral
         return draw_secrets(spec_of(observation), neutral, generator)
 
@@ -173,27 +210,6 @@ class FreeAffines(FreeSecrets):
 
     def frees(self, name: str) -> bool:
         return is_affine(name)
-
-
-def draw_secrets(spec: LockSpec, neutral: Tensors, generator: torch.Generator) -> dict[str, Tensor]:
-    """One draw of all private tensors: γ and β from the spec's law, weights as wide as fresh ones.
-
-    Args:
-        spec: The public lock spec.
-        neutral: Fresh values by name, for shapes and widths.
-        generator: All randomness.
-    """
-    affines = draw_affines(spec, generator)
-    drawn = {}
-    for name, value in neutral.items():
-        if name in affines:
-            drawn[name] = affines[name].to(value.dtype).reshape(value.shape)
-        elif value.is_floating_point() and value.numel() > 1 and value.ndim > 1:
-            width = value.std(correction=0)
-            drawn[name] = width * torch.randn(value.shape, generator=generator).to(value.dtype)
-        else:
-            drawn[name] = value
-    return drawn
 
 
 def _position(network: Network, block: str) -> int:

@@ -56,7 +56,7 @@ class Adaptive(Attack):
             AttackError: The observations lack what the secrets need, or the floor does not fit.
         """
         guesses = None if self.floor is None else self._guesses(observations)
-        variants = self.secrets.variants()
+        variants = self.secrets.variants(_first(observations), generator)
         best: list[Reconstruction] = []
         for number, secrets in enumerate(variants):
             found = self.attack.reconstruct(
@@ -71,7 +71,7 @@ class Adaptive(Attack):
         return [replace(r, notes=(*r.notes, note)) for r in best]
 
     def _guesses(self, observations: Sequence[Observation]) -> list[Tensor]:
-        floor, first = self.floor, observations[0]
+        floor, first = self.floor, _first(observations)
         assert floor is not None
         if tuple(floor.shape) != (first.num_classes, *first.image_shape):
             raise AttackError(
@@ -84,6 +84,12 @@ class Adaptive(Attack):
             return [mean.expand(shape)] * len(observations)
         network = Network(first)
         return [floor[infer_labels(o, network)] for o in observations]
+
+
+def _first(observations: Sequence[Observation]) -> Observation:
+    if not observations:
+        raise AttackError("got no observation; expected one or more.")
+    return observations[0]
 
 
 def _better(a: Reconstruction, b: Reconstruction) -> Reconstruction:
