@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from fedkl.attacks import ATTACKS, EFFORTS
+from fedkl.audit import STAGES
 from fedkl.cli import settings
 from fedkl.cli.configure import build_config
 from fedkl.cli.settings import PRESETS, SETTINGS
@@ -24,6 +26,7 @@ from fedkl.locking.pad import LEARNED, SCALE_LAWS
 from fedkl.locking.schemes import KEY_LAWS
 from fedkl.locking.sources import ACTIVATIONS
 from fedkl.models import MODELS
+from fedkl.observation import THREATS
 
 
 def fields() -> dict[str, tuple[Any, Any]]:
@@ -72,6 +75,21 @@ def test_choices_are_those_of_the_registry(path: str, names: typing.Iterable[str
     (setting,) = [s for s in SETTINGS if s.path == path]
     assert set(setting.choices) == set(names)
     assert all(name in setting.text for name in names)
+
+
+@pytest.mark.parametrize(
+    "names, choices",
+    [
+        (settings.ATTACKS, ATTACKS),
+        (settings.THREATS, THREATS),
+        (settings.EFFORTS, EFFORTS),
+        (settings.STAGES, STAGES),
+    ],
+)
+def test_names_of_an_audit_are_those_of_the_registry(
+    names: tuple[str, ...], choices: typing.Iterable[str]
+) -> None:
+    assert names == tuple(choices)
 
 
 def test_inserted_norms_are_those_that_the_lock_takes() -> None:

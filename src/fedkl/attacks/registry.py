@@ -61,10 +61,12 @@ class Resources:
 
 def _shadow(**settings: Any) -> Mapping[str, Callable[[Resources], Attack]]:
     return {
-        "quick": lambda given: given.shadow(2_000, secret_epochs=2, epochs=6, **settings),
-        "standard": lambda given: given.shadow(6_000, secret_epochs=4, epochs=15, **settings),
+        "quick": lambda given: given.shadow(2_000, secret_epochs=6, epochs=6, **settings),
+        "standard": lambda given: given.shadow(
+            6_000, secret_epochs=6, candidates=6, epochs=15, **settings
+        ),
         "paper": lambda given: given.shadow(
-            10_000, secret_epochs=6, epochs=30, shadows=3, **settings
+            10_000, secret_epochs=10, candidates=12, epochs=30, shadows=2, **settings
         ),
     }
 

@@ -40,7 +40,7 @@ class AuditConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     defenses: tuple[str, ...] = ("none", "norm", "fedbn", "channel")
-    attacks: tuple[str, ...] = ("inverting-gradients",)
+    attacks: tuple[str, ...] = ("inverting-gradients", "shadow-label")
     threats: tuple[str, ...] = ("adaptive",)
     stage: str = "final"
     images: int = 20

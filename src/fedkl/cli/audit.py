@@ -41,7 +41,7 @@ def audit(
     ] = "none,norm,fedbn,channel",
     attacks: Annotated[
         str, typer.Option(help=f"With commas, or all, of: {', '.join(ATTACKS)}.")
-    ] = "inverting-gradients",
+    ] = "inverting-gradients,shadow-label",
     threats: Annotated[
         str, typer.Option(help=f"With commas, or all, of: {', '.join(THREATS)}.")
     ] = "adaptive",
@@ -103,6 +103,9 @@ def audit(
         again = command_line() + ("" if resume else " --resume")
         say(f"interrupted; continue with: {again}")
         raise typer.Exit(130) from None
+    from fedkl.report import write_audit_page
+
+    write_audit_page(out_folder)
     _conclude(result, out_folder)
     raise typer.Exit(EXIT_CODES[result["verdict"]["overall"]])
 

@@ -22,7 +22,10 @@ LEARNED: Final = ("position", "channel", "none")
 ON_SPENT: Final = ("warn", "error", "renew")
 OPTIMIZERS: Final = ("sgd", "adam", "rmsprop", "adadelta")
 SCHEDULES: Final = ("constant", "step", "cosine")
-ATTACKS: Final = ("dlg", "idlg", "inverting-gradients")
+ATTACKS: Final = (
+    "dlg", "idlg", "inverting-gradients", "grnn", "ggl", "closed-form",
+    "shadow", "shadow-global", "shadow-label", "shadow-gradient",
+)  # fmt: skip
 THREATS: Final = (
     "key-unknown", "key-regressed", "key-shared", "lock-gradient", "adaptive", "crafting",
 )  # fmt: skip

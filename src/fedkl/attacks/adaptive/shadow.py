@@ -23,6 +23,7 @@ from fedkl.errors import AttackError, ConfigError, unknown
 from fedkl.observation import Observation
 
 VARIANTS: Final = ("features", "gradient")
+CLOSENESS: Final = 1000  # public images by which a shadow is compared with the victims
 
 Tensors = Mapping[str, Tensor]
 
@@ -43,6 +44,9 @@ class Shadow(Attack):
             by statistics of the victims of the call (:meth:`Coordinates.align`).
         shadows: Clients of the attacker's own, each with secrets and a decoder; images are
             averaged.
+        candidates: Sets of secrets trained for each shadow; the one whose class means come
+            closest to the victims' is kept. Locks have mirror images that classify as well as the
+            victim's but show other features: with one candidate it is luck which one is found.
         secret_epochs: Passes over the public images to train secrets.
         hidden: Width of the decoder's network; 0: ridge regression alone.
         epochs: Passes over the public images to train the decoder.
@@ -59,6 +63,7 @@ class Shadow(Attack):
         variant: str = "features",
         restandardize: str | None = None,
         shadows: int = 1,
+        candidates: int = 1,
         secret_epochs: int = 3,
         hidden: int = 512,
         epochs: int = 10,
@@ -70,6 +75,7 @@ class Shadow(Attack):
             variant=variant,
             restandardize=restandardize,
             shadows=shadows,
+            candidates=candidates,
             secret_epochs=secret_epochs,
             hidden=hidden,
             epochs=epochs,
@@ -79,14 +85,15 @@ class Shadow(Attack):
             raise ConfigError(unknown("variant of the shadow", variant, VARIANTS))
         if restandardize not in RESTANDARDIZATIONS:
             raise ConfigError(unknown("restandardization", str(restandardize), ("global", "label")))
-        if min(shadows, epochs, sketch) < 1 or min(secret_epochs, hidden) < 0:
+        if min(shadows, candidates, epochs, sketch) < 1 or min(secret_epochs, hidden) < 0:
             raise ConfigError(
-                f"got shadows {shadows}, epochs {epochs}, sketch {sketch}, secret_epochs "
-                f"{secret_epochs}, hidden {hidden}; expected the first three from 1, the others "
-                "from 0."
+                f"got shadows {shadows}, candidates {candidates}, epochs {epochs}, "
+                f"sketch {sketch}, secret_epochs {secret_epochs}, hidden {hidden}; expected the "
+                "first four from 1, the others from 0."
             )
         self.variant, self.restandardize, self.shadows = variant, restandardize, shadows
         self.secret_epochs, self.hidden, self.epochs = secret_epochs, hidden, epochs
+        self.candidates = candidates
         self.sketch = sketch
 
     def reconstruct(
@@ -105,19 +112,15 @@ class Shadow(Attack):
         first, network = self._check(observations)
         labels = torch.cat([infer_labels(o, network).reshape(-1) for o in observations])
         if self.variant == "features":
+            sketch = None
             seen = torch.cat([penultimate_features(o, network) for o in observations])
         else:
             sketch = Sketch(network.shared, self.sketch, generator)
             seen = torch.cat([sketch(_gradients(o, network)) for o in observations])
         total = torch.zeros(len(seen), *first.image_shape)
         for number in range(self.shadows):
-            secrets = self._secrets(first, network, generator)
-            client = ShadowClient(network, secrets, first.num_classes)
-            if self.variant == "features":
-                inputs = client.features(self.public.images)
-            else:
-                chunks = client.gradients(self.public.images, self.public.labels)
-                inputs = torch.cat([sketch(chunk) for chunk in chunks])
+            client = self._client(first, network, generator, (seen, labels), sketch)
+            inputs = _inputs(client, self.public.images, self.public.labels, sketch)
             decoder = self._learn(inputs, first.num_classes, generator, number, progress)
             aligned = decoder.coordinates.align(seen, labels, self.restandardize)
             total += decoder.decode(aligned, labels, first.image_shape)
@@ -147,18 +150,38 @@ class Shadow(Attack):
             )
         return first, Network(first)
 
-    def _secrets(
-        self, observation: Observation, network: Network, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        if network.secrets and network.secrets.keys() <= observation.known.keys():
-            return {name: observation.known[name] for name in network.secrets}
-        return train_secrets(
-            observation,
-            self.public,
-            generator=generator,
-            epochs=self.secret_epochs,
-            network=network,
-        )
+    def _client(
+        self,
+        observation: Observation,
+        network: Network,
+        generator: torch.Generator,
+        victims: tuple[Tensor, Tensor],
+        sketch: Sketch | None,
+    ) -> ShadowClient:
+        """The victim itself if its secrets are granted, else the closest of several trained."""
+        classes = observation.num_classes
+        if network.secrets.keys() <= observation.known.keys():
+            held = {name: observation.known[name] for name in network.secrets}
+            return ShadowClient(network, held, classes)
+        images, labels = self.public.images[:CLOSENESS], self.public.labels[:CLOSENESS]
+        best, least = None, float("inf")
+        for _ in range(self.candidates):
+            secrets = train_secrets(
+                observation,
+                self.public,
+                generator=generator,
+                epochs=self.secret_epochs,
+                network=network,
+            )
+            client = ShadowClient(network, secrets, classes)
+            if self.candidates == 1:
+                return client
+            mine = _inputs(client, images, labels, sketch)
+            far = distance_of_means(mine, labels, *victims, classes)
+            if best is None or far < least:
+                best, least = client, far
+        assert best is not None
+        return best
 
     def _learn(
         self,
@@ -186,6 +209,37 @@ class Shadow(Attack):
         if observation.secrets and set(observation.secrets) <= observation.known.keys():
             own = "the victim's secrets"
         return f"shadow on {self.variant} with {own}; restandardized: {self.restandardize or 'no'}"
+
+
+def _inputs(client: ShadowClient, images: Tensor, labels: Tensor, sketch: Sketch | None) -> Tensor:
+    """What the client gives away of each image (N, d): features, or sketched gradients."""
+    if sketch is None:
+        return client.features(images)
+    return torch.cat([sketch(chunk) for chunk in client.gradients(images, labels)])
+
+
+def distance_of_means(
+    mine: Tensor, labels: Tensor, seen: Tensor, seen_labels: Tensor, num_classes: int
+) -> float:
+    """Mean squared difference of the class means of two clients, in deviations of the first.
+
+    Args:
+        mine: What a shadow client gives away (N, d), with ``labels`` (N,).
+        seen: What the victims gave away (M, d), with leaked ``seen_labels`` (M,).
+        num_classes: Classes that only one of the two has are passed over.
+
+    Returns:
+        The distance; inf if no class is in both.
+    """
+    deviation = mine.std(dim=0) + 1e-3 * mine.std(dim=0).mean() + 1e-12
+    far = [
+        ((mine[labels == k].mean(dim=0) - seen[seen_labels == k].mean(dim=0)) / deviation)
+        .square()
+        .mean()
+        for k in range(num_classes)
+        if bool((labels == k).any()) and bool((seen_labels == k).any())
+    ]
+    return float(torch.stack(far).mean()) if far else float("inf")
 
 
 class Sketch:

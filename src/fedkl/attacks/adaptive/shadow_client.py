@@ -49,7 +49,7 @@ def train_secrets(
     *,
     generator: torch.Generator,
     epochs: int = 3,
-    lr: float = 0.02,
+    lr: float = 0.05,
     batch_size: int = 64,
     network: Network | None = None,
 ) -> dict[str, Tensor]:
