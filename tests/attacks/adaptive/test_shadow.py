@@ -308,3 +308,20 @@ def test_misfits_are_explained() -> None:
     with pytest.raises(AttackError, match="no observation"):
         shadow().reconstruct([], generator=derive(0))
     assert "600 images" in repr(shadow())
+
+
+def test_shadows_find_the_signs_that_training_has_built_on() -> None:
+    """γ starts at random signs; which ones, the shared layers tell whoever has public images.
+
+    Up to all signs of a layer at once: as σ(-z) = 1 - σ(z), turning over all γ, β of one lock and
+    all γ of the next leaves the network (and its gradient) as it was, but for the border.
+    """
+    x, y = public()
+    true = held_secrets(trained_victim().locked)
+    observation = victims("adaptive", 1)[0]
+    shares = []
+    for seed in range(3):
+        own = train_secrets(observation, Public(x, y), generator=derive(seed), epochs=30)
+        right = [own[n].sign() == true[n].sign() for n in true if n.endswith("gamma")]
+        shares += [max(float(r.float().mean()), 1 - float(r.float().mean())) for r in right]
+    assert sum(shares) / len(shares) > 0.8  # eight random signs give 0.64
