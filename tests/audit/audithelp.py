@@ -25,6 +25,7 @@ def small_audit(**settings: Any) -> AuditConfig:
     values: dict[str, Any] = {
         "run": small_run(),
         "defenses": ("channel",),
+        "attacks": ("inverting-gradients",),
         "images": 2,
         "effort": "quick",
         "candidates": 10,

@@ -104,7 +104,7 @@ def test_finished_run_is_audited_with_its_own_keys(tmp_path: Path) -> None:
     run_audit(
         audit,
         tmp_path / "audit",
-        source=tmp_path / "run",
+        sources={"channel": tmp_path / "run"},
         listen=lambda e: trained.add(e.text) if e.kind == "train" else None,
     )
     assert trained == {"none", "norm", "fedbn"}

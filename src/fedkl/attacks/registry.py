@@ -61,7 +61,9 @@ class Resources:
 
 def _shadow(**settings: Any) -> Mapping[str, Callable[[Resources], Attack]]:
     return {
-        "quick": lambda given: given.shadow(2_000, secret_epochs=6, epochs=6, **settings),
+        "quick": lambda given: given.shadow(
+            2_000, secret_epochs=8, candidates=4, epochs=8, **settings
+        ),
         "standard": lambda given: given.shadow(
             6_000, secret_epochs=6, candidates=6, epochs=15, **settings
         ),

@@ -79,7 +79,7 @@ class Arsenal:
         single = make_attack(
             name, self.audit.effort, generator_model=generator_model, public=public
         )
-        attack = adaptive_for(threat, single, observation)
+        attack = adaptive_for(threat, single, observation, public=self.public)
         return Fishing(attack, TARGET) if threat.crafting else attack
 
     @cached_property

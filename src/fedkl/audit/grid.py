@@ -20,7 +20,6 @@ from fedkl.audit.victims import Victims, draw_victims
 from fedkl.data import DataBundle
 from fedkl.errors import AttackError, CheckpointError, ConfigError
 from fedkl.federation import RunConfig, config_from, run
-from fedkl.federation.config import differences
 from fedkl.federation.engine import one_thread
 from fedkl.federation.preflight import preflight
 from fedkl.federation.session import load_data
@@ -68,7 +67,7 @@ def run_audit(
     audit: AuditConfig,
     folder: Path,
     *,
-    source: Path | None = None,
+    sources: Mapping[str, Path] | None = None,
     resume: bool = False,
     facts: Mapping[str, Any] | None = None,
     listen: Listener | None = None,
@@ -82,7 +81,8 @@ def run_audit(
     Args:
         audit: What to do.
         folder: Where to.
-        source: Folder of a finished run, whose own defense is then not trained again.
+        sources: Folders of finished runs by defense, which are then not trained again: their own
+            settings, keys and private states are used.
         resume: Whether ``folder`` may hold a part of this audit already.
         facts: Further entries of the JSON (command, versions).
         listen: Called with every event.
@@ -95,20 +95,24 @@ def run_audit(
         FedKLError: As :func:`fedkl.federation.run` and the attacks.
     """
     tell = listen or (lambda event: None)
+    given = dict(sources or {})
     bundle = load_data(audit.run)
     truth = truth_of(bundle, draw_victims(bundle, audit), audit)
-    _check(audit, folder, source, bundle)
+    _check(audit, folder, given, bundle)
     _claim(audit, folder, resume)
     tell(Event("note", audit.cost))
     with one_thread():
         accuracy = {}
-        for defense, seed, config, place in _federations(audit, folder, source):
-            accuracy[defense, seed] = _train(audit, config, place, bundle, tell)
+        for defense, seed, config, place in _federations(audit, folder, given):
+            known = place in given.values()
+            accuracy[defense, seed] = (
+                _accuracy_of(place) if known else _train(audit, config, place, bundle, tell)
+            )
         rows, pictures, skipped, threats = [], [], [], {}
-        cells = list(_cells(audit, folder, source, bundle))
+        cells = list(_cells(audit, folder, given, bundle))
         for done, cell in enumerate(cells):
             tell(Event("cell", cell.name(audit), done, len(cells)))
-            found = _attacked(audit, folder, source, bundle, truth, cell, tell)
+            found = _attacked(audit, folder, given, bundle, truth, cell, tell)
             rows += found["rows"]
             pictures += found["pictures"]
             if found["skipped"] is not None:
@@ -136,10 +140,15 @@ def run_audit(
     return result
 
 
-def _check(audit: AuditConfig, folder: Path, source: Path | None, bundle: DataBundle) -> None:
+def _check(audit: AuditConfig, folder: Path, given: Mapping[str, Path], bundle: DataBundle) -> None:
     """Everything that can be known to go wrong, before anything is written."""
-    for _, _, config, place in _federations(audit, folder, source):
-        if place == source:
+    if given and audit.stage == "mid":
+        raise ConfigError(
+            "a finished run keeps no model from its middle; audit --stage initial or final, or let "
+            "the audit train its own by leaving --run out."
+        )
+    for _, _, config, place in _federations(audit, folder, given):
+        if place in given.values():
             continue
         there = (place / "config.json").exists()
         if not there or audit.stage == "final":
@@ -175,19 +184,23 @@ def _plain(audit: AuditConfig) -> Any:
 
 
 def _federations(
-    audit: AuditConfig, folder: Path, source: Path | None
+    audit: AuditConfig, folder: Path, given: Mapping[str, Path]
 ) -> Iterator[tuple[str, int, RunConfig, Path]]:
+    """(defense, seed, settings, run folder): those that were given, or ones of the audit's own."""
     for seed in range(audit.seeds):
         for defense in audit.grid:
-            config = audit.defended(defense, seed)
-            yield defense, seed, config, _place(audit, folder, source, defense, seed)
+            if seed == 0 and defense in given:
+                path = given[defense] / "config.json"
+                yield defense, seed, config_from(read_json(path), source=str(path)), given[defense]
+            else:
+                place = folder / "runs" / f"{defense}-seed{seed}"
+                yield defense, seed, audit.defended(defense, seed), place
 
 
-def _place(audit: AuditConfig, folder: Path, source: Path | None, defense: str, seed: int) -> Path:
-    """Where the federation lies: the one that was given, or one of the audit's own."""
-    if source is not None and seed == 0 and defense == audit.run.defense.name:
-        return source
-    return folder / "runs" / f"{defense}-seed{seed}"
+def _accuracy_of(place: Path) -> dict[str, Any]:
+    """Accuracies of a finished run."""
+    found: dict[str, Any] = read_json(place / "summary.json")["accuracy"]
+    return found
 
 
 def _train(
@@ -203,15 +216,6 @@ def _train(
         federation = dataclasses.replace(config.federation, rounds=rounds)
         config = dataclasses.replace(config, federation=federation)
     summary = place / "audit-accuracy.json"
-    if (place / "summary.json").exists():
-        own = config_from(read_json(place / "config.json"), source=str(place / "config.json"))
-        if other := differences(own, config):
-            raise ConfigError(
-                f"{place} is a run with other settings ({'; '.join(other[:3])}); the {audit.stage} "
-                "stage needs one with these."
-            )
-        accuracy: dict[str, Any] = read_json(place / "summary.json")["accuracy"]
-        return accuracy
     if summary.exists():
         found: dict[str, Any] = read_json(summary)
         return found
@@ -228,9 +232,9 @@ def _train(
 
 
 def _cells(
-    audit: AuditConfig, folder: Path, source: Path | None, bundle: DataBundle
+    audit: AuditConfig, folder: Path, given: Mapping[str, Path], bundle: DataBundle
 ) -> Iterator[Cell]:
-    for defense, seed, config, place in _federations(audit, folder, source):
+    for defense, seed, config, place in _federations(audit, folder, given):
         victims = Victims(config, place, bundle, audit)
         for threat in applicable(audit.threats, victims):
             for attack in audit.attacks:
@@ -240,7 +244,7 @@ def _cells(
 def _attacked(
     audit: AuditConfig,
     folder: Path,
-    source: Path | None,
+    given: Mapping[str, Path],
     bundle: DataBundle,
     truth: Truth,
     cell: Cell,
@@ -253,8 +257,12 @@ def _attacked(
             return kept
         except CheckpointError:
             tell(Event("note", f"{path} is damaged and is done again."))
-    place = _place(audit, folder, source, cell.defense, cell.seed)
-    victims = Victims(audit.defended(cell.defense, cell.seed), place, bundle, audit)
+    config, place = next(
+        (config, place)
+        for defense, seed, config, place in _federations(audit, folder, given)
+        if (defense, seed) == (cell.defense, cell.seed)
+    )
+    victims = Victims(config, place, bundle, audit)
     arsenal = Arsenal(audit, bundle, folder, lambda *facts: tell(Event(*facts)))
     per_update = audit.batch_size * audit.local_steps
     rows = truth.rows.view(audit.images, audit.observations, per_update)

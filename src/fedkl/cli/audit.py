@@ -94,10 +94,11 @@ def audit(
         effort=effort,
     )
     facts = {"command": command_line(), "versions": versions()}
+    sources = {} if run_folder is None else {config.run.defense.name: run_folder}
     try:
         with watching_audit() as watch:
             result = run_audit(
-                config, out_folder, source=run_folder, resume=resume, facts=facts, listen=watch
+                config, out_folder, sources=sources, resume=resume, facts=facts, listen=watch
             )
     except KeyboardInterrupt:
         again = command_line() + ("" if resume else " --resume")
@@ -179,6 +180,13 @@ def _line(event: Event) -> str:
 
 
 def _conclude(result: Mapping[str, Any], folder: Path) -> None:
+    show_audit(result)
+    made = [n for n in ("audit.json", "report.html", "pictures/") if (folder / n).exists()]
+    print(f"In {folder}: {', '.join(made)}")
+
+
+def show_audit(result: Mapping[str, Any]) -> None:
+    """Prints the table and the verdict of an audit."""
     rows = [
         [
             f"{entry['defense']} ({entry['threat']})",
@@ -199,10 +207,10 @@ def _conclude(result: Mapping[str, Any], folder: Path) -> None:
         )
     )
     print("Controls in brackets: the verdict is not about them.")
+    for line in result["skipped"]:
+        print(plain(f"left out: {line['cell']}: {line['reason']}"))
     for name, found in result["verdict"]["defenses"].items():
         print(plain(f"{name}: {found['verdict']}. {found['reason']}"))
-    made = [n for n in ("audit.json", "report.html", "pictures/") if (folder / n).exists()]
-    print(f"In {folder}: {', '.join(made)}")
 
 
 def _interval(value: Mapping[str, float | None]) -> str:

@@ -31,6 +31,7 @@ def write_report(
     command: str = "",
     versions: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
+    links: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """Writes ``report.html`` into ``folder``: no scripts, no other files, nothing from a network.
 
@@ -42,6 +43,7 @@ def write_report(
         command: What to type to get the same again.
         versions: Name → version.
         notes: What a reader has to know first, such as a data set that was not there.
+        links: (text, address relative to ``folder``) of further pages.
 
     Returns:
         The path of the page.
@@ -69,6 +71,7 @@ def write_report(
         command=command,
         versions=versions or {},
         notes=notes,
+        links=links,
     )
     return write_page(folder / "report.html", text)
 
