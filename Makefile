@@ -59,6 +59,13 @@ format: setup ## let ruff mend what it can
 .PHONY: test
 test: setup lint ## lint, types and all tests
 	@$(BIN)/python -m pytest $(ARGS)
+	@$(if $(ARGS),,$(MAKE) --no-print-directory test-flower)
+
+# Flower wants older versions of some packages, so it has an environment of its own.
+.PHONY: test-flower
+test-flower: setup ## the tests of fedkl.flower
+	@benchmarks/setup.sh
+	@.venv-bench/bin/python -m pytest tests/flower $(ARGS)
 
 .PHONY: demo
 demo: setup ## a small federation, locked and unlocked, in runs/demo

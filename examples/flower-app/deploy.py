@@ -9,8 +9,10 @@ each process is started with is written to `commands.txt`, to be taken to the ma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import ipaddress
+import json
 import os
 import shlex
 import signal
@@ -20,7 +22,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from cryptography import x509
@@ -95,17 +96,34 @@ def _secret(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def descendants(pid: int) -> list[int]:
+    """Ids of all processes below `pid`, in groups of their own or not (Linux)."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = entry.read_text().rpartition(")")[2].split()
+            parents.setdefault(int(fields[1]), []).append(int(entry.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        todo += (children := parents.get(todo.pop(), []))
+        found += children
+    return found
+
+
 class Deployment:
     """A SuperLink and SuperNodes in processes of their own; all end with the `with` block.
 
-    `tls=False` leaves out encryption and authentication, to look at what is sent.
+    `tls=False` leaves out encryption and authentication, to look at what is sent; `simulation`
+    makes the SuperLink run its nodes by itself.
     """
 
-    def __init__(self, folder: Path, nodes: int, *, tls: bool = True, app: Path = APP) -> None:
+    def __init__(
+        self, folder: Path, nodes: int, *, tls: bool = True, simulation: bool = False
+    ) -> None:
         self.folder = folder.absolute()
-        self.app = app
         self.nodes = nodes
         self.tls = tls
+        self.simulation = simulation
         self.port = free_port()
         self.fleet_port = self.port  # a proxy may stand in between
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -121,9 +139,7 @@ class Deployment:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def start_superlink(self) -> None:
@@ -141,6 +157,9 @@ class Deployment:
         else:
             command += ["--insecure"]
             connection.append("insecure = true")
+        if self.simulation:
+            command += ["--simulation"]
+            connection.append(f"options.num-supernodes = {self.nodes}")
         home = self.folder / "home"
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(
@@ -167,6 +186,28 @@ class Deployment:
         text = " ".join(f'{name}="{value}"' for name, value in config.items())
         command += ["--node-config", f"partition-id={number} num-partitions={self.nodes} {text}"]
         self.start(f"node-{number}", command, place / "home")
+
+    def restart_node(self, number: int, *, timeout: float = 150, **settings: str) -> None:
+        """Starts a SuperNode that died until the SuperLink takes it back.
+
+        While the SuperLink still believes in the dead one, for up to a minute, it refuses a second
+        one with the same key. A service manager does the same with "restart always".
+        """
+        name = f"node-{number}"
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            before = self.log("superlink").count("Activated node_id")
+            refused = self.log(name).count("Failed to activate SuperNode")
+            self.start_node(number, **settings)
+            while self.processes[name].poll() is None and time.monotonic() < end:
+                if self.log("superlink").count("Activated node_id") > before:
+                    return
+                if self.log(name).count("Failed to activate SuperNode") > refused:
+                    break
+                time.sleep(0.2)
+            self.kill(name)
+            time.sleep(5)
+        raise TimeoutError(f"{name} was not taken back:\n{self.log(name)[-3000:]}")
 
     def start(self, name: str, command: Sequence[str], home: Path) -> None:
         """Starts a process in a group of its own, with its output in `<name>.log`."""
@@ -204,18 +245,27 @@ class Deployment:
             raise RuntimeError(f"flwr {shlex.join(arguments)} failed:\n{done.stdout}{done.stderr}")
         return done.stdout
 
-    def run(self, settings: str) -> None:
-        """Submits the app with settings such as `federation.rounds=3`; does not wait for it."""
-        self.flwr("run", str(self.app), "here", "--run-config", settings)
+    def run(self, settings: str, app: Path = APP) -> None:
+        """Submits an app with settings such as `federation.rounds=3`; does not wait for it."""
+        self.flwr("run", str(app), "here", "--run-config", settings)
 
     def kill(self, name: str, how: int = signal.SIGKILL) -> None:
         """Ends a process and all that it started."""
         process = self.processes.pop(name)
-        try:
-            os.killpg(process.pid, how)
-        except ProcessLookupError:
-            pass
+        for pid in [process.pid, *descendants(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, how)
         process.wait(30)
+
+    def status(self) -> str:
+        """Of the newest run, such as `running` or `finished:completed`."""
+        runs = json.loads(self.flwr("list", "here", "--format", "json"))["runs"]
+        return str(runs[0]["status"]) if runs else ""
+
+    def output(self) -> str:
+        """What the server app of the newest run has logged."""
+        runs = json.loads(self.flwr("list", "here", "--format", "json"))["runs"]
+        return self.flwr("log", str(runs[0]["run-id"]), "here", "--show")
 
     def stop(self) -> None:
         """Ends everything."""
@@ -254,6 +304,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="everything goes here")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the `with` block ends
     with Deployment(options.folder, 3) as deployment:
         group = deployment.folder / "group.key"
         if not group.exists():  # all clients get a copy, the server does not
@@ -261,15 +312,27 @@ def main() -> None:
         for number in range(3):
             deployment.start_node(number, **{"group-key-file": str(group)})
         folder = deployment.folder / "server"
+        summary = folder / "summary.json"
+        summary.unlink(missing_ok=True)
         deployment.run(f'flower.folder="{folder}" federation.rounds={options.rounds}')
-        try:
-            deployment.wait_for("superlink", f"after {options.rounds} rounds", timeout=3600)
-        except KeyboardInterrupt:
-            return
-        for line in deployment.log("superlink").splitlines():
-            if "accuracy" in line:
-                print(line.split(":", 1)[-1].strip())
+        shown = 0
+        while not summary.exists():
+            time.sleep(1)
+            shown = show(folder / "metrics.jsonl", shown)
+            if deployment.status() in ("finished:failed", "finished:stopped"):
+                sys.exit(f"the run failed:\n{deployment.output()[-3000:]}")
+        show(folder / "metrics.jsonl", shown)
+        print(f"test: own key {json.loads(summary.read_text())['accuracy']['own_key']:.4f}")
         print(f"checkpoints and summary: {folder}")
+
+
+def show(path: Path, after: int) -> int:
+    """Prints the evaluations that are new; their number."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines[after:]:
+        facts = json.loads(line)
+        print(f"round {facts['round']}: own key {facts['accuracy']['own_key']:.4f}", flush=True)
+    return len(lines)
 
 
 if __name__ == "__main__":

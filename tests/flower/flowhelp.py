@@ -24,7 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedkl.federation import RunConfig
 from fedkl.flower import FlowerConfig, client_app, server_app
 
-NODE_GONE = 5
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedkl.errors import ConfigError, FederationError
 from fedkl.federation import RunConfig, run
+from fedkl.federation.session import Session
 from fedkl.files import read_tensors
 from fedkl.flower import FlowerConfig
 from fedkl.flower.wire import packed, packed_record, split, unpacked
@@ -93,8 +94,6 @@ def test_fedprox_pulls_towards_the_global_state(tmp_path: Path) -> None:
 
 
 def start_of(wanted: RunConfig, tmp_path: Path) -> Any:
-    from fedkl.federation.session import Session
-
     return Session(wanted, tmp_path / "start").initial()
 
 

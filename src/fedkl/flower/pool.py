@@ -26,6 +26,7 @@ from fedkl.flower.wire import ARRAYS, CONFIG, encoded, packed_record
 
 log = logging.getLogger("flwr.fedkl")
 _POLL: Final = 1.0  # seconds between two looks at who is there
+_AGAIN: Final = 60.0  # seconds until a node that was refused may introduce itself again
 
 
 class GridPool(Pool):
@@ -57,7 +58,8 @@ class GridPool(Pool):
         self.settings = digest(session.config, flower)
         self.packed = flower.packed or combiner is not None
         self._facts: dict[int, Mapping[str, Any]] = {}  # of a node that introduced itself
-        self._refused: set[int] = set()
+        self._refused: dict[int, float] = {}  # node -> when
+        self._started = False
         self._group: str | None = None
 
     def run(self, jobs: Iterable[Job], shared: Mapping[str, Tensor]) -> Iterator[Result]:
@@ -83,26 +85,34 @@ class GridPool(Pool):
         yield from (found[client] for client in todo if client in found)
 
     def _wait_for(self, clients: set[int]) -> dict[int, int]:
-        """Node ids of the clients that are there; waits while too few of them are."""
-        enough = min(len(clients), max(1, self.session.config.federation.min_clients))
-        if not self._facts:  # at the start, everybody gets a chance to come
-            enough = len(clients)
+        """Node ids of the clients that are there; waits while too few of them are.
+
+        At the start everybody gets the time to come, unless as many as there should be have come
+        and some had to be refused.
+        """
+        least = min(len(clients), max(1, self.session.config.federation.min_clients))
         end = time.monotonic() + self.flower.timeout
         while True:
             nodes = {c: n for c, n in self.clients().items() if c in clients}
-            if len(nodes) >= enough:
+            late = time.monotonic() > end
+            known = len(self._facts) + len(self._refused)
+            complete = self._started or len(nodes) == len(clients)
+            if len(nodes) >= least and (complete or late or known >= len(self.session.parts)):
+                self._started = True
                 return nodes
-            if time.monotonic() > end:
+            if late:
                 raise FederationError(
                     f"{len(nodes)} of {len(clients)} clients are there after "
-                    f"{self.flower.timeout:g} s, {enough} are needed; start their SuperNodes, or "
+                    f"{self.flower.timeout:g} s, {least} are needed; start their SuperNodes, or "
                     "raise flower.timeout."
                 )
-            time.sleep(_POLL)
+            time.sleep(min(_POLL, self.flower.timeout / 4))
 
     def clients(self) -> dict[int, int]:
         """Client number -> node id of every node that is there and has introduced itself."""
         online = sorted(self.grid.get_node_ids())
+        now = time.monotonic()
+        self._refused = {n: at for n, at in self._refused.items() if now - at < _AGAIN}
         new = [n for n in online if n not in self._facts and n not in self._refused]
         if new:
             self._introduce(new)
@@ -116,6 +126,8 @@ class GridPool(Pool):
         record = RecordDict({CONFIG: ConfigRecord(self._common())})
         replies = self._send(dict.fromkeys(nodes, record), MessageType.QUERY)
         told: dict[int, Mapping[str, Any]] = {}
+        # What a node could not answer has been logged; asking at once again would not help.
+        self._refused |= {node: time.monotonic() for node in nodes if node not in replies}
         for node, reply in replies.items():
             try:
                 told[node] = introduction(reply, len(self.session.parts))
@@ -139,7 +151,7 @@ class GridPool(Pool):
                 taken[client] = node
 
     def _refuse(self, node: int, reason: str) -> None:
-        self._refused.add(node)
+        self._refused[node] = time.monotonic()
         log.warning("node %d refused: %s", node, reason)
 
     def _common(self) -> dict[str, Any]:
@@ -208,8 +220,9 @@ class GridPool(Pool):
         """Replies by node; whoever does not answer is asked again, as often as configured."""
         found: dict[int, Message] = {}
         for attempt in range(1 + self.flower.retries):
-            online = set(self.grid.get_node_ids()) if attempt else set(records)
-            missing = [n for n in records if n in online and lost(found.get(n))]
+            missing = [n for n in records if lost(found.get(n))]
+            if attempt and missing:
+                missing = self._back(missing)
             if not missing:
                 break
             messages = [Message(records[n], dst_node_id=n, message_type=kind) for n in missing]
@@ -223,6 +236,16 @@ class GridPool(Pool):
                 reason = " ".join(str(reply.error.reason).split())
                 log.warning("node %d could not do its part: %s", node, reason)
         return {node: reply for node, reply in found.items() if not reply.has_error()}
+
+    def _back(self, nodes: list[int]) -> list[int]:
+        """Those of ``nodes`` that are there, after waiting a while for all of them."""
+        log.info("waiting for node(s) %s to come back", nodes)
+        end = time.monotonic() + self.flower.patience
+        while True:
+            online = set(self.grid.get_node_ids())
+            if online >= set(nodes) or time.monotonic() > end:
+                return [node for node in nodes if node in online]
+            time.sleep(min(_POLL, self.flower.patience / 4))
 
     def _save(self, round_: int, shared: Mapping[str, Tensor], found: Mapping[int, Result]) -> None:
         folder = make_folder(self.folder / "updates" / f"round-{round_:06d}")

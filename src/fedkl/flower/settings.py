@@ -30,6 +30,7 @@ class FlowerConfig:
             names one (``fedkl-folder``).
         timeout: Seconds to wait for the answers of a round, per attempt.
         retries: How often a client that did not answer is asked again in the same round.
+        patience: Seconds to wait for a client that was cut off to come back before asking again.
         save_updates: Keep what the server received, round by round, below ``updates/``.
         strategy: Who combines the updates: ``fedkl`` (the in-process engine's own aggregate) or a
             strategy of Flower.
@@ -46,6 +47,7 @@ class FlowerConfig:
     folder: str = "runs/flower"
     timeout: float = 3600.0
     retries: int = 1
+    patience: float = 120.0
     save_updates: bool = False
     strategy: str = "fedkl"
     options: tuple[tuple[str, Any], ...] = ()
@@ -73,8 +75,9 @@ class FlowerConfig:
         for name in ("timeout", "clipping_range", "clip", "epsilon", "delta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a positive number, got {getattr(self, name)}.")
-        if self.retries < 0 or self.noise < 0:
-            raise ConfigError("retries and noise must be at least 0.")
+        for name in ("retries", "noise", "patience"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
 
     @property
     def packed(self) -> bool:

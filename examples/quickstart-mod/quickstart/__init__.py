@@ -1,0 +1,1 @@
+"""A Flower app like any other, locked by a mod."""
