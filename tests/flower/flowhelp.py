@@ -142,7 +142,7 @@ def everything_in(grid: Loopback) -> list[np.ndarray[Any, Any]]:
             continue
         for record in reply.content.values():
             whole = []
-            for value in record.values():
+            for value in (record[name] for name in sorted(record)):
                 for part in value if isinstance(value, list) else [value]:
                     if hasattr(part, "numpy"):
                         array = part.numpy()

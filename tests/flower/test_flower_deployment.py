@@ -113,7 +113,7 @@ def test_a_deployment_with_faults_equals_the_engine(config: RunConfig, tmp_path:
         wait_until(lambda: "Receiving: train" in deployment.log("node-1"), deployment)
         deployment.kill("node-1")  # SIGKILL, in the middle of round 1
         assert "Sending: train" not in deployment.log("node-1")
-        deployment.start_node(1, **settings[1])
+        deployment.restart_node(1, **settings[1])
         wait_until((folder / "checkpoints" / "round-000001.json").exists, deployment)
         (server,) = server_app_of(deployment)
         os.kill(server, signal.SIGKILL)  # in the middle of round 2
@@ -176,7 +176,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from fedkl.files import read_tensors
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @client.train()

@@ -84,6 +84,19 @@ def test_a_strategy_of_the_caller(tmp_path: Path) -> None:
     assert_same(found.shared, named.shared)
 
 
+@pytest.mark.parametrize("name", ["fedadam", "fedavgm", "fedprox"])
+def test_a_strategy_goes_on_after_a_restart(name: str, tmp_path: Path) -> None:
+    """With the momentum it had: the same bits as without a restart."""
+    options = tuple(sorted(OPTIONS[name].items()))
+    whole, _ = once(tmp_path, BASE, "whole", strategy=name, options=options)
+    first = dataclasses.replace(BASE, federation=dataclasses.replace(BASE.federation, rounds=1))
+    once(tmp_path, first, "parts", strategy=name, options=options)
+    flower = FlowerConfig(folder=str(tmp_path / "parts"), strategy=name, options=options)
+    again = serve(loopback(BASE, flower), BASE, flower)
+    assert_same(again.shared, whole.shared)
+    assert (tmp_path / "parts" / "strategy").exists() == (name != "fedprox")
+
+
 def test_fedprox_pulls_towards_the_global_state(tmp_path: Path) -> None:
     near, _ = once(tmp_path, BASE, "near", strategy="fedprox", options=(("proximal_mu", 15.0),))
     far, _ = once(tmp_path, BASE, "far", strategy="fedprox", options=(("proximal_mu", 0.0),))
@@ -291,5 +304,7 @@ def test_packing_is_undone_by_splitting() -> None:
     }
     again = split(packed(state), state)
     assert_same(again, state)
+    other_order = {name: state[name] for name in reversed(state)}
+    assert_same(split(packed(other_order), state), state)
     assert packed(state).dtype == torch.float32
     assert packed({**state, "w": torch.zeros(1, dtype=torch.float64)}).dtype == torch.float64

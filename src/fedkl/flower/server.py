@@ -85,7 +85,8 @@ def _combiner(run: RunConfig, flower: FlowerConfig, given: Strategy | None) -> C
             "server": DifferentialPrivacyServerSideFixedClipping,
         }[flower.dp]
         strategy = wrapper(strategy, flower.noise, flower.clip, run.federation.sampled)
-    return Combiner(strategy, equal=_central(flower))
+    folder = Path(flower.folder).expanduser().absolute() / "strategy"
+    return Combiner(strategy, folder, equal=_central(flower))
 
 
 def _central(flower: FlowerConfig) -> bool:

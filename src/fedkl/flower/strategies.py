@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fedkl.errors import ConfigError, FederationError
 from fedkl.federation import Update
+from fedkl.flower.moments import Moments
 from fedkl.flower.wire import ARRAYS, CONFIG, EXAMPLES, METRICS, packed_record, unpacked
 
 Strategy = Any  # flwr.serverapp.strategy.Strategy; flwr need not be installed to check types
@@ -61,12 +63,14 @@ class Combiner:
         strategy: Any Message-API strategy, DP wrappers included. It sees one vector per client:
             all floating-point tensors of the shared state end to end. Counters and 0-d tensors,
             which most strategies mishandle, stay what they were or are inside the vector.
+        folder: Where the strategy's momentum is kept from round to round.
         equal: Let every client count the same: the noise of central differential privacy is
             computed for that.
     """
 
-    def __init__(self, strategy: Strategy, *, equal: bool = False) -> None:
+    def __init__(self, strategy: Strategy, folder: Path, *, equal: bool = False) -> None:
         self.strategy = strategy
+        self.moments = Moments(strategy, folder)
         self.equal = equal
         self._shared: Mapping[str, Tensor] = {}
         self._replies: dict[int, Message] = {}
@@ -74,6 +78,7 @@ class Combiner:
     def configure(self, round_: int, shared: Mapping[str, Tensor], nodes: list[int]) -> Any:
         """The strategy's own entries of the config record for the clients of this round."""
         self._shared, self._replies = shared, {}
+        self.moments.restore(round_ - 1)
         config = ConfigRecord()
         asked = list(
             self.strategy.configure_train(round_, packed_record(shared), config, _Nodes(nodes))
@@ -113,6 +118,7 @@ class Combiner:
                 f"{type(self.strategy).__name__} gave no new state for round {accepted[0].round} "
                 f"from {len(accepted)} updates; it may need more clients."
             )
+        self.moments.save(accepted[0].round)
         return unpacked(arrays, self._shared, exact=False)
 
 

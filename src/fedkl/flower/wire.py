@@ -95,11 +95,12 @@ def _values(name: str, array: Any) -> Any:
 
 
 def _floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t for n, t in tensors.items() if t.is_floating_point()}
+    # By name: a state that comes from a checkpoint is in another order than a model's.
+    return {n: tensors[n] for n in sorted(tensors) if tensors[n].is_floating_point()}
 
 
 def packed(tensors: Mapping[str, Tensor]) -> Tensor:
-    """All floating-point tensors end to end, (total,), float64 if one of them is, else float32."""
+    """All floating-point tensors by name, end to end, (total,); float64 if one is, else float32."""
     floats = _floats(tensors).values()
     wide = any(t.dtype == torch.float64 for t in floats)
     dtype = torch.float64 if wide else torch.float32
