@@ -18,13 +18,15 @@ from cli_support import SMALL, Call, snapshot
 
 import fedkl.federation
 import fedkl.federation.session
+from fedkl.attacks import InvertingGradients
+from fedkl.audit import arsenal
 from fedkl.cli import demo as demo_module
 from fedkl.data import DataBundle
 from fedkl.errors import DataNotFoundError
 from fedkl.federation import RunConfig
 from fedkl.key import Key
 
-COMMANDS = ["train", "evaluate", "inspect", "keygen", "demo"]
+COMMANDS = ["train", "evaluate", "audit", "audit-update", "inspect", "keygen", "demo"]
 MAIN = [sys.executable, "-c", "import sys; from fedkl.cli import main; sys.exit(main())"]
 
 
@@ -212,6 +214,8 @@ def test_demo_falls_back_resumes_and_reports(
 
     monkeypatch.setattr(fedkl.federation.session, "load_data", missing)
     monkeypatch.setitem(demo_module.SMALL, "training.local_epochs", 1)
+    monkeypatch.setattr(demo_module, "VICTIMS", 2)
+    monkeypatch.setattr(arsenal, "make_attack", lambda *_, **__: InvertingGradients(iterations=5))
     words = ["demo", "--rounds", "1", "--workers", "1", "--out", tmp_path / "demo"]
     answer = call(*words)
     assert answer.code == 0, answer.err
@@ -219,6 +223,10 @@ def test_demo_falls_back_resumes_and_reports(
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "1,797 digits" in page
     assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert 'href="audit/report.html"' in page
+    leaks = json.loads((tmp_path / "demo" / "audit" / "audit.json").read_text())
+    assert {row["defense"] for row in leaks["rows"]} == {"none", "norm", "fedbn", "channel"}
+    assert f"channel: {leaks['verdict']['overall']}" in answer.out
     summaries = {}
     for name, arm in demo_module.DEMO_ARMS.items():
         assert name in page

@@ -123,7 +123,7 @@ def run_audit(
         "format": FORMAT,
         "version": VERSION,
         "config": audit.to_dict(),
-        "data": bundle.origin,
+        "data": bundle.name,
         "cost": audit.cost,
         **(facts or {}),
         "verdict": overall(summary, audit.judged),

@@ -53,6 +53,9 @@ def audit(
     local_steps: Annotated[int, typer.Option(help="Steps of an update; 1 is a gradient.")] = 1,
     observations: Annotated[int, typer.Option(help="Updates pooled under one lock.")] = 1,
     seeds: Annotated[int, typer.Option(help="Federations, each with its own keys.")] = 1,
+    candidates: Annotated[
+        int, typer.Option(help="Images of a class among which the true one is to be found.")
+    ] = 100,
     effort: Annotated[str, typer.Option(help=f"One of: {', '.join(EFFORTS)}.")] = "standard",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the audit in the folder.")
@@ -92,6 +95,7 @@ def audit(
         observations=observations,
         seeds=seeds,
         effort=effort,
+        candidates=candidates,
     )
     facts = {"command": command_line(), "versions": versions()}
     sources = {} if run_folder is None else {config.run.defense.name: run_folder}
