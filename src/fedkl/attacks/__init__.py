@@ -14,7 +14,7 @@ from fedkl.attacks.ggl import GGL
 from fedkl.attacks.grnn import GRNN
 from fedkl.attacks.matching import GradientMatching
 from fedkl.attacks.pixels import DLG, IDLG, InvertingGradients
-from fedkl.attacks.registry import ATTACKS, EFFORTS, make_attack
+from fedkl.attacks.registry import ATTACKS, EFFORTS, Resources, make_attack
 from fedkl.attacks.secrets import Held, Secrets
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "InvertingGradients",
     "Progress",
     "Reconstruction",
+    "Resources",
     "Secrets",
     "cached_generator",
     "generator_of",

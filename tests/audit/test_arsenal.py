@@ -1,0 +1,98 @@
+"""Which attackers face which defense, and that the odd ones go through the whole audit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from audithelp import small_audit, small_run
+
+from fedkl.attacks import InvertingGradients, Resources
+from fedkl.attacks.adaptive import Adaptive, Fishing
+from fedkl.audit import arsenal, run_audit
+from fedkl.audit.arsenal import Arsenal, applicable
+from fedkl.audit.observe import observe
+from fedkl.audit.victims import Victims, draw_victims
+from fedkl.federation.session import load_data
+from fedkl.observation import THREATS, threat_of
+
+BUNDLE = load_data(small_run())
+
+
+def victims(tmp_path: Path, defense: str, **settings: Any) -> Victims:
+    audit = small_audit(stage="initial", defenses=(defense,), **settings)
+    return Victims(audit.defended(defense, 0), tmp_path, BUNDLE, audit)
+
+
+@pytest.mark.parametrize(
+    "defense, names",
+    [
+        ("none", ["open", "crafting"]),
+        ("norm", ["open", "crafting"]),
+        ("fedbn", ["key-shared", "adaptive", "crafting"]),
+        ("pad", ["key-shared", "adaptive", "crafting"]),
+        ("channel", ["key-shared", "key-unknown", "key-regressed", "lock-gradient", "adaptive",
+                     "crafting"]),
+    ],
+)  # fmt: skip
+def test_threats_that_make_a_difference(tmp_path: Path, defense: str, names: list[str]) -> None:
+    found = applicable(tuple(THREATS), victims(tmp_path, defense))
+    assert [threat.name for threat in found] == names
+
+
+@pytest.mark.parametrize(
+    "threat, kind",
+    [("key-shared", InvertingGradients), ("adaptive", Adaptive), ("key-unknown", Adaptive),
+     ("key-regressed", Adaptive), ("lock-gradient", Adaptive), ("crafting", Fishing)],
+)  # fmt: skip
+def test_attacker_of_each_threat(tmp_path: Path, threat: str, kind: type) -> None:
+    found = victims(tmp_path, "channel")
+    model = threat_of(threat)
+    rows = draw_victims(BUNDLE, found.audit)[0]
+    (seen,) = observe(found, [found.send(rows, lock_gradients=model.lock_gradients)], model)
+    made = Arsenal(found.audit, BUNDLE, tmp_path, lambda *_: None).attack(
+        "inverting-gradients", model, seen
+    )
+    assert type(made) is kind
+
+
+@pytest.fixture
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arsenal, "make_attack", lambda *_, **__: InvertingGradients(iterations=5))
+
+
+@pytest.mark.usefixtures("_short")
+def test_crafting_server_gets_one_image_of_a_batch(tmp_path: Path) -> None:
+    audit = small_audit(
+        stage="initial", threats=("crafting",), images=16, batch_size=4, defenses=("norm",)
+    )
+    result = run_audit(audit, tmp_path)
+    fished = [row for row in result["rows"] if row["threat"] == "crafting"]
+    assert fished
+    assert {row["label"] for row in fished} == {arsenal.TARGET}
+    assert {row["label_found"] for row in fished} == {arsenal.TARGET}
+    assert {row["batch"] for row in fished} == {4}
+
+
+def test_attack_that_does_not_apply_is_left_out_and_said(tmp_path: Path) -> None:
+    audit = small_audit(stage="initial", attacks=("closed-form",), defenses=("norm",), images=1)
+    result = run_audit(audit, tmp_path)
+    assert result["rows"] == []
+    assert {line["cell"].split("_")[1] for line in result["skipped"]} == {"none", "norm", "fedbn"}
+    assert all("linear" in line["reason"] for line in result["skipped"])
+    assert result["verdict"]["overall"] == "inconclusive"
+
+
+def test_shadow_gets_public_images_and_finds_its_victims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def few(name: str, effort: str, **given: Any) -> Any:
+        return Resources(public=given["public"]).shadow(120, secret_epochs=2, epochs=3, hidden=0)
+
+    monkeypatch.setattr(arsenal, "make_attack", few)
+    audit = small_audit(attacks=("shadow",), defenses=("fedbn",), images=10)
+    result = run_audit(audit, tmp_path)
+    assert len(result["rows"]) == 40  # none, norm, fedbn by key holder and adaptive
+    holder = [row for row in result["rows"] if row["threat"] in ("open", "key-shared")]
+    assert sum(row["identified"] for row in holder) > 10  # of 30; chance is 3
