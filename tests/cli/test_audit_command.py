@@ -72,6 +72,8 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "labels.toml").write_text(STEPS + "labels = [1, 2]\n")
     (tmp_path / "rate.toml").write_text(STEPS.replace("lr = 0.1", "local_steps = 2"))
     (tmp_path / "broken.toml").write_text("lr = ")
+    (tmp_path / "nothing.json").write_text("[]")
+    (tmp_path / "odd.json").write_text('{"scheme": "channel"}')
     (tmp_path / "file").write_text("I am a file")
     (tmp_path / "empty").mkdir()
     return tmp_path
@@ -127,6 +129,9 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("update: zero", with_(UPDATE, "--config", "{tmp}/zero.toml"), ["batch_size", "at least 1"]),
     ("update: labels", with_(UPDATE, "--config", "{tmp}/labels.toml"), ["2 labels", "1 images"]),
     ("update: rate", with_(UPDATE, "--config", "{tmp}/rate.toml"), ["lr is needed"]),
+    ("update: no spec", with_(UPDATE, "--spec", "{tmp}/none.json"), ["none.json"]),
+    ("update: empty spec", with_(UPDATE, "--spec", "{tmp}/nothing.json"), ["lock spec"]),
+    ("update: odd spec", with_(UPDATE, "--spec", "{tmp}/odd.json"), ["lock spec"]),
     ("update: truth", with_(UPDATE, "--truth", "{tmp}/no-images.safetensors"), ["'images'"]),
     ("update: small", with_(UPDATE, "--truth", "{tmp}/small.safetensors"), ["true images"]),
     ("update: into a file", with_(UPDATE, "--out", "{tmp}/file"), ["not a folder"]),
@@ -250,3 +255,18 @@ def test_update_gives_the_image_away(call: Call, place: Path) -> None:
     answer = call(*with_(words, "--out", str(place / "again"), "--attacks", "idlg"))
     assert "Without --truth" in answer.out
     assert load_file(place / "truth.safetensors")["images"].shape == (1, 1, 16, 16)
+
+
+def test_update_of_a_locked_run(call: Call, finished: Path, tmp_path: Path) -> None:
+    """What a server keeps of a locked client: shared tensors alone, the lock an unknown."""
+    first, last = sorted((finished / "checkpoints").glob("round-*.safetensors"))[-2:]
+    for name, path in (("before", first), ("after", last)):
+        tensors = load_file(path)
+        shared = {n[7:]: t for n, t in tensors.items() if n.startswith("shared/")}
+        save_file(shared, tmp_path / f"{name}.safetensors")
+    (tmp_path / "steps.toml").write_text("image_size = 16\nlr = 0.05\nlabels = [3]\n")
+    words = [word.replace("{tmp}", str(tmp_path)) for word in UPDATE]
+    answer = call(*words, "--spec", str(finished / "summary.json"))
+    assert answer.code == 0, answer.err
+    found = json.loads((tmp_path / "new" / "update.json").read_text())
+    assert "inverting-gradients+affine" in str(found["attacks"][0]["notes"])

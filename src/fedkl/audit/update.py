@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from fedkl import metrics
 from fedkl.attacks import Attack, Reconstruction
+from fedkl.attacks.adaptive import adaptive_for
 from fedkl.audit.measure import number
 from fedkl.audit.pictures import save_png
 from fedkl.errors import AttackError, ConfigError, StateError, unknown
 from fedkl.files import make_folder, write_json
-from fedkl.locking import state_problems
+from fedkl.locking import LockSpec, copy_state, shared_state, state_problems
+from fedkl.locking.rebuild import rebuild, secret_names
 from fedkl.models import build
-from fedkl.observation import OPEN, Observation, Training
+from fedkl.observation import OPEN, Observation, Training, threat_of
 from fedkl.rng import derive
 
 
@@ -125,9 +127,23 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def observe_update(
-    model: str, config: UpdateConfig, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    model: str,
+    config: UpdateConfig,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    *,
+    spec: LockSpec | None = None,
+    gradient: bool = False,
 ) -> Observation:
     """What an attacker sees of ``before`` and ``after``.
+
+    Args:
+        model: Its name.
+        config: How the update was made.
+        before: The shared state that the client received.
+        after: The shared state that it sent back.
+        spec: The public lock spec of a locked model: what is private becomes an unknown.
+        gradient: ``after`` holds the gradient of one step, as ``fedsgd`` sends it.
 
     Raises:
         StateError: A state does not fit the model, or holds NaN or Inf.
@@ -140,7 +156,9 @@ def observe_update(
         image_size=config.image_size,
         generator=derive(0, "update"),
     )
-    own = network.state_dict()
+    if spec is not None:
+        network = rebuild(network, spec)
+    own = shared_state(network)
     for what, state in (("before", before), ("after", after)):
         if problems := state_problems(own, state):
             raise StateError(
@@ -149,15 +167,21 @@ def observe_update(
             )
         if bad := [n for n, t in state.items() if not bool(torch.isfinite(t).all())]:
             raise StateError(f"the state {what} holds NaN or Inf in {', '.join(bad[:4])}.")
-    network.load_state_dict(dict(before))
-    change = {n: before[n] - after[n] for n, _ in network.named_parameters()}
+    copy_state(own, before, "state before")
+    shared = [n for n, _ in network.named_parameters() if n in own]
+    change = {n: after[n] if gradient else before[n] - after[n] for n in shared}
     if not any(bool(t.any()) for t in change.values()):
         raise AttackError("before and after are equal: an update without a change shows nothing.")
-    return _observation(network, config, change)
+    if gradient:
+        config = replace(config, lr=None, momentum=0.0, weight_decay=0.0, local_steps=1)
+    return _observation(network, config, change, spec)
 
 
 def _observation(
-    network: nn.Module, config: UpdateConfig, change: Mapping[str, Tensor]
+    network: nn.Module,
+    config: UpdateConfig,
+    change: Mapping[str, Tensor],
+    spec: LockSpec | None,
 ) -> Observation:
     labels = None if config.labels is None else torch.tensor([list(config.labels)])
     # Without a rate a single step tells its gradient but for the scale.
@@ -171,8 +195,10 @@ def _observation(
         image_shape=(config.channels, config.image_size, config.image_size),
         num_classes=config.num_classes,
         training=config.training,
-        threat=OPEN,
+        threat=OPEN if spec is None else threat_of("adaptive"),
+        secrets=() if spec is None else secret_names(network),
         labels=labels,
+        spec=None if spec is None else spec.to_dict(),
     )
 
 
@@ -210,7 +236,8 @@ def audit_update(
     entries = []
     for attack in attacks:
         generator = derive(seed, "attack", attack.name)
-        (found,) = attack.reconstruct([observation], generator=generator, progress=tell)
+        adaptive = adaptive_for(observation.threat, attack, observation)
+        (found,) = adaptive.reconstruct([observation], generator=generator, progress=tell)
         entries.append(_entry(attack, found, folder, truth))
     result = {
         "format": "fedkl-update-audit",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from fedkl.cli.provenance import command_line, versions
 from fedkl.cli.settings import ATTACKS, EFFORTS
 from fedkl.cli.show import out, plain, table_of
 from fedkl.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from fedkl.locking import LockSpec
 
 
 def audit_update(
@@ -31,6 +34,13 @@ def audit_update(
         Path | None,
         typer.Option(help="safetensors with the true 'images' (N, C, H, W) in [0, 1]."),
     ] = None,
+    spec: Annotated[
+        Path | None,
+        typer.Option(help="JSON with the public lock spec, or a run's summary.json that has it."),
+    ] = None,
+    gradient: Annotated[
+        bool, typer.Option("--gradient", help="--after holds a gradient, as fedsgd sends it.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
 ) -> None:
     """Attack an update that any framework made, from the weights before and after it.
@@ -40,7 +50,11 @@ def audit_update(
 
     Examples:
 
-      fedkl audit-update --model resnet18 --before a.safetensors --after b.safetensors \\
+      fedkl audit-update --model resnet18 --before a.safetensors --after b.safetensors
+        --config steps.toml --out runs/update
+
+      fedkl audit-update --model lenet --before updates/round-000001/global.safetensors
+        --after updates/round-000001/client-00000.safetensors --spec summary.json
         --config steps.toml --out runs/update
     """
     from fedkl.attacks import make_attack
@@ -51,7 +65,14 @@ def audit_update(
     if not chosen:
         raise ConfigError(f"got no attack; name one or more of: {', '.join(ATTACKS)}.")
     config = UpdateConfig.from_dict(_steps(config_file))
-    observation = observe_update(model, config, read_state(before), read_state(after))
+    observation = observe_update(
+        model,
+        config,
+        read_state(before),
+        read_state(after),
+        spec=None if spec is None else _spec(spec),
+        gradient=gradient,
+    )
     images = None
     if truth is not None:
         images = read_state(truth).get("images")
@@ -78,6 +99,20 @@ def audit_update(
     if images is None:
         print("Without --truth nobody can say which picture is right: look at them.")
     print(plain(f"In {out_folder}: update.json, pictures/"))
+
+
+def _spec(path: Path) -> LockSpec:
+    from fedkl.files import read_json
+    from fedkl.locking import LockSpec
+
+    data = read_json(path)
+    found = data.get("lock_spec", data) if isinstance(data, dict) else data
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{path} holds no lock spec; give what lock_spec(model).to_dict() wrote, or the "
+            "summary.json of a locked run."
+        )
+    return LockSpec.from_dict(found)
 
 
 def _steps(path: Path) -> dict[str, Any]:
