@@ -36,7 +36,6 @@ from fedkl.rng import derive
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTROLS = ("none", "norm", "fedbn")
-PAPER_THREATS = ("key-unknown", "key-regressed", "lock-gradient", "adaptive")
 
 ARMS: dict[str, dict[str, Any]] = {
     "none": {"name": "none"},
@@ -92,69 +91,28 @@ class Audit:
 
 
 ADAPTIVE = ("adaptive",)
+IG = ("inverting-gradients",)
+PAD = {"pad": ADAPTIVE}
+LOCKS = {"channel": ADAPTIVE, "paper-sigmoid": ADAPTIVE}
+FINAL = {
+    "channel": ADAPTIVE,
+    "paper-sigmoid": ("key-unknown", "adaptive"),
+    "channel-first": ADAPTIVE,
+    **PAD,
+}
+PAPER = {"paper-sigmoid": ("key-unknown", "key-regressed", "lock-gradient", "adaptive")}
+FEW = {"paper-sigmoid": ("key-unknown", "adaptive")}
+SHADOW = ("shadow-label",)
 AUDITS: dict[str, Audit] = {
-    "lenet-final": Audit(
-        "lenet",
-        "final",
-        ("inverting-gradients",),
-        "standard",
-        20,
-        {
-            "channel": ADAPTIVE,
-            "paper-sigmoid": ("key-unknown", "adaptive"),
-            "channel-first": ADAPTIVE,
-            "pad": ADAPTIVE,
-        },
-        45,
-    ),
-    "lenet-final-shadow": Audit(
-        "lenet",
-        "final",
-        ("shadow-label",),
-        "standard",
-        200,
-        {"channel": ADAPTIVE, "paper-sigmoid": ADAPTIVE, "pad": ADAPTIVE},
-        40,
-    ),
-    "lenet-initial": Audit(
-        "lenet",
-        "initial",
-        ("dlg", "inverting-gradients"),
-        "quick",
-        20,
-        {"paper-sigmoid": PAPER_THREATS, "channel": ADAPTIVE},
-        18,
-    ),
-    "lenet-initial-grnn": Audit(
-        "lenet", "initial", ("grnn",), "quick", 5, {"paper-sigmoid": PAPER_THREATS}, 25
-    ),
-    "resnet20-final": Audit(
-        "resnet20",
-        "final",
-        ("inverting-gradients",),
-        "quick",
-        5,
-        {"channel": ADAPTIVE, "paper-sigmoid": ("key-unknown", "adaptive")},
-        40,
-    ),
+    "lenet-final": Audit("lenet", "final", IG, "quick", 20, FINAL, 9),
+    "lenet-final-shadow": Audit("lenet", "final", SHADOW, "standard", 200, {**LOCKS, **PAD}, 25),
+    "lenet-initial": Audit("lenet", "initial", ("dlg",), "quick", 20, PAPER, 20),
+    "lenet-initial-grnn": Audit("lenet", "initial", ("grnn",), "quick", 5, FEW, 20),
+    "resnet20-final": Audit("resnet20", "final", IG, "quick", 5, {"channel": ADAPTIVE, **FEW}, 25),
     "resnet20-final-shadow": Audit(
-        "resnet20",
-        "final",
-        ("shadow-label",),
-        "quick",
-        200,
-        {"channel": ADAPTIVE, "pad": ADAPTIVE},
-        60,
+        "resnet20", "final", SHADOW, "quick", 200, {"channel": ADAPTIVE, **PAD}, 60
     ),
-    "resnet20-initial-grnn": Audit(
-        "resnet20",
-        "initial",
-        ("grnn",),
-        "quick",
-        5,
-        {"paper-sigmoid": ("key-unknown", "adaptive")},
-        50,
-    ),
+    "resnet20-initial-grnn": Audit("resnet20", "initial", ("grnn",), "quick", 5, FEW, 50),
 }
 
 
