@@ -147,6 +147,8 @@ class _Visit:
     def _update(self, result: Result) -> RecordDict:
         tensors = dict(result.tensors)
         _last_look(self.place, self.node, tensors)
+        if note := result.facts.get("note"):  # of the client's pad: the server is not told
+            log.warning("%s", note)
         facts = {"client": self.place.client, "kind": result.facts["kind"]}
         return RecordDict(
             {

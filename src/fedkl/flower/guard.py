@@ -172,6 +172,8 @@ class _Index:
         for offset in range(min(_WORD, len(hay) - _WORD + 1)) if len(self.words) else ():
             words = np.frombuffer(hay, "<u8", (len(hay) - offset) // _WORD, offset)
             hits = np.flatnonzero(self.present[self._slot(words)])
+            nearest = np.searchsorted(self.words, words[hits]).clip(max=len(self.words) - 1)
+            hits = hits[self.words[nearest] == words[hits]]
             found = words[hits]
             for word in np.unique(found):
                 places = offset + _WORD * hits[found == word]
