@@ -13,6 +13,7 @@ from fedkl.attacks.generators import (
 from fedkl.attacks.ggl import GGL
 from fedkl.attacks.grnn import GRNN
 from fedkl.attacks.matching import GradientMatching
+from fedkl.attacks.peel import Peel
 from fedkl.attacks.pixels import DLG, IDLG, InvertingGradients
 from fedkl.attacks.registry import ATTACKS, EFFORTS, Resources, make_attack
 from fedkl.attacks.secrets import Held, Secrets
@@ -30,6 +31,7 @@ __all__ = [
     "GradientMatching",
     "Held",
     "InvertingGradients",
+    "Peel",
     "Progress",
     "Reconstruction",
     "Resources",

@@ -13,6 +13,7 @@ from fedkl.attacks.base import Attack
 from fedkl.attacks.closed_form import ClosedForm
 from fedkl.attacks.ggl import GGL
 from fedkl.attacks.grnn import GRNN
+from fedkl.attacks.peel import Peel
 from fedkl.attacks.pixels import DLG, IDLG, InvertingGradients
 from fedkl.errors import AttackError, ConfigError, unknown
 
@@ -103,6 +104,11 @@ ATTACKS: Final[Mapping[str, Mapping[str, Callable[[Resources], Attack]]]] = {
     },
     # Solved, not searched: no effort makes it better.
     "closed-form": dict.fromkeys(EFFORTS, lambda _: ClosedForm()),
+    "peel": {
+        "quick": lambda _: Peel(coarse=12, fine=8),
+        "standard": lambda _: Peel(),
+        "paper": lambda _: Peel(coarse=32, fine=32),
+    },
     "shadow": _shadow(),
     "shadow-global": _shadow(restandardize="global"),
     "shadow-label": _shadow(restandardize="label"),

@@ -23,7 +23,7 @@ ON_SPENT: Final = ("warn", "error", "renew")
 OPTIMIZERS: Final = ("sgd", "adam", "rmsprop", "adadelta")
 SCHEDULES: Final = ("constant", "step", "cosine")
 ATTACKS: Final = (
-    "dlg", "idlg", "inverting-gradients", "grnn", "ggl", "closed-form",
+    "dlg", "idlg", "inverting-gradients", "grnn", "ggl", "closed-form", "peel",
     "shadow", "shadow-global", "shadow-label", "shadow-gradient",
 )  # fmt: skip
 THREATS: Final = (
