@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch.nn.functional import softmax
 from fedkl.attacks.matching import GradientMatching
 from fedkl.attacks.network import Tensors
 from fedkl.attacks.search import LBFGS, Elementwise, Search, Trial, Trials
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, unknown
+
+OPTIMIZERS: Final = ("adam", "l-bfgs")
+COSINE_SCALE: Final = 1e4  # lifts distances of 1e-6 above L-BFGS's guard against bad curvature
 
 
 class PixelMatching(GradientMatching):
@@ -137,6 +140,16 @@ class InvertingGradients(PixelMatching):
 
     The step falls to a tenth after 3/8, 5/8 and 7/8 of the iterations. Weights of the total
     variation and the step are for pixels in [0, 1].
+
+    Args:
+        signed: Adam goes by the sign of the gradient, as published.
+        optimizer: ``adam``, or ``l-bfgs``: steps of length ``lr`` (take 1) without box, on a smooth
+            loss (take ``tv`` 0). The cosine is ill-conditioned on networks that pixels pass through
+            easily; where its loss has no plateaus L-BFGS gets far in a few hundred iterations.
+        further: As :class:`PixelMatching`.
+
+    Raises:
+        ConfigError: An unknown optimizer, or signed steps of L-BFGS.
     """
 
     name: ClassVar[str] = "inverting-gradients"
@@ -149,10 +162,18 @@ class InvertingGradients(PixelMatching):
         lr: float = 0.1,
         tv: float = 1e-4,
         signed: bool = True,
+        optimizer: str = "adam",
         distance: str = "cosine",
         labels: str = "infer",
         parallel: int = 64,
     ) -> None:
+        if optimizer not in OPTIMIZERS:
+            raise ConfigError(unknown("optimizer of inverting-gradients", optimizer, OPTIMIZERS))
+        if signed and optimizer == "l-bfgs":
+            raise ConfigError(
+                "got signed steps of l-bfgs, which lose what it knows about curvature; expected "
+                "signed=False with it."
+            )
         super().__init__(
             iterations=iterations,
             restarts=restarts,
@@ -162,12 +183,15 @@ class InvertingGradients(PixelMatching):
             tv=tv,
             mean=0.5,
             deviation=0.25,
-            box=True,
+            box=optimizer == "adam",
             parallel=parallel,
         )
         self.settings["signed"] = self.signed = signed
+        self.settings["optimizer"] = self.optimizer = optimizer
 
     def search(self, unknowns: dict[str, Tensor]) -> Search:
+        if self.optimizer == "l-bfgs":
+            return LBFGS(unknowns, lr=self.lr, scale=COSINE_SCALE)
         return Elementwise(
             unknowns, torch.optim.Adam, lr=self.lr, schedule=thirds, signed=self.signed
         )

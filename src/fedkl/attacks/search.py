@@ -179,10 +179,14 @@ class LBFGS(Search):
         unknowns: Stacked unknowns; changed in place.
         lr: Step length.
         history: Pairs kept.
+        scale: Factor on the loss. Steps do not depend on it but for the first one and the guard
+            against curvature below 1e-10, which would stop losses that are tiny by nature.
     """
 
-    def __init__(self, unknowns: dict[str, Tensor], *, lr: float, history: int = 100) -> None:
-        self.unknowns = unknowns
+    def __init__(
+        self, unknowns: dict[str, Tensor], *, lr: float, history: int = 100, scale: float = 1.0
+    ) -> None:
+        self.unknowns, self.scale = unknowns, scale
         flat = self._flat(unknowns)
         self.solver = BatchedLBFGS(
             (flat.shape[0], flat.shape[1]), lr=lr, history=history, like=flat
@@ -192,7 +196,7 @@ class LBFGS(Search):
         return torch.cat([tensors[name].flatten(1) for name in self.unknowns], dim=1)
 
     def step(self, gradients: Tensors, share: float) -> None:
-        change = self.solver.step(self._flat(gradients))
+        change = self.solver.step(self._flat(gradients) * self.scale)
         sizes = [value[0].numel() for value in self.unknowns.values()]
         parts = torch.split(change, sizes, dim=1)
         for value, part in zip(self.unknowns.values(), parts, strict=True):
