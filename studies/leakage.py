@@ -105,6 +105,7 @@ FEW = {"paper-sigmoid": ("key-unknown", "adaptive")}
 SHADOW = ("shadow-label",)
 AUDITS: dict[str, Audit] = {
     "lenet-final": Audit("lenet", "final", IG, "quick", 20, FINAL, 9),
+    "lenet-final-peel": Audit("lenet", "final", ("peel",), "quick", 20, {**LOCKS, **PAD}, 10),
     "lenet-final-shadow": Audit("lenet", "final", SHADOW, "standard", 200, {**LOCKS, **PAD}, 25),
     "lenet-initial": Audit("lenet", "initial", ("dlg",), "quick", 20, PAPER, 20),
     "lenet-initial-grnn": Audit("lenet", "initial", ("grnn",), "quick", 5, FEW, 20),
