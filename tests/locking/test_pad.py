@@ -77,14 +77,14 @@ NORMS = {
     learned=st.sampled_from(LEARNED),
     law=st.sampled_from(sorted(SCALE_LAWS)),
     spread=st.floats(0.1, 30),
+    gain=st.floats(0.5, 10),
 )
 def test_lock_computes_scale_times_norm_plus_shift(
-    kind: str, learned: str, law: str, spread: float
+    kind: str, learned: str, law: str, spread: float, gain: float
 ) -> None:
     model = net(NORMS[kind]())
-    locked = lock(
-        model, KEY, scheme="pad", example=IMAGE, learned=learned, scale_law=law, spread=spread
-    )
+    scheme = Pad(learned=learned, scale_law=law, spread=spread, gain=gain)
+    locked = lock(model, KEY, scheme=scheme, example=IMAGE)
     source = sources_of(locked)["1"]
     with torch.no_grad():
         for p in source.parameters():
@@ -92,11 +92,26 @@ def test_lock_computes_scale_times_norm_plus_shift(
     pad = Pad(spread=spread, scale_law=law).draw("1", (4, 6, 6), KEY, 0)
     gamma, beta = pad[0], pad[1]
     if learned != "none":
-        gamma, beta = gamma + source.scale_learned, beta + source.shift_learned
+        gamma = gamma + gain * source.scale_learned
+        beta = beta + gain * source.shift_learned
     x = locked[0](IMAGE)  # type: ignore[index, operator]
     want = gamma * reference(x, kind) + beta
     got = locked.train()[1](x)  # type: ignore[index]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_moves_the_lock_by_the_square_of_the_gain() -> None:
+    model, moved = net(nn.BatchNorm2d(4)), {}
+    for gain in (1.0, 3.0):
+        locked = lock(model, KEY, scheme=Pad(gain=gain), example=IMAGE)
+        before = affines(locked)["1"]
+        parameters = list(sources_of(locked)["1"].parameters())
+        locked(IMAGE).square().mean().backward()
+        torch.optim.SGD(parameters, lr=0.1).step()
+        after = affines(locked)["1"]
+        moved[gain] = torch.stack([b - a for a, b in zip(before, after, strict=True)])
+    assert float(moved[1.0].abs().max()) > 0
+    torch.testing.assert_close(moved[3.0], 9 * moved[1.0], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("law", SCALE_LAWS)
@@ -256,7 +271,7 @@ def test_renewed_pad_is_another_and_learned_terms_restart_or_stay() -> None:
     assert epoch_of(locked) == epoch_of(kept) == 3
     fresh = Pad().draw("1", (4, 6, 6), KEY, 3)[0]
     assert torch.equal(affines(locked)["1"][0], fresh)
-    assert torch.equal(affines(kept)["1"][0], fresh + 0.5)
+    assert torch.equal(affines(kept)["1"][0], fresh + 0.5 * Pad().gain)
     assert abs(float(torch.corrcoef(torch.stack([before.flatten(), fresh.flatten()]))[0, 1])) < 0.3
     assert torch.equal(private_state(locked)["0.weight"], stem)
     restart_lock(locked, KEY)
@@ -349,6 +364,7 @@ def test_another_input_size_is_an_error() -> None:
     "bad, message",
     [
         ({"scale_law": "near"}, "near-one"),
+        ({"gain": 0.0}, "gain must be a positive number"),
         ({"learned": "positions"}, "position"),
         ({"spread": 0.0}, "positive"),
         ({"spread": math.inf}, "positive"),

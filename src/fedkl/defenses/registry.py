@@ -25,8 +25,8 @@ class DefenseConfig:
         share_statistics: Share the running statistics of locked norms, as the released code does.
         group_key: Locks of all clients start at the same γ and β, drawn from a key that the clients
             share and the server does not have. Not for the paper's presets.
-        spread: Of ``channel`` and ``pad``.
-        shift_spread, gain, activation, bias, law, length, chain: Further settings of ``channel``;
+        spread, gain: Of ``channel`` and ``pad``.
+        shift_spread, activation, bias, law, length, chain: Further settings of ``channel``;
             None is its (or the preset's) default.
         scale_law, learned: Further settings of ``pad``; None is its default.
         stem, head, lock_head_input, max_length: Of ``pad`` and ``open-pad``; None is the default.
@@ -39,8 +39,8 @@ class DefenseConfig:
     share_statistics: bool = False
     group_key: bool = True
     spread: float | None = None
-    shift_spread: float | None = None
     gain: float | None = None
+    shift_spread: float | None = None
     activation: str | None = None
     bias: bool | None = None
     law: str | None = None
@@ -71,7 +71,7 @@ _SETTINGS: Final[Mapping[str, Sequence[str]]] = {
         "length",
         "chain",
     ),
-    "pad": ("spread", "scale_law", "learned", *_LAYERS),
+    "pad": ("spread", "scale_law", "learned", "gain", *_LAYERS),
     "open-pad": _LAYERS,
 }
 

@@ -41,15 +41,22 @@ class PadAffine(AffineSource):
         pad: γ and β as drawn, (2, *shape).
         learned: Shape of what is learned on top, broadcasting over the pad's; None for nothing.
         epoch: Number of the pad.
+        gain: What is learned is multiplied by it.
     """
 
     epoch: Tensor
 
     def __init__(
-        self, site: str, pad: Tensor, learned: tuple[int, ...] | None, epoch: int = 0
+        self,
+        site: str,
+        pad: Tensor,
+        learned: tuple[int, ...] | None,
+        epoch: int = 0,
+        *,
+        gain: float = 1.0,
     ) -> None:
         super().__init__(tuple(pad.shape[1:]))
-        self.site = site
+        self.site, self.gain = site, gain
         zeros = None if learned is None else torch.zeros(learned, dtype=pad.dtype)
         self.scale_learned = None if zeros is None else nn.Parameter(zeros.clone())
         self.shift_learned = None if zeros is None else nn.Parameter(zeros)
@@ -85,7 +92,7 @@ class PadAffine(AffineSource):
         if self._stale:
             raise LockError(STALE)
         value = self._sealed.tensor[index]
-        return value if learned is None else value + learned
+        return value if learned is None else torch.add(value, learned, alpha=self.gain)
 
     def _scale(self) -> Tensor:
         return self._pad(0, self.scale_learned)
@@ -166,6 +173,8 @@ class Pad(Scheme):
             (``sign``), the sign of every position at random.
         learned: What is learned on top of the pad: one number per ``position``, one per
             ``channel``, or ``none``.
+        gain: How much faster that learns than an ordinary affine: a step moves it by lr·gain². A
+            position hears its own gradient alone, an affine that of all positions of a channel.
         stem: Whether everything up to and including the first lock is private, drawn from the key.
         head: Whether the classifier (the last linear layer that runs) is private as well.
         lock_head_input: Whether a norm with a pad is inserted in front of the classifier.
@@ -178,8 +187,9 @@ class Pad(Scheme):
     positional: ClassVar[bool] = True
 
     spread: float = 3.0
-    scale_law: str = "near-one"
+    scale_law: str = "wide"
     learned: str = "position"
+    gain: float = 10.0
     stem: bool = True
     head: bool = False
     lock_head_input: bool = False
@@ -190,8 +200,9 @@ class Pad(Scheme):
             raise ConfigError(unknown("law of γ", self.scale_law, SCALE_LAWS))
         if self.learned not in LEARNED:
             raise ConfigError(unknown("learned part of a pad", self.learned, LEARNED))
-        if not (0 < self.spread < math.inf):
-            raise ConfigError(f"spread must be a positive number, got {self.spread}.")
+        for name in ("spread", "gain"):
+            if not (0 < (value := getattr(self, name)) < math.inf):
+                raise ConfigError(f"{name} must be a positive number, got {value}.")
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length must be at least 1, got {self.max_length}.")
 
@@ -207,7 +218,7 @@ class Pad(Scheme):
         if key is None:
             raise LockError("scheme 'pad' needs a key, got none: pass Key.generate().")
         learned = {"position": shape, "channel": tuple(scale.shape), "none": None}[self.learned]
-        source = PadAffine(site, self.draw(site, shape, key, 0), learned)
+        source = PadAffine(site, self.draw(site, shape, key, 0), learned, gain=self.gain)
         return source.to(scale.device, scale.dtype)
 
     def draw(self, site: str, shape: tuple[int, ...], key: Key, epoch: int) -> Tensor:
