@@ -460,3 +460,26 @@ def test_a_client_that_would_send_its_lock(
     refused = lines(caplog, "private; nothing was sent")
     assert sum(line.startswith("refused: tensor") for line in refused) == 2
     assert sum(line.startswith("node 999") for line in refused) == 2
+
+
+def test_clients_warn_of_crafted_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A classifier with one living row: an honest server never sends that, a fishing one does."""
+    grid, flower = prepared(tmp_path)
+    caplog.set_level(logging.WARNING, "flwr.fedkl")
+    serve(grid, BASE, flower)
+    assert not lines(caplog, "looks crafted")
+
+    def crafted(*args: Any) -> dict[str, torch.Tensor]:
+        shared = decoded(*args)
+        name = [n for n, tensor in shared.items() if tensor.ndim == 2][-1]
+        shared[name][1:] = 0
+        shared[name.replace("weight", "bias")][0] = -60
+        return shared
+
+    monkeypatch.setattr("fedkl.flower.client.decoded", crafted)
+    flower = dataclasses.replace(flower, folder=str(tmp_path / "b"))
+    with_keys(tmp_path / "b", make_keys(tmp_path / "more", 3, 64))
+    serve(loopback(BASE, flower), BASE, flower)
+    assert lines(caplog, "looks crafted")

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedkl.errors import ConfigError, FedKLError
 from fedkl.federation import RunConfig
 from fedkl.federation.session import Result
+from fedkl.federation.trust import suspicious
 from fedkl.flower.guard import Secrets
 from fedkl.flower.layers import layers
 from fedkl.flower.node import LoadData, Node, Place, job_from, node_at, place_of
@@ -123,6 +124,11 @@ class _Visit:
         config = self.message.content[CONFIG]
         job = job_from(config.get("job"), kind, self.place.client)
         shared = self._received()
+        if kind == "train":
+            for finding in suspicious(None, shared):
+                log.warning(
+                    "client %d: the server's model looks crafted: %s", self.place.client, finding
+                )
         result = self.node.run(job, shared, proximal=float(config.get("proximal-mu", 0.0)))
         content = self._update(result) if kind == "train" else _accuracy(result)
         return Message(content, reply_to=self.message)
