@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from attackhelp import CLASSES, gradient_of, images, observe, tiny
-from torch.func import vmap
+from torch import Tensor
+from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy, one_hot
 
 from fedkl.attacks.network import Network
@@ -108,3 +110,26 @@ def test_update_that_does_not_fit_is_refused(spoil: object, message: str) -> Non
     spoil(observation.changes[0])  # type: ignore[operator]
     with pytest.raises(AttackError, match=message):
         Network(observation)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "update"])
+def test_plain_autograd_gives_the_same_change_and_derivative_by_image_and_secret(kind: str) -> None:
+    model = tiny(norm=True)
+    steps = Training() if kind == "gradient" else Training(local_steps=2, lr=0.1, momentum=0.9)
+    x, y = images(steps.images, (1, 8, 8)), torch.arange(steps.images)
+    observation = observe(model, x[:1], y[:1])[0]
+    network = Network(replace(observation, kind=kind, training=steps, secrets=("1.weight",)))
+    labels = one_hot(y, CLASSES).float()
+
+    def size(scale: Tensor, pixels: Tensor) -> Tensor:
+        change = network.change({"1.weight": scale}, pixels, labels)
+        return torch.stack([value.square().sum() for value in change.values()]).sum()
+
+    wanted = grad(size, argnums=(0, 1))(torch.full((6,), 1.5), x)
+    scale, pixels = torch.full((6,), 1.5).requires_grad_(), x.clone().requires_grad_()
+    with network.plain():
+        found = torch.autograd.grad(size(scale, pixels), [scale, pixels])
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert bool((theirs != 0).any())
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+    vmap(size)(torch.ones(2, 6), torch.stack([x, x]))  # the way of batches is back

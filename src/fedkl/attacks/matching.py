@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
+from torch.utils._pytree import tree_map
 
 from fedkl.attacks.base import Attack, Progress, Reconstruction
 from fedkl.attacks.distances import DISTANCES
@@ -194,6 +195,8 @@ class GradientMatching(Attack):
         return loss
 
     def _objective(self, trials: Trials) -> Objective:
+        if trials.count == 1:
+            return self._single(trials)
         both = vmap(grad_and_value(self._loss(trials)))
 
         def evaluate(
@@ -201,6 +204,22 @@ class GradientMatching(Attack):
         ) -> tuple[dict[str, Tensor], Tensor]:
             found: tuple[dict[str, Tensor], Tensor] = both(values, trials.stacked, iteration)
             return found
+
+        return evaluate
+
+    def _single(self, trials: Trials) -> Objective:
+        """What :meth:`_objective` gives, for one trial and without what a batch costs."""
+        one_trial, trial = self._loss(trials), tree_map(lambda value: value[0], trials.stacked)
+
+        def evaluate(
+            values: dict[str, Tensor], iteration: Tensor
+        ) -> tuple[dict[str, Tensor], Tensor]:
+            leaves = {n: value[0].detach().requires_grad_() for n, value in values.items()}
+            with trials.network.plain():
+                loss = one_trial(leaves, trial, iteration[0])
+                found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+            rows = zip(leaves, found, strict=True)
+            return {name: gradient[None] for name, gradient in rows}, loss.detach()[None]
 
         return evaluate
 
