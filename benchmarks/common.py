@@ -26,7 +26,7 @@ class Row:
     """One measured figure.
 
     Attributes:
-        part: ``a``, ``b``, ``c`` or ``d``.
+        part: ``a`` … ``e``.
         what: What was compared with what.
         figure: The ratio, or None where it could not be measured.
         interval: Bootstrap 95 % interval of the ratio's median, or None.
@@ -130,9 +130,11 @@ class Stepper:
     Several of them, asked in turn, take their samples under the same weather.
     """
 
-    def __init__(self, script: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, script: str, settings: Mapping[str, Any], python: str = sys.executable
+    ) -> None:
         self.process = subprocess.Popen(
-            command(script, settings),
+            command(script, settings, python),
             env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,15 +1,16 @@
-"""How fast and how small: the lock, the engine, and the engine next to Flower's.
+"""How fast and how small: the lock, the engine next to Flower's, an attack next to a peer's.
 
-    python benchmarks/run.py --only a,b,c,d --repeats 12 --out results
+    python benchmarks/run.py --only a,b,c,d,e --repeats 12 --out results
 
 Parts: (a) a locked training step against an unlocked one; (b) the engine against a bare PyTorch
 loop, and two workers against one; (c) the engine against Flower's simulation engine; (d) peak
-memory at 10 to 10,000 clients. Evaluation is off, every process has one torch thread, arms take
-turns, and a ratio is the median over neighboring pairs with a bootstrap 95 % interval. Writes
-``benchmark.json`` (raw samples too) and ``benchmark.md``; a missed target is reported as missed,
-and parts that were not run keep their rows from before.
+memory at 10 to 10,000 clients; (e) Inverting Gradients against ``breaching``. Evaluation is off,
+every process has one torch thread, arms take turns, and a ratio is the median over neighboring
+pairs with a bootstrap 95 % interval. Writes ``benchmark.json`` (raw samples too) and
+``benchmark.md``; a missed target is reported as missed, and parts that were not run keep their rows
+from before.
 
-Cost: about 13 minutes and 3 GB of memory on two quiet cores.
+Cost: about 20 minutes and 3 GB of memory on two quiet cores.
 """
 
 from __future__ import annotations
@@ -27,14 +28,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flower
 import memory
 import rounds
 import steps
 from common import ROOT
 
-PARTS = {"a": steps.measure, "b": rounds.measure, "c": flower.measure, "d": memory.measure}
-COST = {"a": 4, "b": 3, "c": 5, "d": 1}  # minutes on a quiet machine
+import attacks
+import flower
+
+PARTS = {
+    "a": steps.measure,
+    "b": rounds.measure,
+    "c": flower.measure,
+    "d": memory.measure,
+    "e": attacks.measure,
+}
+COST = {"a": 4, "b": 3, "c": 5, "d": 1, "e": 7}  # minutes on a quiet machine
 PACKAGES = ("fedkl", "torch", "torchvision", "numpy")
 
 
@@ -73,7 +82,9 @@ def _arguments() -> argparse.Namespace:
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}.")
     if unknown := set(args.only.split(",")) - set(PARTS):
-        parser.error(f"--only: unknown part {', '.join(sorted(unknown))}; expected a, b, c, d.")
+        parser.error(
+            f"--only: unknown part {', '.join(sorted(unknown))}; expected {', '.join(PARTS)}."
+        )
     return args
 
 
