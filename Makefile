@@ -100,6 +100,10 @@ reproduce-architectures: setup ## the study over architectures
 reproduce-accuracy: setup .data/mnist/.stamp ## the study of accuracy
 	@$(BIN)/python studies/accuracy.py
 
+.PHONY: reproduce-certificate
+reproduce-certificate: setup ## directions and bits that gradients give away
+	@$(BIN)/python studies/certificate.py
+
 .PHONY: clean
 clean: ## remove caches and builds; .venv, .data and runs stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

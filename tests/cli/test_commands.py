@@ -26,7 +26,7 @@ from fedkl.errors import DataNotFoundError
 from fedkl.federation import RunConfig
 from fedkl.key import Key
 
-COMMANDS = ["train", "evaluate", "audit", "audit-update", "inspect", "keygen", "demo"]
+COMMANDS = ["train", "evaluate", "audit", "audit-update", "certify", "inspect", "keygen", "demo"]
 MAIN = [sys.executable, "-c", "import sys; from fedkl.cli import main; sys.exit(main())"]
 
 

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from fedkl.audit.config import AuditConfig
 from fedkl.audit.observe import observe
 from fedkl.audit.victims import Victims
 from fedkl.certificate import (
     TOLERANCE,
     Cancellation,
     Certificate,
+    Prior,
+    TooLargeError,
     cancellation,
     certify,
     prior_of,
 )
 from fedkl.certificate.prior import NOISE, PIXEL
-from fedkl.errors import ConfigError
+from fedkl.files import read_json, write_json
 from fedkl.locking import OpenPad, Pad
 from fedkl.observation import THREATS
 from fedkl.rng import derive
+
+LARGEST_IN_AUDIT: Final = 3_000
 
 
 @dataclass(frozen=True)
@@ -55,19 +62,32 @@ class Certified:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """A line per number of presentations, for tables."""
-        return [
+        """A line per number of presentations, or one that says what the construction shows."""
+        check = self.cancellation
+        hidden = None if check is None else check.cut
+        lines: list[dict[str, Any]] = [
             {
                 "defense": self.defense,
                 "presentations": one.presentations,
-                "directions, secrets unknown": one.directions,
-                "directions, secrets known": one.known,
-                "of pixels": one.of,
-                "bits, secrets unknown": round(one.bits, 2),
-                "bits, secrets known": round(one.bits_known, 2),
-                "private numbers": one.secrets,
+                "directions": one.directions,
+                "directions_key_known": one.known,
+                "pixels": one.of,
+                "bits": round(one.bits, 2),
+                "bits_key_known": round(one.bits_known, 2),
+                "secrets": one.secrets,
+                "first_lock_hides_one_image": hidden,
             }
             for one in self.certificates
+        ]
+        names = ("directions", "directions_key_known", "pixels", "bits", "bits_key_known")
+        return lines or [
+            {
+                "defense": self.defense,
+                "presentations": 1,
+                **dict.fromkeys(names),
+                "secrets": None if check is None else check.secrets,
+                "first_lock_hides_one_image": hidden,
+            }
         ]
 
 
@@ -79,7 +99,7 @@ def certify_victims(
     tolerance: float = TOLERANCE,
     pixel: float = PIXEL,
     noise: float = NOISE,
-    largest: float | None = None,
+    largest: float = math.inf,
     progress: Callable[[int, int], None] | None = None,
 ) -> Certified:
     """Certifies what one client sends of the test images ``rows``.
@@ -103,40 +123,65 @@ def certify_victims(
     labels = torch.stack([victims.bundle.test.labels[row] for row in rows])
     held = victims.held()
     prior = prior_of(victims.spec, held, pixel=pixel, noise=noise)
-    certificates: list[Certificate] = []
-    note = ""
+    certificates, note = [], ""
     private = sum(value.numel() for value in held.values())
-    if largest is not None and private > largest:
-        note = f"{private} private numbers are too many for a matrix here: not certified densely"
-    else:
-        try:
-            certificates = certify(
-                observation,
-                images,
-                labels,
-                held,
-                prior=prior,
-                updates=updates,
-                tolerance=tolerance,
-                progress=progress,
-            )
-        except ConfigError as error:
-            if "GB" not in str(error):
-                raise
-            note = str(error)
-    padded = victims.spec is not None and victims.spec.scheme in (Pad.name, OpenPad.name)
-    cancelled = None
-    if padded and victims.training.presentations == 1:
-        (first,) = observe(victims, [victims.send(rows[:1])], THREATS["adaptive"])
-        other = int((rows[0, 0] + 1) % len(victims.bundle.test))
-        cancelled = cancellation(
-            first,
-            images[:1],
-            labels[:1],
-            held,
-            victims.bundle.test.batch(torch.tensor([other]))[0][0],
-            prior=prior,
-            generator=derive(victims.config.seed, "cancellation"),
-        )
-    name = victims.config.defense.name
+    options: dict[str, Any] = {"updates": updates, "tolerance": tolerance, "progress": progress}
+    try:
+        if private > largest:
+            raise TooLargeError(f"{private} private numbers are more than {largest:g}.")
+        certificates = certify(observation, images, labels, held, prior=prior, **options)
+    except TooLargeError as error:
+        note = str(error)
+    name, cancelled = victims.config.defense.name, _cancelled(victims, rows[:1], held, prior)
     return Certified(name, victims.audit.stage, tuple(certificates), cancelled, note)
+
+
+def _cancelled(
+    victims: Victims, rows: Tensor, held: Mapping[str, Tensor], prior: Prior
+) -> Cancellation | None:
+    """The construction for one image and the one behind it in the test set; None without a pad."""
+    padded = victims.spec is not None and victims.spec.scheme in (Pad.name, OpenPad.name)
+    if not padded or victims.training.presentations != 1:
+        return None
+    (observation,) = observe(victims, [victims.send(rows)], THREATS["adaptive"])
+    test = victims.bundle.test
+    images, labels = test.batch(rows[0])
+    other, _ = test.batch((rows[0] + 1) % len(test))
+    return cancellation(
+        observation,
+        images[None],
+        labels[None],
+        held,
+        other[0],
+        prior=prior,
+        generator=derive(victims.config.seed, "cancellation"),
+    )
+
+
+def certify_audit(
+    audit: AuditConfig,
+    victims: Iterable[Victims],
+    rows: Tensor,
+    folder: Path,
+) -> dict[str, Any]:
+    """The entry ``certificate`` of an audit's JSON: one image of the first victim per defense.
+
+    Where a defense has more than 3,000 private numbers, only the construction is tried: the whole
+    matrix is for ``fedkl certify``, which has all the time it takes.
+
+    Args:
+        audit: The audit.
+        victims: A client of every defense.
+        rows: Test images (victims, T, images), as :func:`fedkl.audit.victims.draw_victims`.
+        folder: Of the cells; what is there is not done again.
+    """
+    lines: list[dict[str, Any]] = []
+    for one in victims:
+        path = folder / f"certificate_{audit.stage}_{one.config.defense.name}.json"
+        if path.exists():
+            lines += read_json(path)
+            continue
+        found = certify_victims(one, rows[0, :1], largest=LARGEST_IN_AUDIT).rows()
+        write_json(path, found)
+        lines += found
+    return {"tolerance": TOLERANCE, "pixel": PIXEL, "noise": NOISE, "defenses": lines}

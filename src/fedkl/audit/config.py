@@ -36,6 +36,7 @@ class AuditConfig:
         effort: ``quick``, ``standard`` or ``paper``.
         candidates: Images of the same class among which the true one is to be found.
         pictured: Victims of the first seed whose pictures are kept.
+        certificate: Whether directions and bits are counted for one image per defense.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -51,6 +52,7 @@ class AuditConfig:
     effort: str = "standard"
     candidates: int = 100
     pictured: int = 6
+    certificate: bool = False
 
     def __post_init__(self) -> None:
         for kind, names, choices in (

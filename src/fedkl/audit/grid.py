@@ -11,6 +11,7 @@ from typing import Any
 
 from fedkl.attacks import Attack, Reconstruction
 from fedkl.audit.arsenal import FEED_FORWARD, TARGET, Arsenal, applicable
+from fedkl.audit.certified import certify_audit
 from fedkl.audit.config import AuditConfig
 from fedkl.audit.measure import Truth, fished, matched, rows_of, subset, truth_of
 from fedkl.audit.observe import observe
@@ -134,10 +135,20 @@ def run_audit(
         "rows": rows,
         "pictures": pictures,
         "skipped": skipped,
-        "certificate": None,
+        "certificate": _certificate(audit, folder, given, bundle) if audit.certificate else None,
     }
     write_json(folder / "audit.json", result)
     return result
+
+
+def _certificate(
+    audit: AuditConfig, folder: Path, given: Mapping[str, Path], bundle: DataBundle
+) -> dict[str, Any]:
+    first = (f for f in _federations(audit, folder, given) if f[1] == 0)
+    victims = (Victims(config, place, bundle, audit) for _, _, config, place in first)
+    with one_thread():
+        rows = draw_victims(bundle, audit)
+        return certify_audit(audit, victims, rows, make_folder(folder / "cells"))
 
 
 def _check(audit: AuditConfig, folder: Path, given: Mapping[str, Path], bundle: DataBundle) -> None:

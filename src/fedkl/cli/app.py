@@ -13,6 +13,7 @@ import typer
 from fedkl._version import __version__
 from fedkl.cli.audit import audit
 from fedkl.cli.audit_update import audit_update
+from fedkl.cli.certify import certify
 from fedkl.cli.demo import demo
 from fedkl.cli.evaluate import evaluate
 from fedkl.cli.inspection import inspect
@@ -64,6 +65,7 @@ for command, panel in (
     (evaluate, "Federations"),
     (audit, "Audits"),
     (audit_update, "Audits"),
+    (certify, "Audits"),
     (inspect, "Keys and models"),
     (keygen, "Keys and models"),
 ):
@@ -125,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help_of(words: Sequence[str]) -> str:
-    names = {"audit", "audit-update", "demo", "train", "evaluate", "inspect", "keygen"}
+    names = {"audit", "audit-update", "certify", "demo", "train", "evaluate", "inspect", "keygen"}
     named = [word for word in words[:1] if word in names]
     return " ".join(["fedkl", *named, "--help"])
 

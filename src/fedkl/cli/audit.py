@@ -57,6 +57,10 @@ def audit(
         int, typer.Option(help="Images of a class among which the true one is to be found.")
     ] = 100,
     effort: Annotated[str, typer.Option(help=f"One of: {', '.join(EFFORTS)}.")] = "standard",
+    certificate: Annotated[
+        bool,
+        typer.Option("--certificate", help="Also count the directions and bits given away."),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the audit in the folder.")
     ] = False,
@@ -82,7 +86,7 @@ def audit(
     """
     from fedkl.audit import EXIT_CODES, AuditConfig, run_audit
 
-    base, asked = _base(run_folder, settings), _listed(defenses)
+    base, asked = base_of(run_folder, settings), _listed(defenses)
     config = AuditConfig(
         run=build_config(flags=settings, file=config_file, base=base),
         defenses=asked if run_folder is None else _with_own(asked, base),
@@ -115,7 +119,13 @@ def audit(
     raise typer.Exit(EXIT_CODES[result["verdict"]["overall"]])
 
 
-def _base(run_folder: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+def base_of(run_folder: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings to start from: an audit's own, or those of a finished run.
+
+    Raises:
+        CheckpointError: The folder holds no finished run.
+        ConfigError: Settings were given that the run has already.
+    """
     if run_folder is None:
         return dict(START)
     from fedkl.errors import CheckpointError
