@@ -1,4 +1,4 @@
-"""The Python blocks of the README run as they stand, in order, as one program."""
+"""The Python of the README and of the pages runs as it stands, in order, as one program each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-DOCUMENTS = [Path(__file__).parents[1] / "README.md"]
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "audit.md"]
 LANGUAGES = {"python", "py", "python3"}
 
 
