@@ -118,6 +118,8 @@ class Training:
             every step had a batch of its own.
         lr, momentum, nesterov, weight_decay: Of the client's SGD.
         train_mode: Batch norms used the batch's own statistics.
+        clients: Clients behind one update, which is their plain mean: what a server sees through
+            secure aggregation. Each has batches (and secrets) of its own.
     """
 
     batch_size: int = 1
@@ -128,16 +130,17 @@ class Training:
     nesterov: bool = False
     weight_decay: float = 0.0
     train_mode: bool = True
+    clients: int = 1
 
     @property
     def images(self) -> int:
         """Distinct images behind one update."""
-        return self.batch_size * (1 if self.repeats else self.local_steps)
+        return self.batch_size * (1 if self.repeats else self.local_steps) * self.clients
 
     @property
     def presentations(self) -> int:
         """Images times the training steps they passed through."""
-        return self.batch_size * self.local_steps
+        return self.batch_size * self.local_steps * self.clients
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +158,8 @@ class Observation:
         training: How the updates were made.
         threat: What else the attacker knows.
         secrets: Names of the model's parameters that are private.
-        known: True values of secrets that the threat model grants.
+        known: True values of secrets that the threat model grants; of an update of several clients
+            with one more axis in front, over the clients.
         labels: True labels (T, images), if the threat model grants them.
         spec: The lock spec as plain data, None without a lock.
         lock_weights: The lock's own tensors by state-dict name, if granted.

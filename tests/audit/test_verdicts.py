@@ -9,7 +9,8 @@ import pytest
 from fedkl.audit.verdicts import EXIT_CODES, overall, summarize
 
 BASE = {
-    "attack": "a", "stage": "final", "batch": 1, "steps": 1, "observations": 1, "presentations": 1,
+    "attack": "a", "stage": "final", "batch": 1, "steps": 1, "observations": 1, "aggregated": 1,
+    "presentations": 1,
     "label": 1, "label_found": 1, "mse": 0.1, "psnr": 10.0, "ssim": 0.5, "ssim_uniform": 0.5,
     "lpips": None, "paper_mse": 1.0, "paper_psnr": 1.0, "floor_ssim": 0.4, "success": False,
     "floor_success": False, "floor_identified": False,

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from fedkl.attacks.network import Network
 from fedkl.audit.observe import observe
 from fedkl.audit.victims import Victims, draw_victims
+from fedkl.errors import ConfigError
 from fedkl.federation.session import load_data
 from fedkl.locking import affines
 from fedkl.observation import OPEN, threat_of
@@ -61,6 +62,32 @@ def test_key_holder_can_repeat_the_update(tmp_path: Path, defense: str, steps: i
         flat = torch.cat([v.flatten() for v in made.values()])
         true = torch.cat([seen.changes[0][n].flatten() for n in made])
         assert float(torch.cosine_similarity(flat, true, dim=0)) > 0.9
+
+
+@pytest.mark.parametrize("defense", ["none", "fedbn", "channel", "pad"])
+def test_aggregate_is_the_mean_and_its_key_holder_can_repeat_it(
+    tmp_path: Path, defense: str
+) -> None:
+    """Two clients, each with a lock of its own; the server sees their mean alone."""
+    found = victims(tmp_path, defense, aggregated=2, batch_size=2)
+    rows = torch.arange(4)[None]
+    (mean,) = found.send(rows).changes
+    parts = [found._update(client, rows[0, 2 * client :][:2], 0) for client in (0, 1)]
+    for name, value in mean.items():
+        torch.testing.assert_close(value, (parts[0][name] + parts[1][name]) / 2)
+    threat = OPEN if defense == "none" else threat_of("key-shared")
+    (seen,) = observe(found, [found.send(rows)], threat)
+    network = Network(seen)
+    x, y = BUNDLE.test.batch(rows[0])
+    secrets = {n: seen.known.get(n, v) for n, v in network.secrets.items()}
+    made = network.change(secrets, x, one_hot(y, 10).float())
+    for name, value in made.items():
+        torch.testing.assert_close(value, mean[name], rtol=1e-3, atol=1e-5)
+
+
+def test_more_clients_than_there_are_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="aggregated is 3"):
+        victims(tmp_path, "none", aggregated=3)
 
 
 @pytest.mark.parametrize("defense", ["fedbn", "channel"])

@@ -103,9 +103,19 @@ class Network:
         own steps are repeated on guessed images, on shared and private parameters alike
         (Geiping et al. 2020, section 6), and the result is weights before minus after.
         """
-        if self.kind == "gradient":
-            return self.gradient(secrets, x, y)
-        return self._unrolled(secrets, x, y)
+        make = self.gradient if self.kind == "gradient" else self._unrolled
+        clients = self.training.clients
+        if clients == 1:
+            return make(secrets, x, y)
+        # Secrets without an axis for the clients are taken to be everybody's.
+        parts = [
+            make({n: self._of(client, n, t) for n, t in secrets.items()}, xs, ys)
+            for client, (xs, ys) in enumerate(zip(x.chunk(clients), y.chunk(clients), strict=True))
+        ]
+        return {n: torch.stack([part[n] for part in parts]).mean(dim=0) for n in parts[0]}
+
+    def _of(self, client: int, name: str, secret: Tensor) -> Tensor:
+        return secret[client] if secret.dim() > self.secrets[name].dim() else secret
 
     def _unrolled(self, secrets: Tensors, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         training, size = self.training, self.training.batch_size

@@ -40,7 +40,9 @@ def applicable(names: Sequence[str], victims: Victims) -> tuple[ThreatModel, ...
         return (OPEN, *crafting)
     found = [threat_of(KEY_HOLDER)]
     for name in dict.fromkeys(names):
-        if name == KEY_HOLDER or (name in _NEED_A_KEY and spec.scheme != "channel"):
+        # Lock weights are one client's; behind an aggregate there are several.
+        keyed = spec.scheme == "channel" and victims.audit.aggregated == 1
+        if name == KEY_HOLDER or (name in _NEED_A_KEY and not keyed):
             continue
         found.append(threat_of(name))
     return tuple(found)

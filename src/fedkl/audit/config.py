@@ -32,6 +32,8 @@ class AuditConfig:
         images: Victims.
         batch_size, local_steps: How an update is made. 1 and 1, the worst case, is one gradient.
         observations: Updates that the attacker pools under one lock.
+        aggregated: Clients whose updates are averaged before the server sees them, as secure
+            aggregation does it.
         seeds: Federations, each with keys and attacks of its own.
         effort: ``quick``, ``standard`` or ``paper``.
         candidates: Images of the same class among which the true one is to be found.
@@ -48,6 +50,7 @@ class AuditConfig:
     batch_size: int = 1
     local_steps: int = 1
     observations: int = 1
+    aggregated: int = 1
     seeds: int = 1
     effort: str = "standard"
     candidates: int = 100
@@ -70,7 +73,7 @@ class AuditConfig:
             raise ConfigError(unknown("stage", self.stage, STAGES))
         if self.effort not in EFFORTS:
             raise ConfigError(unknown("effort", self.effort, EFFORTS))
-        for name in ("images", "batch_size", "local_steps", "observations", "seeds"):
+        for name in ("images", "batch_size", "local_steps", "observations", "aggregated", "seeds"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
         if self.candidates < 2:
@@ -89,7 +92,12 @@ class AuditConfig:
     @property
     def per_victim(self) -> int:
         """Images behind one observation of one victim."""
-        return self.batch_size * self.local_steps * self.observations
+        return self.per_update * self.observations
+
+    @property
+    def per_update(self) -> int:
+        """Images behind one update."""
+        return self.batch_size * self.local_steps * self.aggregated
 
     @property
     def cost(self) -> str:

@@ -275,7 +275,7 @@ def _attacked(
     )
     victims = Victims(config, place, bundle, audit)
     arsenal = Arsenal(audit, bundle, folder, lambda *facts: tell(Event(*facts)))
-    per_update = audit.batch_size * audit.local_steps
+    per_update = audit.per_update
     rows = truth.rows.view(audit.images, audit.observations, per_update)
 
     def progress(done: int, of: int, loss: float) -> None:
@@ -322,7 +322,8 @@ def _written(
         "batch": audit.batch_size,
         "steps": audit.local_steps,
         "observations": audit.observations,
-        "presentations": audit.batch_size * audit.local_steps * audit.observations,
+        "aggregated": audit.aggregated,
+        "presentations": audit.per_victim,
         "seed": cell.seed,
     }
     images, labels = matched(found, truth, per_update)

@@ -19,7 +19,8 @@ IDENTIFIED_HOLDS_FEW, FEW = 0.06, 100
 WORKS = 0.10
 
 CELL: Final = (
-    "attack", "defense", "threat", "stage", "batch", "steps", "observations", "presentations",
+    "attack", "defense", "threat", "stage", "batch", "steps", "observations", "aggregated",
+    "presentations",
 )  # fmt: skip
 MEANS: Final = (
     "mse", "psnr", "ssim", "ssim_uniform", "ssim_aligned", "lpips", "paper_mse", "paper_psnr",
@@ -64,7 +65,7 @@ def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
         for other in entries
         if all(
             other[name] == entry[name]
-            for name in ("attack", "stage", "batch", "steps", "observations")
+            for name in ("attack", "stage", "batch", "steps", "observations", "aggregated")
         )
         and (
             other["defense"] == "none"

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkl.audit.config import AuditConfig
 from fedkl.data import DataBundle
-from fedkl.errors import CheckpointError
+from fedkl.errors import CheckpointError, ConfigError
 from fedkl.federation import ClientTask, RunConfig, client_update
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.session import Session
@@ -78,8 +78,19 @@ class Victims:
         self.workspace.images = bundle.test
         self.round, stage_state = _stage(self.session, folder, audit.stage)
         self.shared = dict(stage_state if shared is None else shared)
-        self.key = self.session.store.key(CLIENT)
-        self.private = self.session._state(CLIENT, before=self.round + 1).private
+        if audit.aggregated > len(self.session.parts):
+            raise ConfigError(
+                f"aggregated is {audit.aggregated}, but the federation has "
+                f"{len(self.session.parts)} client(s); lower it, or train with more clients."
+            )
+        self.owners = [
+            (
+                self.session.store.key(client),
+                self.session._state(client, before=self.round + 1).private,
+            )
+            for client in range(audit.aggregated)
+        ]
+        self.key, self.private = self.owners[CLIENT]
         self.training = Training(
             batch_size=audit.batch_size,
             local_steps=audit.local_steps,
@@ -87,6 +98,7 @@ class Victims:
             momentum=training.momentum if not one_gradient else 0.0,
             nesterov=training.nesterov and not one_gradient,
             weight_decay=training.weight_decay if not one_gradient else 0.0,
+            clients=audit.aggregated,
         )
 
     @property
@@ -120,8 +132,14 @@ class Victims:
         """The client's true secrets before its first step: for the control that holds the key."""
         if self.spec is None:
             return {}
-        self.workspace.enter(self.shared, self.key, self.private)
-        return {n: t.detach().clone() for n, t in held_secrets(self.workspace.model).items()}
+        found = []
+        for key, private in self.owners:
+            self.workspace.enter(self.shared, key, private)
+            secrets = held_secrets(self.workspace.model)
+            found.append({n: t.detach().clone() for n, t in secrets.items()})
+        if len(found) == 1:
+            return found[0]
+        return {n: torch.stack([one[n] for one in found]) for n in found[0]}
 
     def lock_weights(self) -> dict[str, Tensor]:
         """The lock's own tensors before the first step."""
@@ -135,27 +153,36 @@ class Victims:
         """Updates made from test images ``rows`` (T, images)."""
         changes, statistics, locks = [], [], []
         for t, images in enumerate(rows):
-            task = ClientTask(
-                client=CLIENT,
-                round=self.round + 1,
-                index=images,
-                key=self.key,
-                private=self.private,
-                moments={},
-                join=False,
-                lr=self.config.training.lr,
-            )
-            generator = derive(self.config.seed, "victim", int(images[0]), t)
-            update = client_update(self.workspace, self.shared, task, generator).update
+            parts = [
+                self._update(client, mine, t)
+                for client, mine in enumerate(images.chunk(self.audit.aggregated))
+            ]
+            mean = {n: torch.stack([p[n].float() for p in parts]).mean(dim=0) for n in parts[0]}
             parameters = self.workspace.parameters
-            buffers = {n: v for n, v in update.tensors.items() if n not in parameters}
-            tensors = {n: v for n, v in update.tensors.items() if n in parameters}
-            if update.kind == "state":
-                tensors = {n: self.shared[n] - v for n, v in tensors.items()}
-            changes.append(tensors)
-            statistics.append(buffers)
+            changes.append({n: v for n, v in mean.items() if n in parameters})
+            statistics.append({n: v for n, v in mean.items() if n not in parameters})
             locks.append(self._lock_gradients(images) if lock_gradients else {})
         return Sent(rows, tuple(changes), tuple(statistics), tuple(locks))
+
+    def _update(self, client: int, images: Tensor, t: int) -> dict[str, Tensor]:
+        """What one client sends: changes of shared parameters, values of shared buffers."""
+        key, private = self.owners[client]
+        task = ClientTask(
+            client=client,
+            round=self.round + 1,
+            index=images,
+            key=key,
+            private=private,
+            moments={},
+            join=False,
+            lr=self.config.training.lr,
+        )
+        generator = derive(self.config.seed, "victim", int(images[0]), t)
+        update = client_update(self.workspace, self.shared, task, generator).update
+        if update.kind == "gradient":
+            return dict(update.tensors)
+        parameters = self.workspace.parameters
+        return {n: self.shared[n] - v if n in parameters else v for n, v in update.tensors.items()}
 
     def _lock_gradients(self, images: Tensor) -> dict[str, Tensor]:
         workspace = self.workspace

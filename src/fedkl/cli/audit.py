@@ -52,6 +52,9 @@ def audit(
     batch_size: Annotated[int, typer.Option(help="Images per step of an update.")] = 1,
     local_steps: Annotated[int, typer.Option(help="Steps of an update; 1 is a gradient.")] = 1,
     observations: Annotated[int, typer.Option(help="Updates pooled under one lock.")] = 1,
+    aggregated: Annotated[
+        int, typer.Option(help="Clients averaged before the server sees them (SecAgg).")
+    ] = 1,
     seeds: Annotated[int, typer.Option(help="Federations, each with its own keys.")] = 1,
     candidates: Annotated[
         int, typer.Option(help="Images of a class among which the true one is to be found.")
@@ -97,6 +100,7 @@ def audit(
         batch_size=batch_size,
         local_steps=local_steps,
         observations=observations,
+        aggregated=aggregated,
         seeds=seeds,
         effort=effort,
         candidates=candidates,
