@@ -90,11 +90,11 @@ CELLS: dict[str, Cell] = {
         ("inverting-gradients, L-BFGS", _lbfgs, (MEAN, 0.9), 70, COUNT),
         ("inverting-gradients, Adam", _adam(3000, 2), None, 115, COUNT),
         ("inverting-gradients, signed Adam", _signed, None, 40, COUNT),
-        ("grnn", lambda _: GRNN(iterations=700), (MEAN, 0.9), 45, 5),
+        ("grnn", lambda _: GRNN(iterations=2000), (MEAN, 0.9), 100, 5),
     )
 } | {
     "inverting-gradients fashion trained": Cell(
-        _adam(1000, tv=1e-4), "fashion", (BEYOND, 0.10), 30, trained=True
+        _lbfgs, "fashion", (BEYOND, 0.10), 50, trained=True
     ),
     "ggl fashion trained": Cell(_ggl, "fashion", (BEYOND, 0.0), 150, trained=True),
 }
