@@ -52,6 +52,8 @@ def test_a_scale_and_shift_per_position_hide_two_images(side: int, updates: int)
     model = classified([Affine(shape, scale=True)], n)
     for t, found in enumerate(certified(model, updates, shape, PAD), start=1):
         assert (found.directions, found.known) == (n * max(0, t - 2), n * t)
+        # Secrets hide no more directions than they are; here, not one less.
+        assert found.directions >= found.known - found.secrets
 
 
 @pytest.mark.parametrize("channels", [1, 3])

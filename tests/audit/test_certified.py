@@ -9,9 +9,10 @@ import pytest
 import torch
 from audithelp import small_audit
 
-from fedkl.audit import grid, run_audit
+from fedkl.audit import certified, grid, run_audit
 from fedkl.audit.certified import certify_victims
 from fedkl.audit.victims import Victims, draw_victims
+from fedkl.errors import AttackError
 from fedkl.federation import config_from
 from fedkl.federation.session import load_data
 from fedkl.report import spectrum_plot
@@ -103,3 +104,16 @@ def test_audit_has_a_line_per_defense_and_resumes(tmp_path: Path) -> None:
 def test_audit_without_is_as_before(tmp_path: Path) -> None:
     audit = small_audit(run=RUN, stage="initial", images=1)
     assert run_audit(audit, tmp_path)["certificate"] is None
+
+
+@pytest.mark.usefixtures("unattacked")
+def test_an_image_without_a_gradient_does_not_end_the_audit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AttackError("nothing to be seen")
+
+    monkeypatch.setattr(certified, "certify", refuse)
+    audit = small_audit(run=RUN, stage="initial", images=1, certificate=True)
+    lines = run_audit(audit, tmp_path)["certificate"]["defenses"]
+    assert [line["directions"] for line in lines] == [None] * 4
