@@ -89,7 +89,7 @@ def test_lock_computes_scale_times_norm_plus_shift(
     with torch.no_grad():
         for p in source.parameters():
             p.copy_(torch.randn(p.shape, generator=derive(3, "learned")))
-    pad = Pad(spread=spread, scale_law=law).draw("1", (4, 6, 6), KEY, 0)
+    pad = Pad(scale_law=law).draw("1", (4, 6, 6), KEY, 0, spread=spread)
     gamma, beta = pad[0], pad[1]
     if learned != "none":
         gamma = gamma + gain * source.scale_learned
@@ -116,7 +116,7 @@ def test_a_step_moves_the_lock_by_the_square_of_the_gain() -> None:
 
 @pytest.mark.parametrize("law", SCALE_LAWS)
 def test_laws_of_the_pad(law: str) -> None:
-    gamma, beta = Pad(scale_law=law, spread=5.0).draw("a", (200, 20, 20), KEY, 0)
+    gamma, beta = Pad(scale_law=law).draw("a", (200, 20, 20), KEY, 0, spread=5.0)
     count = gamma.numel()
     assert abs(float((gamma > 0).float().mean()) - 0.5) < 4 * 0.5 / math.sqrt(count)
     assert abs(float(beta.mean())) < 4 * 5 / math.sqrt(count)
@@ -128,10 +128,22 @@ def test_laws_of_the_pad(law: str) -> None:
     assert float((torch.corrcoef(flat) - torch.eye(len(flat))).abs().max()) < 0.02
 
 
+def test_later_sites_have_a_spread_of_their_own_before_and_after_renewal() -> None:
+    locked = padded(lock_head_input=True, spread=5.0, inner_spread=0.25)
+    for epoch in (0, 1):
+        renew(locked, KEY, epoch)
+        shifts = [beta for _, beta in affines(locked).values()]
+        assert [round(float(s.std()), 2) for s in shifts] == [
+            pytest.approx(5.0, rel=0.25),
+            pytest.approx(0.25, rel=0.25),
+        ]
+    assert Pad(spread=2.0).spread_of(first=False) == 2.0
+
+
 def test_pads_differ_by_site_epoch_and_key_and_nothing_else() -> None:
     scheme, shape = Pad(), (4, 3, 3)
     draws = {
-        (site, epoch, key.fingerprint): scheme.draw(site, shape, key, epoch)
+        (site, epoch, key.fingerprint): scheme.draw(site, shape, key, epoch, spread=3.0)
         for site in ("a", "b")
         for epoch in (0, 1)
         for key in (KEY, OTHER)
@@ -140,12 +152,12 @@ def test_pads_differ_by_site_epoch_and_key_and_nothing_else() -> None:
     assert not any(torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
     for (site, epoch, owner), pad in draws.items():
         key = KEY if owner == KEY.fingerprint else OTHER
-        assert torch.equal(pad, scheme.draw(site, shape, key, epoch))
+        assert torch.equal(pad, scheme.draw(site, shape, key, epoch, spread=3.0))
 
 
 def test_big_pads_take_no_matrix() -> None:
     """The first block of a ResNet-18 at 224 pixels has 802,816 positions."""
-    pad = Pad().draw("bn1", (64, 112, 112), KEY, 0)
+    pad = Pad().draw("bn1", (64, 112, 112), KEY, 0, spread=3.0)
     assert pad.shape == (2, 64, 112, 112)
 
 
@@ -269,7 +281,7 @@ def test_renewed_pad_is_another_and_learned_terms_restart_or_stay() -> None:
     renew(locked, KEY, 3)
     renew(kept, KEY, 3, keep_learned=True)
     assert epoch_of(locked) == epoch_of(kept) == 3
-    fresh = Pad().draw("1", (4, 6, 6), KEY, 3)[0]
+    fresh = Pad().draw("1", (4, 6, 6), KEY, 3, spread=3.0)[0]
     assert torch.equal(affines(locked)["1"][0], fresh)
     assert torch.equal(affines(kept)["1"][0], fresh + 0.5 * Pad().gain)
     assert abs(float(torch.corrcoef(torch.stack([before.flatten(), fresh.flatten()]))[0, 1])) < 0.3

@@ -126,6 +126,8 @@ SETTINGS: Final = (
             "Clients share a key that says where their locks start."),
     Setting("defense.spread", "--spread", float, None, "Standard deviation of the lock's start."),
     Setting("defense.shift_spread", "--shift-spread", float, None, "The same for β alone."),
+    Setting("defense.inner_spread", "--inner-spread", float, None,
+            "Spread of a pad behind the first lock."),
     Setting("defense.gain", "--gain", float, None, "How much faster a lock learns than a norm."),
     Setting("defense.activation", "--activation", str, None, "After the lock's maps.", ACTIVATIONS),
     Setting("defense.bias", "--lock-bias/--no-lock-bias", bool, None,

@@ -28,7 +28,7 @@ class DefenseConfig:
         spread, gain: Of ``channel`` and ``pad``.
         shift_spread, activation, bias, law, length, chain: Further settings of ``channel``;
             None is its (or the preset's) default.
-        scale_law, learned: Further settings of ``pad``; None is its default.
+        inner_spread, scale_law, learned: Further settings of ``pad``; None is its default.
         stem, head, lock_head_input, max_length: Of ``pad`` and ``open-pad``; None is the default.
     """
 
@@ -46,6 +46,7 @@ class DefenseConfig:
     law: str | None = None
     length: int | None = None
     chain: bool | None = None
+    inner_spread: float | None = None
     scale_law: str | None = None
     learned: str | None = None
     stem: bool | None = None
@@ -71,7 +72,7 @@ _SETTINGS: Final[Mapping[str, Sequence[str]]] = {
         "length",
         "chain",
     ),
-    "pad": ("spread", "scale_law", "learned", "gain", *_LAYERS),
+    "pad": ("spread", "inner_spread", "scale_law", "learned", "gain", *_LAYERS),
     "open-pad": _LAYERS,
 }
 

@@ -42,6 +42,7 @@ class PadAffine(AffineSource):
         learned: Shape of what is learned on top, broadcasting over the pad's; None for nothing.
         epoch: Number of the pad.
         gain: What is learned is multiplied by it.
+        spread: That of the site's β, to draw its next pad.
     """
 
     epoch: Tensor
@@ -54,9 +55,10 @@ class PadAffine(AffineSource):
         epoch: int = 0,
         *,
         gain: float = 1.0,
+        spread: float = 3.0,
     ) -> None:
         super().__init__(tuple(pad.shape[1:]))
-        self.site, self.gain = site, gain
+        self.site, self.gain, self.spread = site, gain, spread
         zeros = None if learned is None else torch.zeros(learned, dtype=pad.dtype)
         self.scale_learned = None if zeros is None else nn.Parameter(zeros.clone())
         self.shift_learned = None if zeros is None else nn.Parameter(zeros)
@@ -169,6 +171,7 @@ class Pad(Scheme):
 
     Args:
         spread: Standard deviation of β. The norm's output has 1, so this is how wide the pad is.
+        inner_spread: The same behind the first lock; None: as there.
         scale_law: γ = ±|1 + 0.3·N| (``near-one``), ±|N| (``normal``), ±|1 + 3·N| (``wide``) or ±1
             (``sign``), the sign of every position at random.
         learned: What is learned on top of the pad: one number per ``position``, one per
@@ -187,6 +190,7 @@ class Pad(Scheme):
     positional: ClassVar[bool] = True
 
     spread: float = 3.0
+    inner_spread: float | None = None
     scale_law: str = "wide"
     learned: str = "position"
     gain: float = 10.0
@@ -200,8 +204,9 @@ class Pad(Scheme):
             raise ConfigError(unknown("law of γ", self.scale_law, SCALE_LAWS))
         if self.learned not in LEARNED:
             raise ConfigError(unknown("learned part of a pad", self.learned, LEARNED))
-        for name in ("spread", "gain"):
-            if not (0 < (value := getattr(self, name)) < math.inf):
+        for name in ("spread", "inner_spread", "gain"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
                 raise ConfigError(f"{name} must be a positive number, got {value}.")
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length must be at least 1, got {self.max_length}.")
@@ -218,20 +223,30 @@ class Pad(Scheme):
         if key is None:
             raise LockError("scheme 'pad' needs a key, got none: pass Key.generate().")
         learned = {"position": shape, "channel": tuple(scale.shape), "none": None}[self.learned]
-        source = PadAffine(site, self.draw(site, shape, key, 0), learned, gain=self.gain)
+        spread = self.spread_of(first=previous is None)
+        pad = self.draw(site, shape, key, 0, spread=spread)
+        source = PadAffine(site, pad, learned, gain=self.gain, spread=spread)
         return source.to(scale.device, scale.dtype)
 
-    def draw(self, site: str, shape: tuple[int, ...], key: Key, epoch: int) -> Tensor:
+    def spread_of(self, *, first: bool) -> float:
+        """Spread of β at the first site that runs, or at a later one."""
+        inner = self.inner_spread
+        return self.spread if first or inner is None else inner
+
+    def draw(
+        self, site: str, shape: tuple[int, ...], key: Key, epoch: int, *, spread: float
+    ) -> Tensor:
         """γ and β of one site and epoch: float32 (2, *shape), the same in every process."""
         stream: KeyStream = key.stream(f"pad/{site}", epoch)
         mean, deviation = SCALE_LAWS[self.scale_law]
         signs = stream.signs(shape)
         scale = signs * (mean + deviation * stream.normal(shape)).abs()
-        return torch.stack([scale, self.spread * stream.normal(shape)])
+        return torch.stack([scale, spread * stream.normal(shape)])
 
     def redraw(self, source: PadAffine, key: Key, epoch: int) -> None:
         """Puts the pad of ``key`` and ``epoch`` into a source; what was learned stays."""
-        source.redraw(self.draw(source.site, source.shape, key, epoch), epoch)
+        pad = self.draw(source.site, source.shape, key, epoch, spread=source.spread)
+        source.redraw(pad, epoch)
 
     def rebuilt(self) -> Scheme:
         """γ and β per position as parameters; stem and head those of the fresh architecture."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkl.errors import AttackError
 from fedkl.locking import LockSpec
-from fedkl.locking.pad import SCALE_LAWS
+from fedkl.locking.pad import SCALE_LAWS, Pad
 from fedkl.locking.sources import ACTIVATIONS
 
 Tensors = Mapping[str, Tensor]
@@ -162,12 +162,14 @@ def _linear(shape: tuple[int, ...], inputs: int, generator: torch.Generator) -> 
 
 def _draw_pad(spec: LockSpec, generator: torch.Generator) -> dict[str, Tensor]:
     """γ with random signs and β ~ N(0, spread²), one of each per position."""
-    mean, deviation = SCALE_LAWS[spec.settings["scale_law"]]
+    scheme = spec.scheme_value()
+    assert isinstance(scheme, Pad)
+    mean, deviation = SCALE_LAWS[scheme.scale_law]
     found: dict[str, Tensor] = {}
-    for site in spec.sites:
+    for number, site in enumerate(spec.sites):
         signs = torch.randint(2, site.shape, generator=generator) * 2 - 1
         size = (mean + deviation * torch.randn(site.shape, generator=generator)).abs()
         found[f"{site.name}.keylock.gamma"] = signs * size
         shift = torch.randn(site.shape, generator=generator)
-        found[f"{site.name}.keylock.beta"] = shift * float(spec.settings["spread"])
+        found[f"{site.name}.keylock.beta"] = shift * scheme.spread_of(first=number == 0)
     return found
