@@ -31,10 +31,11 @@ DEFENSES: dict[str, dict[str, Any]] = {
     "channel-first": {"name": "channel", "layers": "first"},
     "pad": {"name": "pad"},
     "pad-first": {"name": "pad", "layers": "first"},
-    "pad-known-stem": {"name": "pad", "stem": False},
+    "pad-shared-stem": {"name": "pad", "stem": False},
     "pad-head": {"name": "pad", "head": True},
 }
 CURVE_8, CURVE_16 = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64), (1, 2, 3, 4, 6, 8)
+# Private layers and pads of a default lock; the laws of both are in the JSON, under "prior".
 SPREADS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 LAWS = ("near-one", "normal", "wide", "sign")
 
@@ -64,7 +65,7 @@ def cells() -> dict[str, dict[str, Any]]:
     found["full-32-pad"] = _cell(DEFENSES["pad"], 32, (1,))
     for channels in (1, 3):
         for model in ("lenet", "resnet20"):
-            for name in ("pad", "pad-known-stem"):
+            for name in ("pad", "pad-shared-stem"):
                 found[f"construction-{model}-32x{channels}-{name}"] = _cell(
                     DEFENSES[name], 32, (1,), model=model, channels=channels, dense=False
                 )

@@ -74,23 +74,24 @@ def deviations(spec: LockSpec, secrets: Mapping[str, Tensor]) -> dict[str, float
     ``open-pad``) or nothing is stated (the paper's presets), 1, as wide as what a norm puts out.
     Weights and biases of private layers have that of U(±1/√fan_in), norms in between 1.
     """
-    scale, shift = _affine(spec)
     found = {}
     for name, value in secrets.items():
-        if name.endswith(".keylock.gamma"):
-            found[name] = scale
-        elif name.endswith(".keylock.beta"):
-            found[name] = shift
+        site, _, kind = name.rpartition(".keylock.")
+        if kind in ("gamma", "beta"):
+            scale, shift = _affine(spec, first=site == spec.sites[0].name)
+            found[name] = scale if kind == "gamma" else shift
         else:
             found[name] = _layer(name, value, secrets)
     return found
 
 
-def _affine(spec: LockSpec) -> tuple[float, float]:
+def _affine(spec: LockSpec, *, first: bool) -> tuple[float, float]:
     settings = spec.settings
     if spec.scheme == "pad":
         mean, deviation = SCALE_LAWS[settings["scale_law"]]
-        return math.hypot(mean, deviation), float(settings["spread"])
+        # Locks behind the first may have a spread of their own.
+        inner = None if first else settings.get("inner_spread")
+        return math.hypot(mean, deviation), float(settings["spread"] if inner is None else inner)
     if spec.scheme == "channel" and settings["spread"] is not None:
         shift = settings["shift_spread"]
         return float(settings["spread"]), float(settings["spread"] if shift is None else shift)
