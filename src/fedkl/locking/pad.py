@@ -190,10 +190,10 @@ class Pad(Scheme):
     positional: ClassVar[bool] = True
 
     spread: float = 3.0
-    inner_spread: float | None = None
+    inner_spread: float | None = 1.0
     scale_law: str = "wide"
     learned: str = "position"
-    gain: float = 10.0
+    gain: float = 20.0
     stem: bool = True
     head: bool = False
     lock_head_input: bool = False

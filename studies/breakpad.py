@@ -1,0 +1,278 @@
+"""Attempts to break the pad: `python studies/breakpad.py`.
+
+Victims are single test images (batch 1, one step) of one client of a trained federation: LeNet on
+Fashion-MNIST, 3 clients IID x 6,000, 10 rounds. Parts:
+
+curves
+    Feed-forward attackers on the classifier's input, which the last layer's gradient gives away:
+    identification among 100 images of the same class against the number of presentations under one
+    pad whose statistics and labels the attacker pools. Every lock variant beside the same attack
+    holding the key, and beside the channel lock, which the same code breaks.
+gradient
+    The same on the whole shared gradient, where there are no features to be had (private head).
+likelihood
+    Someone who is given z = γ·x̂ + β itself and the client's stem: what the drawn pad alone hides.
+audit
+    Verdicts of `fedkl audit` on the default pad: shadows, and inverting gradients with free
+    secrets, 1, 4 and 16 updates pooled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cells import provenance, run_cells, say, table, write
+from pad import LENET, merged
+
+ROOT = Path(__file__).resolve().parent.parent
+PAD = {"name": "pad"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "channel": {"name": "channel"},
+    "pad": PAD,
+    "pad, first block only": {**PAD, "layers": "first"},
+    "pad, spread 10": {**PAD, "spread": 10.0},
+    "pad, inner spread 3": {**PAD, "inner_spread": 3.0},
+    "pad, near-one": {**PAD, "scale_law": "near-one"},
+}
+STRONG = "pad, more public images"
+GRADIENT = {"pad": PAD, "pad, private head": {**PAD, "head": True}}
+PRESENTATIONS = (16, 64, 256, 1000, 2000)
+EPOCHS = 8
+LAWS = ("near-one", "normal", "wide", "sign")
+SPREADS = (1.0, 3.0, 10.0, 30.0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained federation and what is tried on it."""
+
+    part: str
+    arm: str
+    lock: dict[str, Any]
+    victims: int
+    seed: int = 0
+    public: int = 2_000
+    shadows: int = 3
+
+    @property
+    def name(self) -> str:
+        """File name of the result."""
+        arm = self.arm.replace(" ", "-").replace(",", "").replace("'", "")
+        return f"{self.part}_{arm}_seed{self.seed}"
+
+
+def cells_of(part: str, victims: int) -> list[Cell]:
+    """The cells of a part."""
+    if part == "curves":
+        cells = [Cell(part, arm, lock, victims) for arm, lock in VARIANTS.items()]
+        strong = Cell(part, STRONG, PAD, 2 * victims, public=6_000, shadows=6)
+        return [*cells[:2], strong, *cells[2:]]
+    if part == "gradient":
+        return [Cell(part, arm, lock, min(victims, 1000)) for arm, lock in GRADIENT.items()]
+    if part == "likelihood":
+        return [Cell(part, "likelihood", PAD, 200)]
+    return [
+        Cell("audit", arm, PAD, n)
+        for arm, n in (("shadows", 400), ("T=1", 20), ("T=4", 6), ("T=16", 2))
+    ]
+
+
+def trained(cell: Cell, scratch: Path) -> tuple[Any, Path]:
+    """Settings and folder of a federation under the cell's lock, trained unless it is there."""
+    from fedkl.federation import config_from, run
+
+    settings = merged(LENET, {"defense": cell.lock, "evaluation": {"wrong_keys": 1}})
+    config = config_from({**settings, "seed": cell.seed})
+    lock = "_".join(f"{k}-{v}" for k, v in cell.lock.items())
+    folder = scratch / "runs" / f"{lock}_seed{cell.seed}"
+    if not (folder / "summary.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        run(config, folder)
+    return config, folder
+
+
+def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
+    """Runs one cell in a process of its own."""
+    import torch
+
+    torch.set_num_threads(1)
+    cell, scratch = job
+    started = time.process_time()
+    parts = {
+        "curves": _features,
+        "gradient": _gradients,
+        "likelihood": _likelihood,
+        "audit": _audit,
+    }
+    found = parts[cell.part](cell, Path(scratch))
+    seconds = round(time.process_time() - started, 1)
+    return {"part": cell.part, "arm": cell.arm, "lock": cell.lock, **found, "seconds": seconds}
+
+
+def _features(cell: Cell, scratch: Path) -> dict[str, Any]:
+    from intruders import Bench
+
+    config, folder = trained(cell, scratch)
+    bench = Bench(config, folder, cell.victims, public=cell.public)
+    counts = [n for n in PRESENTATIONS if n <= cell.victims]
+    return {
+        "own_key": json.loads((folder / "summary.json").read_text())["accuracy"]["own_key"],
+        "victims": cell.victims,
+        "floor": bench.floor(),
+        "key": bench.holding_the_key(),
+        "shadow": bench.curves(bench.shadows(cell.shadows, EPOCHS), counts),
+        "insider": bench.curves(bench.insider(), counts),
+    }
+
+
+def _gradients(cell: Cell, scratch: Path) -> dict[str, Any]:
+    from intruders import Bench
+
+    config, folder = trained(cell, scratch)
+    bench = Bench(config, folder, cell.victims, public=cell.public, sketch=1024)
+    counts = [n for n in PRESENTATIONS if n <= cell.victims]
+    return {
+        "own_key": json.loads((folder / "summary.json").read_text())["accuracy"]["own_key"],
+        "victims": cell.victims,
+        "floor": bench.floor(),
+        "key": bench.holding_the_key(),
+        "shadow": bench.curves(bench.shadows(cell.shadows, EPOCHS), counts),
+    }
+
+
+def _likelihood(cell: Cell, scratch: Path) -> dict[str, Any]:
+    from intruders import likelihood
+
+    config, folder = trained(cell, scratch)
+    found = {
+        f"{law}, spread {spread:g}": likelihood(config, folder, cell.victims, law, spread)
+        for law in LAWS
+        for spread in SPREADS
+    }
+    return {"victims": cell.victims, "identified": found}
+
+
+def _audit(cell: Cell, scratch: Path) -> dict[str, Any]:
+    from fedkl.audit import AuditConfig, run_audit
+
+    config, folder = trained(cell, scratch)
+    sources = {"pad": folder}
+    for name in ("none", "norm", "fedbn"):
+        control = Cell("audit", name, {"name": name}, cell.victims, cell.seed)
+        sources[name] = trained(control, scratch)[1]
+    shadows = cell.arm == "shadows"
+    audit = AuditConfig(
+        run=config,
+        defenses=("pad",),
+        attacks=("shadow", "shadow-label") if shadows else ("inverting-gradients",),
+        images=cell.victims,
+        observations=1 if shadows else int(cell.arm[2:]),
+        effort="quick",
+        pictured=1,
+    )
+    place = scratch / "audits" / cell.name
+    result = run_audit(audit, place, sources=sources, resume=(place / "audit.json").exists())
+    return {"verdict": result["verdict"], "summary": result["summary"]}
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The tables."""
+    found = document["parts"]
+    parts = [
+        "# Attempts to break the pad\n",
+        f"`{document['command']}` at commit {document['commit']}, {document['date']}. Percent "
+        "of victims identified among 100 images of the same class (chance 1). n: presentations "
+        "under one pad whose statistics and labels the attacker pools. *shadow*: "
+        "three sets of secrets of the attacker's own, the closest kept; 2,000 public images (more: "
+        "six, 6,000). *insider*: a "
+        "client of the same federation, with its own lock. Each in several ways: *plain* (n = 1), "
+        "*global* (restandardized), *label* (class means matched), *average* (the same, mean over "
+        "all shadows), *transport* (class means, then a rotation fitted to matched neighbours); "
+        "the best is shown, which is a maximum of several noisy figures. *key*: the same attack "
+        "holding the key, the positive control.\n",
+    ]
+    for part in ("curves", "gradient"):
+        if part in found:
+            parts.append(f"## {part}\n\n{_curve_table(found[part])}\n")
+    if "likelihood" in found:
+        rows = next(iter(found["likelihood"].values()))["identified"].items()
+        cells = [[n, f"{100 * v['identified']:.1f}"] for n, v in rows]
+        parts.append(f"## likelihood\n\n{table(['pad as drawn', 'identified'], cells)}\n")
+    if "audit" in found:
+        parts.append(f"## audit\n\n{_audit_table(found['audit'])}\n")
+    return "\n".join(parts)
+
+
+def _curve_table(arms: dict[str, Any]) -> str:
+    counts = [str(n) for n in PRESENTATIONS]
+    rows = []
+    for arm, one in arms.items():
+        for who in ("shadow", "insider"):
+            if who not in one:
+                continue
+            row = [arm, who, f"{100 * one['own_key']:.1f}", f"{100 * one['floor']:.1f}"]
+            row += [f"{100 * one['key']:.1f}", f"{100 * one[who]['1']['plain']:.1f}"]
+            for n in counts:
+                ways = one[who].get(n)
+                best = max(ways, key=lambda w: ways[w]) if ways else ""
+                row.append(f"{100 * ways[best]:.1f} ({best})" if ways else "–")
+            rows.append(row)
+    header = ["lock", "attacker", "own-key accuracy", "floor", "key", "n = 1"]
+    return table([*header, *(f"n = {n}" for n in counts)], rows)
+
+
+def _audit_table(arms: dict[str, Any]) -> str:
+    rows = []
+    for arm, one in arms.items():
+        for entry in one["summary"]:
+            advantage, identified = entry["advantage"], entry["identified"]
+            bounds = "–" if advantage["low"] is None else f"{advantage['high']:.3f}"
+            rows.append(
+                [
+                    arm,
+                    entry["attack"],
+                    entry["defense"],
+                    entry["threat"],
+                    str(entry["n"]),
+                    f"{advantage['mean']:+.3f} (to {bounds})",
+                    f"{100 * identified['mean']:.1f} (to {100 * identified['high']:.1f})",
+                    entry["verdict"],
+                ]
+            )
+    header = ["audit", "attack", "defense", "threat", "n", "advantage", "identified", "verdict"]
+    return table(header, rows)
+
+
+def main() -> None:
+    """Runs what is missing and writes results/breakpad.json and .md after every part."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default="curves,gradient,likelihood,audit")
+    parser.add_argument("--victims", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "breakpad")
+    args = parser.parse_args()
+    command = f"python studies/breakpad.py --parts {args.parts} --victims {args.victims}"
+    document: dict[str, Any] = {**provenance(command), "parts": {}}
+    for part in args.parts.split(","):
+        cells = cells_of(part, args.victims)
+        found = run_cells(
+            {c.name: (c, str(args.scratch)) for c in cells},
+            work,
+            args.scratch / "cells",
+            processes=1,  # cells share trained federations
+            costs={c.name: 90.0 for c in cells},
+        )
+        document["parts"][part] = {one["arm"]: one for one in found.values()}
+        write(args.out / "breakpad.json", document)
+        (args.out / "breakpad.md").write_text(markdown(json.loads(json.dumps(document))))
+        say(f"{part}: wrote {args.out / 'breakpad.md'}")
+
+
+if __name__ == "__main__":
+    main()

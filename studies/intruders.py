@@ -1,0 +1,237 @@
+"""Attackers of `studies/breakpad.py` on many single-image updates under one pad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, instance_norm
+
+from fedkl import metrics
+from fedkl.attacks.adaptive.shadow import Sketch, _gradients, _inputs, distance_of_means
+from fedkl.attacks.adaptive.shadow_client import Public, ShadowClient, train_secrets
+from fedkl.attacks.adaptive.shadow_decoder import Coordinates, Decoder
+from fedkl.attacks.closed_form import penultimate_features
+from fedkl.attacks.network import Network
+from fedkl.audit import victims as audited
+from fedkl.audit.config import AuditConfig
+from fedkl.audit.observe import observe
+from fedkl.federation.session import load_data
+from fedkl.locking.pad import SCALE_LAWS
+from fedkl.observation import threat_of
+from fedkl.rng import derive
+
+WAYS = ("global", "label", "average", "transport")
+
+
+@dataclass
+class Trained:
+    """A client the attacker can look into, and a decoder learned on it."""
+
+    inputs: Tensor
+    decoder: Decoder
+
+
+class Bench:
+    """Victims of one client, what they gave away, and attackers that decode it.
+
+    Args:
+        config, folder: A finished run.
+        victims: Test images, each in an update of its own.
+        public: Images the attacker trains on.
+        sketch: Length of a gradient's sketch; None: the classifier's input.
+    """
+
+    def __init__(
+        self, config: Any, folder: Path, victims: int, *, public: int, sketch: int | None = None
+    ) -> None:
+        self.config, self.folder = config, folder
+        self.bundle = load_data(config)
+        self.audit = AuditConfig(run=config, images=victims)
+        owner = audited.Victims(config, folder, self.bundle, self.audit)
+        rows = audited.draw_victims(self.bundle, self.audit)
+        self.truth, self.labels = self.bundle.test.batch(rows.flatten())
+        self.pool, classes = self.bundle.test.batch(torch.arange(len(self.bundle.test)))
+        self.decoys = metrics.draw_decoys(
+            self.labels, classes, generator=derive(0, "decoys"), own=rows.flatten(), count=99
+        )
+        observed = observe(owner, [owner.send(row) for row in rows], threat_of("adaptive"))
+        self.first, self.network = observed[0], Network(observed[0])
+        self.sketch = None
+        if sketch is None:
+            seen = [penultimate_features(o, self.network) for o in observed]
+        else:
+            self.sketch = Sketch(self.network.shared, sketch, derive(0, "sketch"))
+            seen = [self.sketch(_gradients(o, self.network)) for o in observed]
+        self.seen, self.held = torch.cat(seen), owner.held()
+        self.public = Public(*self.bundle.public.batch(torch.arange(public)))
+
+    def identified(self, images: Tensor) -> float:
+        """Share of victims found among 100 of their class."""
+        return float(metrics.identified(images, self.truth, self.pool, self.decoys).double().mean())
+
+    def floor(self) -> float:
+        """The same for the class mean of all public images."""
+        images, labels = self.bundle.public.batch(torch.arange(len(self.bundle.public)))
+        return self.identified(metrics.class_mean_floor(images, labels, self.labels))
+
+    def holding_the_key(self) -> float:
+        """The positive control: the decoder learned with the victim's own secrets."""
+        own = self._trained(self.held, 0)
+        return self.identified(self._decode(own, self.seen, self.labels, "plain"))
+
+    def shadows(self, count: int, epochs: int) -> list[Trained]:
+        """Clients of the attacker's own."""
+        return [
+            self._trained(
+                train_secrets(
+                    self.first,
+                    self.public,
+                    generator=derive(seed, "shadow"),
+                    epochs=epochs,
+                    network=self.network,
+                ),
+                seed,
+            )
+            for seed in range(count)
+        ]
+
+    def insider(self) -> list[Trained]:
+        """Another client of the federation, which decodes with its own lock."""
+        found, audited.CLIENT = audited.CLIENT, 1
+        try:
+            other = audited.Victims(self.config, self.folder, self.bundle, self.audit)
+            return [self._trained(other.held(), 99)]
+        finally:
+            audited.CLIENT = found
+
+    def curves(
+        self, clients: Sequence[Trained], counts: Sequence[int]
+    ) -> dict[str, dict[str, float]]:
+        """Identification by number of pooled victims and way of bringing them into coordinates.
+
+        The victims are dealt into groups of that number; each group is attacked by its own
+        statistics alone. ``1`` takes none.
+        """
+        labels = self.public.labels
+        found = {"1": {"plain": max(self._rate(c) for c in clients)}}
+        for count in counts:
+            images: dict[str, list[Tensor]] = {way: [] for way in WAYS}
+            for part in torch.split(torch.arange(len(self.seen)), count):
+                seen, own = self.seen[part], self.labels[part]
+                best = min(
+                    clients, key=lambda c: distance_of_means(c.inputs, labels, seen, own, 10)
+                )
+                for way in WAYS:
+                    used = clients if way == "average" else [best]
+                    drawn = [self._decode(client, seen, own, way) for client in used]
+                    images[way].append(torch.stack(drawn).mean(dim=0))
+            found[str(count)] = {w: self.identified(torch.cat(x)) for w, x in images.items()}
+        return found
+
+    def _rate(self, client: Trained) -> float:
+        return self.identified(self._decode(client, self.seen, self.labels, "plain"))
+
+    def _trained(self, secrets: dict[str, Tensor], seed: int) -> Trained:
+        client = ShadowClient(self.network, secrets, self.first.num_classes)
+        images, labels = self.public.images, self.public.labels
+        inputs = _inputs(client, images, labels, self.sketch)
+        decoder = Decoder(Coordinates.of(inputs, labels, 10), 10, hidden=512, epochs=8)
+        decoder.fit(inputs, labels, images, derive(seed, "decoder"))
+        return Trained(inputs, decoder)
+
+    def _decode(self, client: Trained, seen: Tensor, labels: Tensor, way: str) -> Tensor:
+        coordinates = client.decoder.coordinates
+        if way == "transport":
+            moved = self._transported(client, coordinates.align(seen, labels, "global"), labels)
+        else:
+            how = {"plain": None, "average": "label"}.get(way, way)
+            moved = coordinates.align(seen, labels, how)
+        return client.decoder.decode(moved, labels, self.first.image_shape)
+
+    def _transported(self, client: Trained, seen: Tensor, labels: Tensor) -> Tensor:
+        """Victims rotated onto the shadow: class means first, then neighbours matched in turn.
+
+        Both sides are whitened in their leading within-class directions. The rotation (Procrustes)
+        starts from the class means and is fitted again to nearest neighbours of the same class
+        (Grave et al. 2019, "Unsupervised alignment of embeddings with Wasserstein Procrustes", in
+        its simplest form).
+        """
+        mine = client.decoder.coordinates.enter(client.inputs)
+        size = min(64, len(seen) // 4)
+        ours, means, lift = _whitened(mine, self.public.labels, size)
+        theirs, their_means, _ = _whitened(seen, labels, size)
+        rotation = _procrustes(their_means, means)
+        for _ in range(10):
+            moved, match = theirs @ rotation, torch.empty_like(theirs)
+            for c in labels.unique():
+                near = ours[self.public.labels == c]
+                match[labels == c] = near[torch.cdist(moved[labels == c], near).argmin(dim=1)]
+            rotation = _procrustes(theirs, match)
+        return lift(theirs @ rotation)
+
+
+def _whitened(x: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor, Any]:
+    """x (N, d) in its ``size`` leading within-class directions, its class means, and the way back.
+
+    The means are (10, size); of a class without an example, zero.
+    """
+    middle = x.mean(dim=0)
+    means = torch.stack(
+        [x[labels == c].mean(dim=0) if bool((labels == c).any()) else middle for c in range(10)]
+    )
+    _, values, basis = torch.linalg.svd(x - means[labels], full_matrices=False)
+    basis, scale = basis[:size], values[:size].clamp_min(1e-6) / len(x) ** 0.5
+
+    def lift(y: Tensor) -> Tensor:
+        return (y * scale) @ basis + middle
+
+    return (x - middle) @ basis.T / scale, (means - middle) @ basis.T / scale, lift
+
+
+def _procrustes(source: Tensor, target: Tensor) -> Tensor:
+    """The orthogonal map R that brings source R closest to target."""
+    u, _, v = torch.linalg.svd(source.T @ target)
+    return u @ v
+
+
+def likelihood(
+    config: Any, folder: Path, trials: int, law: str, spread: float, *, candidates: int = 100
+) -> dict[str, float]:
+    """Who is given z = γ·x̂ + β and the stem, and knows the law: how often the image is found.
+
+    γ and β as drawn, nothing learned on top. The density of z at a position is half that of
+    N(m·x̂, d²·x̂² + s²) and half that of N(-m·x̂, ...), for γ = ±|m + d·N| and β = s·N.
+    """
+    bundle = load_data(config)
+    audit = AuditConfig(run=config, images=trials, candidates=candidates)
+    held = audited.Victims(config, folder, bundle, audit).held()
+    rows = audited.draw_victims(bundle, audit).flatten()
+    _, labels = bundle.test.batch(rows)
+    decoys = metrics.draw_decoys(
+        labels,
+        bundle.test.labels,
+        generator=derive(0, "decoys"),
+        own=rows,
+        count=candidates - 1,
+    )
+    generator = derive(0, "likelihood", law, str(spread))
+    mean, deviation = SCALE_LAWS[law]
+    found = 0
+    for i in range(trials):
+        images, _ = bundle.test.batch(torch.cat([rows[i : i + 1], decoys[i]]))
+        x = conv2d(images, held["conv1.weight"], held["conv1.bias"], stride=2, padding=2)
+        x = instance_norm(x).double()
+        shape = x.shape[1:]
+        sign = torch.randint(2, shape, generator=generator) * 2 - 1
+        scale = sign * (mean + deviation * torch.randn(shape, generator=generator)).abs()
+        z = scale * x[0] + spread * torch.randn(shape, generator=generator)
+        variance = deviation**2 * x.square() + spread**2
+        both = torch.stack([-((z - s * mean * x) ** 2) / (2 * variance) for s in (1, -1)])
+        score = (both.logsumexp(dim=0) - variance.log() / 2).flatten(1).sum(dim=1)
+        found += int(score.argmax() == 0)
+    return {"identified": found / trials, "trials": trials}

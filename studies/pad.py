@@ -1,0 +1,334 @@
+"""What a pad costs in accuracy, and what its key is worth: `python studies/pad.py`.
+
+Blocks, every arm paired by seed with the same data, partition, batches and initial weights:
+
+lenet-iid, lenet-dirichlet
+    LeNet on Fashion-MNIST, 3 clients: norm, fedbn, pad, pad with a private head.
+tuning
+    The pad's learning rate, on validation images of a seed of its own.
+resnet20
+    ResNet-20 at 16x16, few rounds.
+clients
+    The same 18,000 images over 10 and 100 clients.
+renewal
+    Pads renewed every 3 rounds, all at once or staggered, with few or more lock-only steps.
+
+Every run also gives each client's accuracy on its own mix of labels, and for pads what a thief gets
+who has the global model and 1, 10 or 100 labelled images a class, next to the same network trained
+from scratch on the same images. Keys are fresh in every cell: figures repeat within their
+intervals, not to the digit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accuracy import interval, paired
+from cells import provenance, run_cells, say, table, write
+from thief import LABELS, label_thief, on_own_mix
+
+ROOT = Path(__file__).resolve().parent.parent
+TUNING_SEED = 1000
+
+PAD = {"name": "pad"}
+ARMS: dict[str, dict[str, Any]] = {
+    "norm": {"name": "norm"},
+    "fedbn": {"name": "fedbn"},
+    "pad": PAD,
+    "pad-head": {**PAD, "head": True},
+    "pad-narrow": {**PAD, "scale_law": "near-one", "inner_spread": 0.3, "gain": 5.0},
+}
+# The rates of norm, fedbn and channel were chosen on validation by studies/accuracy.py.
+LENET: dict[str, Any] = {
+    "model": {"name": "lenet"},
+    "data": {"dataset": "fashion-mnist", "samples": 6_000, "channels": 1},
+    "training": {"schedule": "cosine", "lr": 0.05},
+    "federation": {"rounds": 10},
+    "evaluation": {"every": 0, "wrong_keys": 5, "wrong_key_images": 1_000},
+}
+RENEWALS: dict[str, dict[str, Any]] = {
+    "never": {},
+    "all at once": {"every": 3},
+    "staggered": {"every": 3, "stagger": True},
+    "all at once, 100 steps": {"every": 3, "steps": 100},
+}
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the settings of ``over``, section by section."""
+    found = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, dict) and isinstance(found.get(name), dict)
+        found[name] = merged(found[name], value) if both else value
+    return found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: everything it takes to repeat it."""
+
+    block: str
+    arm: str
+    seed: int
+    settings: dict[str, Any]
+    cost: float
+    thief: bool = False
+
+    @property
+    def name(self) -> str:
+        """File name of the result."""
+        arm = self.arm.replace(" ", "-").replace(",", "").replace("'", "")
+        return f"{self.block}_{arm}_seed{self.seed}"
+
+
+def cells_of(block: str, seeds: int) -> list[Cell]:
+    """The runs of a block."""
+    make = {
+        "tuning": _tuning,
+        "lenet-iid": lambda n: _lenet("lenet-iid", n, {}, ("norm", "pad", "pad-head")),
+        "lenet-dirichlet": lambda n: _lenet(
+            "lenet-dirichlet",
+            n,
+            {"data": {"partition": "dirichlet"}},
+            ("norm", "fedbn", "pad"),
+        ),
+        "resnet20": _resnet,
+        "clients": _clients,
+        "renewal": _renewal,
+    }
+    return make[block](seeds)
+
+
+BLOCKS = (
+    "tuning", "lenet-iid", "lenet-dirichlet", "clients", "renewal", "resnet20",
+)  # fmt: skip
+
+
+def _tuning(seeds: int) -> list[Cell]:
+    cells = []
+    for lr in (0.02, 0.05, 0.1):
+        over = {"defense": PAD, "training": {"lr": lr}, "evaluation": {"every": 10}}
+        cells.append(Cell("tuning", f"lr {lr:g}", TUNING_SEED, merged(LENET, over), 35.0))
+    return cells
+
+
+def _lenet(block: str, seeds: int, over: dict[str, Any], arms: tuple[str, ...]) -> list[Cell]:
+    return [
+        Cell(
+            block,
+            arm,
+            seed,
+            merged(LENET, merged(over, {"defense": ARMS[arm]})),
+            35.0,
+            thief=block == "lenet-iid" and arm == "pad" and seed < 2,
+        )
+        for seed in range(seeds)
+        for arm in arms
+    ]
+
+
+def _clients(seeds: int) -> list[Cell]:
+    return [
+        Cell(
+            "clients",
+            f"{arm}, {clients} clients",
+            seed,
+            merged(
+                LENET,
+                {
+                    "defense": ARMS[arm],
+                    "data": {"samples": 18_000 // clients},
+                    "federation": {"clients": clients},
+                },
+            ),
+            40.0,
+        )
+        for seed in range(min(seeds, 1))
+        for clients in (10, 100)
+        for arm in ("norm", "pad")
+    ]
+
+
+def _renewal(seeds: int) -> list[Cell]:
+    over = {
+        "defense": PAD,
+        "training": {"schedule": "constant"},  # at a falling rate late renewals would be unfair
+        "federation": {"rounds": 8},
+        "evaluation": {"every": 1, "wrong_keys": 1, "wrong_key_images": 100, "images": 1_000},
+    }
+    return [
+        Cell("renewal", arm, 0, merged(LENET, merged(over, {"renewal": renewal})), 50.0)
+        for arm, renewal in RENEWALS.items()
+    ]
+
+
+def _resnet(seeds: int) -> list[Cell]:
+    over = {
+        "model": {"name": "resnet20"},
+        "data": {"samples": 4_000, "image_size": 16},
+        "federation": {"rounds": 4},
+    }
+    return [
+        Cell(
+            "resnet20",
+            arm,
+            seed,
+            merged(LENET, merged(over, {"defense": ARMS[arm], "training": {"lr": lr}})),
+            100.0,
+        )
+        for seed in range(min(seeds, 1))
+        for arm, lr in (("norm", 0.03), ("pad", 0.03), ("pad-narrow", 0.03))
+    ]
+
+
+def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
+    """Runs one cell in a process of its own."""
+    from fedkl.federation import config_from, run
+
+    cell, scratch = job
+    config = config_from({**cell.settings, "seed": cell.seed}, source=name)
+    folder = Path(scratch) / name
+    shutil.rmtree(folder, ignore_errors=True)
+    started = time.process_time()
+    result = run(config, folder)
+    found = {
+        "cell": dataclasses.asdict(cell),
+        "accuracy": result.accuracy.to_dict(),
+        "validation": [line["accuracy"]["own_key"] for line in result.validation],
+        "mixes": on_own_mix(config, folder, result.shared),
+        "label_thief": label_thief(config, folder, result.shared) if cell.thief else None,
+        "pads": result.pads,
+        "data": result.origin,
+        "seconds": round(time.process_time() - started, 1),
+    }
+    shutil.rmtree(folder)  # keys and private states are of no further use
+    return found
+
+
+def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of one arm over its seeds."""
+    accuracies = [r["accuracy"] for r in results]
+    wrong = [w for a in accuracies for w in a["wrong_keys"]]
+    return {
+        "own_key": [a["own_key"] for a in accuracies],
+        "own_mix": [statistics.fmean(r["mixes"]) for r in results],
+        "wrong_key": [a["wrong_key"] for a in accuracies if a["wrong_key"] is not None],
+        "wrong_key_p95": statistics.quantiles(wrong, n=20)[-1] if len(wrong) > 1 else None,
+        "outsider": [a["outsider"] for a in accuracies],
+        "no_lock": [a["no_lock"] for a in accuracies],
+        "validation": [r["validation"] for r in results],
+        "label_thief": [r["label_thief"] for r in results if r["label_thief"]],
+        "settings": results[0]["cell"]["settings"],
+        "seconds": [r["seconds"] for r in results],
+    }
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The tables."""
+    parts = [
+        "# The pad: accuracy, and what the key is worth\n",
+        f"`{document['command']}` at commit {document['commit']}, {document['date']}. Percent of "
+        "the test set, mean ± 95 % interval over seeds (Student's t). *Own mix*: test images "
+        "weighted as each client's own labels. *Outsider*: the global model with γ = ±1, β = 0, "
+        "random stem, statistics re-estimated or not, the best. *No lock*: insiders included, who "
+        "have the other clients' mean lock and stem.\n",
+    ]
+    for name, block in document["blocks"].items():
+        parts.append(f"## {name}\n\n{_table(name, block)}\n")
+    thieves = document["blocks"].get("lenet-iid", {})
+    if any(figures["label_thief"] for figures in thieves.values()):
+        parts.append(f"## A thief with labels\n\n{_thieves(thieves)}\n")
+    return "\n".join(parts)
+
+
+def _table(name: str, block: dict[str, Any]) -> str:
+    if name == "renewal":
+        rows = [
+            [arm, *(f"{100 * v:.1f}" for v in f["validation"][0]), interval(f["own_key"])]
+            for arm, f in block.items()
+        ]
+        rounds = max(len(f["validation"][0]) for f in block.values())
+        return table(["renewal", *(f"r{i + 1}" for i in range(rounds)), "test"], rows)
+    rows = []
+    for arm, figures in block.items():
+        against = arm.replace("pad", "norm") if name == "clients" else "norm"
+        other = block.get(against)
+        versus = "" if other is None or arm == against else paired(block, arm, against)[0]
+        p95, validation = figures["wrong_key_p95"], [v[-1] for v in figures["validation"] if v]
+        rows.append(
+            [
+                arm,
+                interval(figures["own_key"]),
+                versus,
+                interval(figures["own_mix"]),
+                interval(figures["wrong_key"]) if figures["wrong_key"] else "–",
+                f"{100 * p95:.1f}" if p95 is not None else "–",
+                interval(figures["outsider"]),
+                interval(figures["no_lock"]),
+                interval(validation) if validation else "–",
+                str(len(figures["own_key"])),
+            ]
+        )
+    header = ["arm", "own key", "− norm", "own mix", "wrong key", "p95", "outsider", "no lock"]
+    return table([*header, "validation", "seeds"], rows)
+
+
+def _thieves(block: dict[str, Any]) -> str:
+    rows = []
+    for arm, figures in block.items():
+        for k in LABELS if figures["label_thief"] else ():
+            found = [one[str(k)] for one in figures["label_thief"]]
+            rows.append(
+                [
+                    arm,
+                    str(k),
+                    interval([f["thief"] for f in found]),
+                    interval([f["scratch"] for f in found]),
+                    interval([f["thief"] - f["scratch"] for f in found]),
+                ]
+            )
+    return table(["arm", "labels a class", "thief", "from scratch", "difference"], rows)
+
+
+def main() -> None:
+    """Runs what is missing and writes results/pad.json and .md after every block."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", default=",".join(BLOCKS), help="comma-separated")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "pad")
+    args = parser.parse_args()
+    wanted = args.blocks.split(",")
+    cost = sum(cell.cost for block in wanted for cell in cells_of(block, args.seeds))
+    say(f"cost: about {cost / 60 / args.processes:.0f} minutes on {args.processes} idle cores")
+    command = f"python studies/pad.py --blocks {args.blocks} --seeds {args.seeds}"
+    document: dict[str, Any] = {**provenance(command), "seeds": args.seeds, "blocks": {}}
+    for block in wanted:
+        cells = cells_of(block, args.seeds)
+        found = run_cells(
+            {c.name: (c, str(args.scratch)) for c in cells},
+            work,
+            args.scratch / "cells",
+            processes=args.processes,
+            costs={c.name: c.cost for c in cells},
+        )
+        document["blocks"][block] = {
+            arm: summarize([r for r in found.values() if r["cell"]["arm"] == arm])
+            for arm in dict.fromkeys(c.arm for c in cells)
+        }
+        write(args.out / "pad.json", document)
+        (args.out / "pad.md").write_text(markdown(json.loads(json.dumps(document))))
+        say(f"{block}: wrote {args.out / 'pad.md'}")
+
+
+if __name__ == "__main__":
+    main()
