@@ -137,7 +137,7 @@ def test_later_sites_have_a_spread_of_their_own_before_and_after_renewal() -> No
             pytest.approx(5.0, rel=0.25),
             pytest.approx(0.25, rel=0.25),
         ]
-    assert Pad(spread=2.0).spread_of(first=False) == 2.0
+    assert Pad(spread=2.0, inner_spread=None).spread_of(first=False) == 2.0
 
 
 def test_pads_differ_by_site_epoch_and_key_and_nothing_else() -> None:
