@@ -37,7 +37,8 @@ class Cancellation:
         shift: Root mean square of δβ for a direction in which every pixel moves by its prior
             deviation, in prior deviations of β. What the shift's law gives away grows with it.
         nats: Logarithm of how much less likely that other picture's shift is than the true one
-            under the prior: what is left to whoever knows the stem exactly. Negative: more likely.
+            under the prior, stem and γ held at their true values: at most so much is left to
+            whoever knows both. Negative: more likely.
         secrets: Private numbers; none of their derivatives is stored.
     """
 
