@@ -7,7 +7,7 @@ import torch
 from attackhelp import CLASSES, gradient_of, images, observe, tiny
 from torch import nn
 
-from fedkl.attacks.labels import infer_counts, infer_label, infer_labels
+from fedkl.attacks.labels import infer_counts, infer_label, infer_labels, steps_taken
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
 from fedkl.observation import OPEN, Observation, Training
@@ -68,3 +68,16 @@ def test_without_a_classifier_the_message_says_what_to_do() -> None:
     )  # fmt: skip
     with pytest.raises(AttackError, match="grant the labels"):
         infer_labels(observation, Network(observation))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_takes_longer_steps(nesterov: bool) -> None:
+    """As torch's SGD: along one gradient, 4 steps with momentum."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    sgd = torch.optim.SGD([weight], lr=0.1, momentum=0.9, nesterov=nesterov)
+    for _ in range(4):
+        weight.grad = torch.ones(1)
+        sgd.step()
+    training = Training(local_steps=4, lr=0.1, momentum=0.9, nesterov=nesterov)
+    assert -float(weight.detach()) == pytest.approx(0.1 * steps_taken(training))
+    assert steps_taken(Training(local_steps=3, lr=0.1)) == 3

@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from attackhelp import CLASSES, gradient_of, images, observe, tiny
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy, one_hot
 
+from fedkl.attacks import InvertingGradients
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
 from fedkl.observation import OPEN, Observation, Training
+from fedkl.rng import derive
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -133,3 +135,51 @@ def test_plain_autograd_gives_the_same_change_and_derivative_by_image_and_secret
         assert bool((theirs != 0).any())
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
     vmap(size)(torch.ones(2, 6), torch.stack([x, x]))  # the way of batches is back
+
+
+class Dropping(nn.Module):
+    """Dropout, and two outputs, as some of torchvision's classifiers have in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop = nn.Linear(64, CLASSES), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.fc(self.drop(x.flatten(1)))
+        return y, 2 * y
+
+
+def test_dropout_and_auxiliary_outputs_are_attacked_as_well() -> None:
+    model, x, y = Dropping(), images(2, (1, 8, 8)), torch.tensor([1, 3])
+    seen = []
+    for i in range(2):
+        model.zero_grad()
+        cross_entropy(model(x[i : i + 1])[0], y[i : i + 1]).backward()
+        change = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        seen.append(
+            Observation(
+                model=model,
+                kind="gradient",
+                changes=(change,),
+                image_shape=(1, 8, 8),
+                num_classes=CLASSES,
+                training=Training(),
+                threat=OPEN,
+            )
+        )
+    found = InvertingGradients(iterations=3).reconstruct(seen, generator=derive(0, "a"))
+    assert [int(one.labels) for one in found] == [1, 3]
+    assert model.drop.p == 0.5  # of the victim; the attacker works on a copy
+
+
+def test_an_output_without_logits_is_refused() -> None:
+    class Odd(Dropping):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            return {"logits": super().forward(x)[0]}
+
+    (seen,) = observe(tiny(), images(1, (1, 8, 8)), torch.tensor([1]))
+    model = Odd()
+    change = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    odd = replace(seen, model=model, changes=(change,))
+    with pytest.raises(AttackError, match="returns a dict"):
+        InvertingGradients(iterations=1).reconstruct([odd], generator=derive(0, "a"))

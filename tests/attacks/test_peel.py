@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,10 @@ def test_what_it_cannot_read_is_refused(victims: tuple[Tensor, Tensor], tmp_path
         Peel().reconstruct(observe(odd, x, y), generator=derive(0, "a"))
     with pytest.raises(AttackError, match="no observation"):
         Peel().reconstruct([], generator=derive(0, "a"))
+
+
+def test_vanished_gradient_is_an_error_in_words() -> None:
+    (seen,) = observe(tiny(), images(1, (1, 8, 8)), torch.tensor([1]))
+    gone = ({name: torch.zeros_like(value) for name, value in seen.changes[0].items()},)
+    with pytest.raises(AttackError, match="zero everywhere"):
+        Peel().reconstruct([replace(seen, changes=gone)], generator=derive(0, "a"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from audithelp import small_audit, small_run
 
-from fedkl.attacks import InvertingGradients, Resources
+from fedkl.attacks import ATTACKS, InvertingGradients, Resources
 from fedkl.attacks.adaptive import Adaptive, Fishing
 from fedkl.audit import arsenal, run_audit
 from fedkl.audit.arsenal import Arsenal, applicable
@@ -96,3 +96,8 @@ def test_shadow_gets_public_images_and_finds_its_victims(
     assert len(result["rows"]) == 40  # none, norm, fedbn by key holder and adaptive
     holder = [row for row in result["rows"] if row["threat"] in ("open", "key-shared")]
     assert sum(row["identified"] for row in holder) > 10  # of 30; chance is 3
+
+
+def test_every_attack_without_an_optimizer_counts_as_cheap() -> None:
+    searching = {"dlg", "idlg", "inverting-gradients", "grnn", "ggl"}
+    assert set(arsenal.FEED_FORWARD) == set(ATTACKS) - searching

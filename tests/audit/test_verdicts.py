@@ -124,3 +124,14 @@ def test_intervals_are_of_the_images() -> None:
     assert entry["identified"]["mean"] == 0.25
     assert entry["identified"]["low"] == pytest.approx(0.00631, rel=1e-2)
     assert entry["lpips"] == {"mean": None, "low": None, "high": None}
+
+
+def test_crafted_control_does_not_vouch_for_an_honest_servers_attack() -> None:
+    crafted = rows("none", "crafting", 200, 0.3, 150)
+    entries = summarize([*crafted, *rows("pad", "adaptive", 200, -0.1)], judged=["pad"])
+    entry = next(e for e in entries if e["role"] == "defense")
+    assert entry["works"] == {"advantage": False, "identified": False}
+    entries = summarize([*WORKING, *rows("pad", "crafting", 200, -0.1)], judged=["pad"])
+    assert next(e for e in entries if e["role"] == "defense")["verdict"] == "inconclusive"
+    entries = summarize([*crafted, *rows("pad", "crafting", 200, -0.1)], judged=["pad"])
+    assert next(e for e in entries if e["role"] == "defense")["verdict"] == "holds"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,23 @@ def test_victims_go_through_the_classes(tmp_path: Path) -> None:
     assert len(rows.unique()) == 20
     again = draw_victims(BUNDLE, small_audit(images=20, seeds=2))
     assert torch.equal(rows, again)
+
+
+def test_victims_are_images_as_they_are_on_the_cpu(tmp_path: Path) -> None:
+    """Whatever the federation was trained on and with."""
+    audit = small_audit(stage="initial")
+    plain = audit.defended("none", 0)
+    other = dataclasses.replace(
+        plain, device="cuda", data=dataclasses.replace(plain.data, augment=True)
+    )
+    one, two = (
+        Victims(config, tmp_path, BUNDLE, audit).send(torch.tensor([[5]])).changes[0]
+        for config in (plain, other)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_lock_gradients_are_not_in_the_repr(tmp_path: Path) -> None:
+    sent = victims(tmp_path, "channel").send(torch.tensor([[0]]), lock_gradients=True)
+    assert sent.lock_gradients[0]
+    assert "keylock" not in repr(sent)

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from fedkl.attacks import InvertingGradients
-from fedkl.audit import EXIT_CODES, arsenal
+from fedkl.audit import EXIT_CODES, AuditConfig, arsenal
 from fedkl.cli import main
+from fedkl.errors import ConfigError
 from fedkl.models import build
 from fedkl.rng import derive
 
@@ -70,6 +71,10 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "type.toml").write_text(STEPS.replace("= 0.1", '= "fast"'))
     (tmp_path / "zero.toml").write_text(STEPS.replace("batch_size = 1", "batch_size = 0"))
     (tmp_path / "labels.toml").write_text(STEPS + "labels = [1, 2]\n")
+    (tmp_path / "class.toml").write_text(STEPS + "labels = [4]\n")
+    (tmp_path / "momentum.toml").write_text(STEPS + "momentum = -0.5\n")
+    save_file({"images": 255 * x}, tmp_path / "bright.safetensors")
+    save_file({"images": x.repeat(2, 1, 1, 1)}, tmp_path / "two.safetensors")
     (tmp_path / "rate.toml").write_text(STEPS.replace("lr = 0.1", "local_steps = 2"))
     (tmp_path / "broken.toml").write_text("lr = ")
     (tmp_path / "nothing.json").write_text("[]")
@@ -128,6 +133,10 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("update: type", with_(UPDATE, "--config", "{tmp}/type.toml"), ["expected float", "'fast'"]),
     ("update: zero", with_(UPDATE, "--config", "{tmp}/zero.toml"), ["batch_size", "at least 1"]),
     ("update: labels", with_(UPDATE, "--config", "{tmp}/labels.toml"), ["2 labels", "1 images"]),
+    ("update: class", with_(UPDATE, "--config", "{tmp}/class.toml"), ["labels [4]", "0 … 3"]),
+    ("update: momentum", with_(UPDATE, "--config", "{tmp}/momentum.toml"), ["momentum must be 0"]),
+    ("update: bright", with_(UPDATE, "--truth", "{tmp}/bright.safetensors"), ["expected [0, 1]"]),
+    ("update: two truths", with_(UPDATE, "--truth", "{tmp}/two.safetensors"), ["(2, 1, 16, 16)"]),
     ("update: rate", with_(UPDATE, "--config", "{tmp}/rate.toml"), ["lr is needed"]),
     ("update: no spec", with_(UPDATE, "--spec", "{tmp}/none.json"), ["none.json"]),
     ("update: empty spec", with_(UPDATE, "--spec", "{tmp}/nothing.json"), ["lock spec"]),
@@ -270,3 +279,45 @@ def test_update_of_a_locked_run(call: Call, finished: Path, tmp_path: Path) -> N
     assert answer.code == 0, answer.err
     found = json.loads((tmp_path / "new" / "update.json").read_text())
     assert "inverting-gradients+affine" in str(found["attacks"][0]["notes"])
+
+
+@pytest.mark.usefixtures("_short")
+def test_resumed_audit_has_the_same_json(call: Call, audited: Path) -> None:
+    before = json.loads((audited / "audit.json").read_text())
+    (audited / "audit.json").unlink()
+    min((audited / "cells").iterdir()).unlink()
+    words = [*before["command"].split()[1:], "--resume"]
+    assert call(*words[:-1], "--out", str(audited), "--resume").code in EXIT_CODES.values()
+    after = json.loads((audited / "audit.json").read_text())
+    assert "--resume" not in after["command"]
+    del before["command"], after["command"]  # of another --out: the fixture's copy
+    assert after == before
+
+
+def test_flags_reach_the_audit(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag that is not handed on would be a silent nothing."""
+    seen: list[AuditConfig] = []
+
+    def look(config: AuditConfig, *_: object, **__: object) -> None:
+        seen.append(config)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("fedkl.audit.run_audit", look)
+    words = [word.replace("{tmp}", str(tmp_path)) for word in AUDIT]
+    flags = ["--certificate", "--aggregated", "2", "--batch-size", "3", "--local-steps", "4"]
+    call(*words, *flags, "--observations", "5", "--seeds", "6", "--stage", "mid")
+    (config,) = seen
+    assert config.certificate
+    assert (config.aggregated, config.batch_size, config.local_steps) == (2, 3, 4)
+    assert (config.observations, config.seeds, config.stage) == (5, 6, "mid")
+    assert (config.images, config.candidates, config.effort) == (2, 10, "quick")
+
+
+def test_run_and_settings_that_contradict_it(call: Call, finished: Path, tmp_path: Path) -> None:
+    words = ["audit", "--run", str(finished), "--out", str(tmp_path / "new")]
+    (tmp_path / "a.toml").write_text("[federation]\nrounds = 2\n")
+    answer = call(*words, "--config", str(tmp_path / "a.toml"))
+    assert (answer.code, "leave --config out" in answer.err) == (2, True)
+    answer = call(*words, "--defenses", "norm,pad")
+    assert (answer.code, "names pad" in answer.err) == (2, True)
+    assert not (tmp_path / "new").exists()

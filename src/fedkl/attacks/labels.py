@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
-from fedkl.observation import Observation
+from fedkl.observation import Observation, Training
 
 
 def classifier(network: Network, num_classes: int) -> tuple[str, str | None]:
@@ -67,6 +67,15 @@ def infer_counts(bias: Tensor, batch_size: int, mean_probability: Tensor | None 
     return counts.to(torch.int64)
 
 
+def steps_taken(training: Training) -> float:
+    """How many plain SGD steps along one gradient make the update: momentum takes longer ones."""
+    velocity = total = 0.0
+    for _ in range(training.local_steps):
+        velocity = training.momentum * velocity + 1
+        total += 1 + training.momentum * velocity if training.nesterov else velocity
+    return total
+
+
 def infer_labels(observation: Observation, network: Network) -> Tensor:
     """Labels (T, images) int64: those granted, else inferred; a batch's in ascending order.
 
@@ -79,10 +88,10 @@ def infer_labels(observation: Observation, network: Network) -> Tensor:
         return observation.labels
     weight, bias = classifier(network, observation.num_classes)
     training, rows = observation.training, []
-    # Before minus after is lr times the sum of the gradients; weight decay adds next to nothing.
+    # Before minus after is a multiple of the mean gradient; weight decay adds next to nothing.
     scale = 1.0
     if observation.kind == "update":
-        scale = 1 / (training.lr * training.local_steps)
+        scale = 1 / (training.lr * steps_taken(training))
     for change in observation.changes:
         g_weight = change[weight] * scale
         g_bias = None if bias is None else change[bias] * scale

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.functional import log_softmax
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
 
 from fedkl.errors import AttackError
 from fedkl.observation import Observation, Training
@@ -67,7 +69,13 @@ class Network:
     def logits(self, parameters: Tensors, x: Tensor) -> Tensor:
         """Output (B, classes) for images (B, C, H, W) under ``parameters`` (all, by name)."""
         output = functional_call(self.model, {**parameters, **self.buffers}, (x,))
-        assert isinstance(output, Tensor)
+        if isinstance(output, tuple | list):  # auxiliary heads behind; clients train on the first
+            output = output[0]
+        if not isinstance(output, Tensor):
+            raise AttackError(
+                f"the model returns a {type(output).__name__}; attacks need a tensor of logits, or "
+                "a tuple that begins with it."
+            )
         return output
 
     def loss(self, parameters: Tensors, x: Tensor, y: Tensor) -> Tensor:
@@ -157,11 +165,18 @@ def sgd(
 
 
 def _frozen(model: nn.Module, train_mode: bool) -> nn.Module:
-    """A copy without gradients; in train mode without running statistics, which vmap forbids."""
+    """A copy without gradients; in train mode without running statistics, which vmap forbids.
+
+    Nor does it drop anything: nobody but the client knows what was dropped.
+    """
     copy = deepcopy(model)
     for parameter in copy.parameters():
         parameter.requires_grad_(False)
     for module in copy.modules():
+        if isinstance(module, _DropoutNd | StochasticDepth):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
         if train_mode and isinstance(module, _BatchNorm) and module.track_running_stats:
             module.track_running_stats = False
             for name in ("running_mean", "running_var", "num_batches_tracked"):

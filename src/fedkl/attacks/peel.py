@@ -141,6 +141,11 @@ class Peel(Attack):
         weight, bias = classifier(network, classes)
         assert bias is not None
         missed, gradient = change[bias].to(EXACT), change[weight].to(EXACT)
+        if not bool(missed.any()):
+            raise AttackError(
+                f"the gradient of {bias} is zero everywhere (a loss of zero): there is nothing to "
+                "peel from; use another attack."
+            )
         features = (missed @ gradient) / (missed @ missed)
         delta = network.shared[weight].to(EXACT).T @ missed
         found = Solved(features, delta, 0.0)

@@ -31,7 +31,7 @@ class Trial:
 
     changes: dict[str, Tensor]
     labels: Tensor
-    secrets: dict[str, Tensor]
+    secrets: dict[str, Tensor] = field(repr=False)
 
 
 torch.utils._pytree.register_pytree_node(

@@ -22,7 +22,7 @@ from fedkl.observation import OPEN, Observation, ThreatModel, Training, threat_o
 from fedkl.rng import derive
 
 FEED_FORWARD: Final = (
-    "closed-form", "shadow", "shadow-global", "shadow-label", "shadow-gradient",
+    "closed-form", "peel", "shadow", "shadow-global", "shadow-label", "shadow-gradient",
 )  # fmt: skip
 TARGET: Final = 0  # the class that a crafting server fishes for
 _NEED_A_KEY: Final = ("key-unknown", "key-regressed", "lock-gradient")

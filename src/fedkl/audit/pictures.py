@@ -64,7 +64,9 @@ def save_pictures(
         save_png(truth.images[i], folder / entry["truth"])
         save_png(truth.floor[i], folder / entry["floor"])
         save_png(images[i], folder / entry["reconstruction"])
-        if one.frames is not None and len(one.frames) > 1:
+        # A film is of the first image of the attack's own order; another must not stand in for it.
+        own = bool(torch.equal(one.images[0, 0].to(images), images[i]))
+        if own and one.frames is not None and len(one.frames) > 1:
             frames = one.frames
             save_png(torch.cat(list(frames), dim=-1), folder / f"{stem}-frames.png")
             entry["sprite"], entry["frames"] = f"{stem}-frames.png", len(frames)

@@ -64,6 +64,14 @@ class UpdateConfig:
                 "lr is needed to repeat several steps, momentum or weight decay; set lr in the "
                 "file of steps."
             )
+        for name in ("momentum", "weight_decay"):
+            if not 0 <= (rate := getattr(self, name)) < (1 if name == "momentum" else float("inf")):
+                raise ConfigError(f"{name} must be 0 or more (momentum below 1), got {rate}.")
+        if self.labels is not None and not all(0 <= i < self.num_classes for i in self.labels):
+            raise ConfigError(
+                f"got labels {list(self.labels)}; expected classes within 0 … "
+                f"{self.num_classes - 1} (num_classes is {self.num_classes})."
+            )
         if self.labels is not None and len(self.labels) != self.training.images:
             raise ConfigError(
                 f"got {len(self.labels)} labels for {self.training.images} images behind the "
@@ -227,11 +235,14 @@ def audit_update(
     Returns:
         The contents of ``update.json``.
     """
-    if truth is not None and truth.shape[1:] != observation.image_shape:
+    wanted = (observation.training.images, *observation.image_shape)
+    if truth is not None and truth.shape != wanted:
         raise StateError(
-            f"got true images {tuple(truth.shape)}; expected "
-            f"(images, {', '.join(map(str, observation.image_shape))})."
+            f"got true images {tuple(truth.shape)}; expected {wanted}: every image behind the "
+            "update (batch_size x local_steps), each (C, H, W)."
         )
+    if truth is not None:
+        metrics.mse(truth, truth)  # raises on what could not be measured, before hours of attacks
     make_folder(folder / "pictures")
     entries = []
     for attack in attacks:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from fedkl.audit.config import KEY_HOLDER
 from fedkl.metrics import mean_interval, proportion_interval
+from fedkl.observation import THREATS
 
 Row = Mapping[str, Any]
 
@@ -59,7 +60,10 @@ def summarize(
 
 
 def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
-    """Whether the same attack succeeds undefended or holding the key, per metric."""
+    """Whether the same attack succeeds undefended or holding the key, per metric.
+
+    What a server gets by crafting weights does not show that an honest one's attack works.
+    """
     same = [
         other
         for other in entries
@@ -68,7 +72,7 @@ def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
             for name in ("attack", "stage", "batch", "steps", "observations", "aggregated")
         )
         and (
-            other["defense"] == "none"
+            (other["defense"] == "none" and _crafted(other) == _crafted(entry))
             or (other["defense"] == entry["defense"] and other["threat"] == KEY_HOLDER)
         )
     ]
@@ -78,6 +82,10 @@ def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
             o["identified"]["mean"] - o["floor_identified"]["mean"] >= WORKS for o in same
         ),
     }
+
+
+def _crafted(entry: Row) -> bool:
+    return str(entry["threat"]) in THREATS and THREATS[str(entry["threat"])].crafting
 
 
 def judge(entry: Row, *, cheap: bool = False) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ class Sent:
     rows: Tensor
     changes: tuple[dict[str, Tensor], ...]
     statistics: tuple[dict[str, Tensor], ...]
-    lock_gradients: tuple[dict[str, Tensor], ...]
+    lock_gradients: tuple[dict[str, Tensor], ...] = field(repr=False)  # it holds the key
 
 
 class Victims:
@@ -72,7 +72,14 @@ class Victims:
         )
         method = "fedsgd" if one_gradient else "fedavg"
         federation = dataclasses.replace(config.federation, method=method)
-        self.config = dataclasses.replace(config, training=training, federation=federation)
+        self.config = dataclasses.replace(
+            config,
+            training=training,
+            federation=federation,
+            # What is measured is the image as it is; and attacks are computed on the CPU.
+            data=dataclasses.replace(config.data, augment=False),
+            device="cpu",
+        )
         self.session = Session(self.config, folder, bundle)
         self.workspace = self.session.workspace
         self.workspace.images = bundle.test

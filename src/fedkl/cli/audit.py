@@ -26,6 +26,7 @@ START: Final = {
     "data": {"samples": 6_000, "channels": 1},
     "evaluation": {"every": 0},
 }
+DEFENDED: Final = "none,norm,fedbn,channel"
 OWN_FLAGS: Final = ("defense.name", "training.batch_size", "training.local_steps")
 
 
@@ -38,7 +39,7 @@ def audit(
     ] = None,
     defenses: Annotated[
         str, typer.Option(help=f"With commas, of: {', '.join(DEFENSES)}.")
-    ] = "none,norm,fedbn,channel",
+    ] = DEFENDED,
     attacks: Annotated[
         str, typer.Option(help=f"With commas, or all, of: {', '.join(ATTACKS)}.")
     ] = "inverting-gradients,shadow-label",
@@ -89,6 +90,8 @@ def audit(
     """
     from fedkl.audit import EXIT_CODES, AuditConfig, run_audit
 
+    if run_folder is not None and config_file is not None:
+        raise ConfigError("--run takes its settings from the run; leave --config out.")
     base, asked = base_of(run_folder, settings), _listed(defenses)
     config = AuditConfig(
         run=build_config(flags=settings, file=config_file, base=base),
@@ -104,8 +107,10 @@ def audit(
         seeds=seeds,
         effort=effort,
         candidates=candidates,
+        certificate=certificate,
     )
-    facts = {"command": command_line(), "versions": versions()}
+    # The command that began it: an audit that was interrupted gives the same JSON.
+    facts = {"command": command_line(without="--resume"), "versions": versions()}
     sources = {} if run_folder is None else {config.run.defense.name: run_folder}
     try:
         with watching_audit() as watch:
@@ -152,8 +157,14 @@ def base_of(run_folder: Path | None, settings: Mapping[str, Any]) -> dict[str, A
 
 def _with_own(asked: tuple[str, ...], base: Mapping[str, Any]) -> tuple[str, ...]:
     """The defense of the run that was given, and those asked for that are controls."""
-    own = str(base["defense"]["name"])
-    return tuple(dict.fromkeys((*(d for d in asked if d in ("none", "norm", "fedbn")), own)))
+    own, controls = str(base["defense"]["name"]), ("none", "norm", "fedbn")
+    strange = [name for name in asked if name not in (*controls, own)]
+    if strange and asked != _listed(DEFENDED):
+        raise ConfigError(
+            f"--run holds a run with defense {own}, but --defenses names {', '.join(strange)}; "
+            "audit those without --run, or give their own runs one by one."
+        )
+    return tuple(dict.fromkeys((*(d for d in asked if d in controls), own)))
 
 
 def _listed(text: str, everything: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -219,7 +230,8 @@ def show_audit(result: Mapping[str, Any]) -> None:
     columns = ["defense (threat)", "attack", "n", "advantage", "identified", "verdict"]
     out().print(
         table_of(
-            "Aligned SSIM beyond the floor, images found among 100 of a class; 95 % intervals",
+            "Aligned SSIM beyond the floor, images found among "
+            f"{result['config']['candidates']} of a class; 95 % intervals",
             columns,
             rows,
         )

@@ -15,9 +15,9 @@ arguments: ContextVar[tuple[str, ...]] = ContextVar("arguments", default=())
 """What this command was called with."""
 
 
-def command_line() -> str:
-    """The present command, ready for a shell. Passphrases are never on it."""
-    return shlex.join(["fedkl", *arguments.get()])
+def command_line(without: str = "") -> str:
+    """The present command, ready for a shell, ``without`` one flag. Passphrases are never on it."""
+    return shlex.join(["fedkl", *(word for word in arguments.get() if word != without)])
 
 
 def versions() -> dict[str, str]:

@@ -117,3 +117,14 @@ def test_misfits_are_explained() -> None:
     steps = replace(seen, kind="update", training=Training(batch_size=2, local_steps=3, lr=0.1))
     with pytest.raises(AttackError, match="3 steps"):
         catch(steps, int(y[0]))
+
+
+def test_one_image_is_fished_out_of_an_aggregate() -> None:
+    """Two clients with two images each: the server sees the mean of their gradients."""
+    x, y = distinct(4)
+    model = crafted(2)
+    seen = replace(sent(model, x, y), training=Training(batch_size=2, clients=2))
+    caught = catch(seen, 2)
+    assert caught.training.images == caught.training.clients == 1
+    for name, gradient in gradients(model, x[2:3], y[2:3]).items():
+        torch.testing.assert_close(caught.changes[0][name], gradient, rtol=1e-3, atol=1e-6)

@@ -325,3 +325,11 @@ def test_shadows_find_the_signs_that_training_has_built_on() -> None:
         right = [own[n].sign() == true[n].sign() for n in true if n.endswith("gamma")]
         shares += [max(float(r.float().mean()), 1 - float(r.float().mean())) for r in right]
     assert sum(shares) / len(shares) > 0.8  # eight random signs give 0.64
+
+
+def test_too_few_victims_for_their_classes_is_said() -> None:
+    found = Shadow(*public(), hidden=0, secret_epochs=1, restandardize="label")
+    few = found.reconstruct(victims("adaptive", 20), generator=derive(0, "a"))
+    assert any("as by 'global'" in note for note in few[0].notes)
+    many = found.reconstruct(victims("adaptive", 80), generator=derive(0, "a"))
+    assert not any("as by 'global'" in note for note in many[0].notes)

@@ -278,3 +278,17 @@ def test_misfits_are_explained(small: Victim) -> None:
         Adaptive(quick(), FreeAffines(start="law")).reconstruct(
             [replace(observation, spec=None)], generator=derive(0)
         )
+
+
+def test_clients_of_an_aggregate_have_secrets_each(small: Victim) -> None:
+    (first,) = of(small)
+    both = replace(first, training=Training(clients=2))
+    secrets = FreeAffines(start="law")
+    start = secrets.start([both], [0], derive(0, "a"))
+    for name, value in start.items():
+        one = dict(both.model.named_parameters())[name.removeprefix("secret:")]
+        assert value.shape == (1, 2, *one.shape)
+    assert any(not torch.equal(value[0, 0], value[0, 1]) for value in start.values())
+    attack = Adaptive(InvertingGradients(iterations=2, labels="search"), secrets)
+    (found,) = attack.reconstruct([both], generator=derive(0, "a"))
+    assert found.images.shape[:2] == (1, 2)

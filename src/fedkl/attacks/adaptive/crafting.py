@@ -127,7 +127,7 @@ def catch(observation: Observation, target: int) -> Observation:
         observation,
         kind="gradient",
         changes=changes,
-        training=replace(training, batch_size=1, local_steps=1, repeats=False),
+        training=replace(training, batch_size=1, local_steps=1, repeats=False, clients=1),
         labels=torch.full((observation.count, 1), target),
     )
 
@@ -145,13 +145,14 @@ def _caught(
     weight, bias = classifier(network, observation.num_classes)
     assert bias is not None
     # The target row is -(1/B)·sum of features over its images; its bias tells how many.
-    count = -gradient[bias][target] * training.batch_size
+    images = training.batch_size * training.clients
+    count = -gradient[bias][target] * images
     if float(count) < 0.5:
         raise AttackError(
             f"no image of class {target} was in the batch (its bias gradient says {float(count):g} "
             "of them); fish for another class, or wait for another batch."
         )
-    single = {name: g * (training.batch_size / count) for name, g in gradient.items()}
+    single = {name: g * (images / count) for name, g in gradient.items()}
     features = single[weight][target] / single[bias][target]
     p = network.shared[bias].softmax(dim=0)  # w_t·features is far below the margin
     miss = p.clone()

@@ -14,7 +14,12 @@ from fedkl.attacks.adaptive.shadow_client import (
     check_single,
     train_secrets,
 )
-from fedkl.attacks.adaptive.shadow_decoder import RESTANDARDIZATIONS, Coordinates, Decoder
+from fedkl.attacks.adaptive.shadow_decoder import (
+    MIN_PER_CLASS,
+    RESTANDARDIZATIONS,
+    Coordinates,
+    Decoder,
+)
 from fedkl.attacks.base import Attack, Progress, Reconstruction
 from fedkl.attacks.closed_form import penultimate_features
 from fedkl.attacks.labels import infer_labels
@@ -127,7 +132,7 @@ class Shadow(Attack):
         images = torch.split(total / self.shadows, first.count)
         found = torch.split(labels, first.count)
         return [
-            Reconstruction(images=x[:, None], labels=y[:, None], notes=(self._note(first),))
+            Reconstruction(images=x[:, None], labels=y[:, None], notes=self._notes(first, labels))
             for x, y in zip(images, found, strict=True)
         ]
 
@@ -204,11 +209,16 @@ class Shadow(Attack):
         decoder.fit(inputs, self.public.labels, self.public.images, generator, tell)
         return decoder
 
-    def _note(self, observation: Observation) -> str:
+    def _notes(self, observation: Observation, labels: Tensor) -> tuple[str, ...]:
         own = "no secrets" if not observation.secrets else f"{self.shadows} shadow client(s)"
         if observation.secrets and set(observation.secrets) <= observation.known.keys():
             own = "the victim's secrets"
-        return f"shadow on {self.variant} with {own}; restandardized: {self.restandardize or 'no'}"
+        how = self.restandardize or "no"
+        note = f"shadow on {self.variant} with {own}; restandardized: {how}"
+        if how == "label" and int(torch.bincount(labels).max()) < MIN_PER_CLASS:
+            few = f"no class has {MIN_PER_CLASS} victims or more: restandardized as by 'global'"
+            return note, few
+        return (note,)
 
 
 def _inputs(client: ShadowClient, images: Tensor, labels: Tensor, sketch: Sketch | None) -> Tensor:

@@ -176,12 +176,22 @@ class FreeSecrets(AdaptiveSecrets):
     ) -> dict[str, Tensor]:
         first = observations[0]
         neutral = {n: p.detach() for n, p in first.model.named_parameters() if n in first.secrets}
-        drawn = [self._begin(first, neutral, generator) for _ in rows]
+        drawn = [self._of_clients(first, neutral, generator) for _ in rows]
         return {
             PREFIX + name: torch.stack([d[name] for d in drawn]) / self._rate(name)
             for name in neutral
             if self.frees(name)
         }
+
+    def _of_clients(
+        self, observation: Observation, neutral: Tensors, generator: torch.Generator
+    ) -> Tensors:
+        """Behind an aggregate every client has secrets of its own: one more axis in front."""
+        clients = observation.training.clients
+        parts = [self._begin(observation, neutral, generator) for _ in range(clients)]
+        if clients == 1:
+            return parts[0]
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
     def _begin(
         self, observation: Observation, neutral: Tensors, generator: torch.Generator
