@@ -97,7 +97,7 @@ CELLS: dict[str, Cell] = {
         ("inverting-gradients, L-BFGS", lambda _: _newton(1500), (MEAN, 0.9), 70, COUNT),
         ("inverting-gradients, Adam", _adam(3000, 2), None, 115, COUNT),
         ("inverting-gradients, signed Adam", _signed, None, 40, COUNT),
-        ("grnn", lambda _: GRNN(iterations=2000), (MEAN, 0.9), 100, 5),
+        ("grnn", lambda _: GRNN(iterations=1500), (MEAN, 0.9), 75, 5),
     )
 } | {
     "inverting-gradients fashion trained": Cell(

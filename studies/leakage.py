@@ -94,22 +94,17 @@ ADAPTIVE = ("adaptive",)
 IG = ("inverting-gradients",)
 PAD = {"pad": ADAPTIVE}
 LOCKS = {"channel": ADAPTIVE, "paper-sigmoid": ADAPTIVE}
-FINAL = {
-    "channel": ADAPTIVE,
-    "paper-sigmoid": ("key-unknown", "adaptive"),
-    "channel-first": ADAPTIVE,
-    **PAD,
-}
+FINAL = {"channel": ADAPTIVE, "paper-sigmoid": ADAPTIVE, "channel-first": ADAPTIVE, **PAD}
 PAPER = {"paper-sigmoid": ("key-unknown", "key-regressed", "lock-gradient", "adaptive")}
 FEW = {"paper-sigmoid": ("key-unknown", "adaptive")}
 SHADOW = ("shadow-label",)
 AUDITS: dict[str, Audit] = {
-    "lenet-final": Audit("lenet", "final", IG, "quick", 20, FINAL, 9),
-    "lenet-final-peel": Audit("lenet", "final", ("peel",), "quick", 20, {**LOCKS, **PAD}, 10),
-    "lenet-final-shadow": Audit("lenet", "final", SHADOW, "standard", 200, {**LOCKS, **PAD}, 25),
+    "lenet-final": Audit("lenet", "final", IG, "quick", 20, FINAL, 18),
+    "lenet-final-shadow": Audit("lenet", "final", SHADOW, "quick", 200, {**LOCKS, **PAD}, 15),
     "lenet-initial": Audit("lenet", "initial", ("dlg",), "quick", 20, PAPER, 20),
-    "lenet-initial-grnn": Audit("lenet", "initial", ("grnn",), "quick", 5, FEW, 20),
+    "lenet-final-peel": Audit("lenet", "final", ("peel",), "quick", 3, {**LOCKS, **PAD}, 30),
     "resnet20-final": Audit("resnet20", "final", IG, "quick", 5, {"channel": ADAPTIVE, **FEW}, 25),
+    "lenet-initial-grnn": Audit("lenet", "initial", ("grnn",), "quick", 5, FEW, 20),
     "resnet20-final-shadow": Audit(
         "resnet20", "final", SHADOW, "quick", 200, {"channel": ADAPTIVE, **PAD}, 60
     ),
