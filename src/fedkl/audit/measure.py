@@ -136,6 +136,30 @@ def matched(
     return images, labels
 
 
+def identified_in_batches(images: Tensor, truth: Truth, size: int) -> Tensor:
+    """For which of N images the truth is nearer than all decoys to what came out of its batch.
+
+    The order within a batch was chosen by the truth, which a decoy has not helped to choose: by
+    that order alone a guesser is right far more often than 1 time in K. Here every candidate is as
+    near as the nearest of the batch's ``size`` reconstructions, so that they are all alike to a
+    guesser.
+
+    Returns:
+        bool (N,).
+    """
+    hits = []
+    for i, decoys in enumerate(truth.decoys):
+        start = i - i % size
+        mine = images[start : start + size].double().flatten(1)
+        # Others of the same batch are no decoys: their own reconstructions are among these.
+        decoys = decoys[~torch.isin(decoys, truth.rows[start : start + size])]
+        candidates = torch.cat([truth.images[i][None], truth.pool[decoys]]).double().flatten(1)
+        near = torch.cdist(candidates, mine).amin(dim=1)
+        nearer = near[0] * (1 + 1e-9) < near[1:]
+        hits.append(nearer.all() & nearer.any())  # without a decoy nothing is identified
+    return torch.stack(hits)
+
+
 def rows_of(
     found: Sequence[Reconstruction],
     images: Tensor,
@@ -145,6 +169,8 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """One plain dict per image; ``facts`` (attack, defense, ...) are in every one."""
     figures = figures_of(images, truth.images, truth.pool, truth.decoys)
+    if (size := found[0].images.shape[1]) > 1:
+        figures["identified"] = identified_in_batches(images, truth, size).double()
     per_victim = len(images) // len(found)
     rows = []
     for i in range(len(images)):
