@@ -44,7 +44,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "fedbn": {"name": "fedbn"},
     "pad": PAD,
     "pad-head": {**PAD, "head": True},
-    "pad-narrow": {**PAD, "scale_law": "near-one", "inner_spread": 0.3, "gain": 5.0},
+    "pad-narrow": {**PAD, "scale_law": "near-one", "inner_spread": 0.3},
 }
 # The rates of norm, fedbn and channel were chosen on validation by studies/accuracy.py.
 LENET: dict[str, Any] = {

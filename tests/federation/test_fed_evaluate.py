@@ -144,7 +144,7 @@ def test_thief_of_a_pad_has_nothing_of_the_victims() -> None:
     assert second.own != first.own
     # What an insider takes is the mean of the others' layers, which it has to be.
     changed = [
-        (k, {n: t * 1.5 if t.is_floating_point() else t for n, t in p.items()}) for k, p in others
+        (k, {n: t.flip(0) if t.is_floating_point() else t for n, t in p.items()}) for k, p in others
     ]
     third = examine(space, test, key_of("pad", 9), changed, torch.arange(100))
     outside = [n for n in first.thief if not n.startswith("others")]

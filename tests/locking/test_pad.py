@@ -92,8 +92,10 @@ def test_lock_computes_scale_times_norm_plus_shift(
     pad = Pad(scale_law=law).draw("1", (4, 6, 6), KEY, 0, spread=spread)
     gamma, beta = pad[0], pad[1]
     if learned != "none":
-        gamma = gamma + gain * source.scale_learned
-        beta = beta + gain * source.shift_learned
+        entries = {"batch": 4, "instance": 4, "group": 4, "layer": 144}[kind]
+        factor = gain * math.sqrt(144 / entries if learned == "position" else 1)
+        gamma = gamma + factor * source.scale_learned
+        beta = beta + factor * source.shift_learned
     x = locked[0](IMAGE)  # type: ignore[index, operator]
     want = gamma * reference(x, kind) + beta
     got = locked.train()[1](x)  # type: ignore[index]
@@ -283,7 +285,7 @@ def test_renewed_pad_is_another_and_learned_terms_restart_or_stay() -> None:
     assert epoch_of(locked) == epoch_of(kept) == 3
     fresh = Pad().draw("1", (4, 6, 6), KEY, 3, spread=3.0)[0]
     assert torch.equal(affines(locked)["1"][0], fresh)
-    assert torch.equal(affines(kept)["1"][0], fresh + 0.5 * Pad().gain)
+    assert torch.equal(affines(kept)["1"][0], fresh + 0.5 * 6)  # √36 positions a channel
     assert abs(float(torch.corrcoef(torch.stack([before.flatten(), fresh.flatten()]))[0, 1])) < 0.3
     assert torch.equal(private_state(locked)["0.weight"], stem)
     restart_lock(locked, KEY)

@@ -176,8 +176,9 @@ class Pad(Scheme):
             (``sign``), the sign of every position at random.
         learned: What is learned on top of the pad: one number per ``position``, one per
             ``channel``, or ``none``.
-        gain: How much faster that learns than an ordinary affine: a step moves it by lr·gain². A
-            position hears its own gradient alone, an affine that of all positions of a channel.
+        gain: How much faster that learns than the norm's own affine would. A position hears its
+            own gradient alone, an entry of an affine that of all its n positions: a step moves
+            what is learned by lr·n·gain².
         stem: Whether everything up to and including the first lock is private, drawn from the key.
         head: Whether the classifier (the last linear layer that runs) is private as well.
         lock_head_input: Whether a norm with a pad is inserted in front of the classifier.
@@ -193,7 +194,7 @@ class Pad(Scheme):
     inner_spread: float | None = 1.0
     scale_law: str = "wide"
     learned: str = "position"
-    gain: float = 20.0
+    gain: float = 1.0
     stem: bool = True
     head: bool = False
     lock_head_input: bool = False
@@ -225,7 +226,9 @@ class Pad(Scheme):
         learned = {"position": shape, "channel": tuple(scale.shape), "none": None}[self.learned]
         spread = self.spread_of(first=previous is None)
         pad = self.draw(site, shape, key, 0, spread=spread)
-        source = PadAffine(site, pad, learned, gain=self.gain, spread=spread)
+        positions = math.prod(learned or ()) / scale.numel()
+        gain = self.gain * max(1.0, positions) ** 0.5
+        source = PadAffine(site, pad, learned, gain=gain, spread=spread)
         return source.to(scale.device, scale.dtype)
 
     def spread_of(self, *, first: bool) -> float:
