@@ -33,6 +33,8 @@ def spectrum_plot(certified: Mapping[str, Any], *, title: str = "", dark: bool =
         left.plot(place, values, lw=1.6, color=color, label=label)
     left.axhline(found[0]["tolerance"], color="#8C8C8C", ls="--", lw=1, label="tolerance")
     left.set_yscale("log")
+    # Text is drawn verbatim here: matplotlib's own labels of powers would show their TeX.
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
     left.set_xlabel("directions, as a share of the pixels")
     left.set_ylabel("singular value, relative")
     left.set_title(title, loc="left", fontsize=11)
@@ -52,5 +54,5 @@ def spectrum_plot(certified: Mapping[str, Any], *, title: str = "", dark: bool =
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     _legend(figure, left, columns=7)
-    right.legend(frameon=False, loc="center right")
+    right.legend(frameon=False, loc="center left")
     return _png(figure, dark)
