@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from fedkl.audit import AuditConfig
@@ -19,6 +20,11 @@ def small_run(**defense: Any) -> RunConfig:
             "defense": defense,
         }
     )  # fmt: skip
+
+
+def small_run_with(optimizer: str) -> RunConfig:
+    run = small_run()
+    return dataclasses.replace(run, training=dataclasses.replace(run.training, optimizer=optimizer))
 
 
 def small_audit(**settings: Any) -> AuditConfig:

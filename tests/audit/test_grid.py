@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from audithelp import small_audit, small_run
+from audithelp import small_audit, small_run, small_run_with
 
 from fedkl.attacks import InvertingGradients
 from fedkl.audit import Event, arsenal, run_audit
@@ -85,7 +85,7 @@ def test_json_has_what_the_page_and_people_need(tmp_path: Path) -> None:
         assert 0 <= row["label"] < 10
     assert len({(row["image"], row["seed"]) for row in result["rows"]}) == 8
     for entry in result["summary"]:
-        assert entry["n"] == 8
+        assert (entry["n"], entry["images"]) == (2, 8)
     for picture in result["pictures"]:
         for name in ("truth", "floor", "reconstruction", "sprite"):
             assert (tmp_path / picture[name]).is_file()
@@ -132,6 +132,7 @@ def test_folder_of_another_audit_is_refused(tmp_path: Path) -> None:
         ({"attacks": ()}, "no attack"),
         ({"defenses": ()}, "no defense"),
         ({"candidates": 1}, "at least 2"),
+        ({"run": small_run_with("adam"), "local_steps": 2}, "unrolled as SGD"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, object], message: str) -> None:

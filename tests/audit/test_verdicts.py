@@ -24,6 +24,7 @@ def rows(
     return [
         {
             **BASE,
+            "victim": i,
             "defense": defense,
             "threat": threat,
             "advantage": advantage + noise * (-1) ** i,
@@ -50,10 +51,10 @@ IDLE = rows("none", "open", 200, 0.0)
         (rows("channel", "adaptive", 200, -0.1, 0), HOLDER, "holds", "succeeds where it should"),
         (rows("channel", "adaptive", 200, -0.1, 0), IDLE, "inconclusive", "says nothing"),
         (rows("channel", "adaptive", 200, -0.1, 0), [], "inconclusive", "says nothing"),
-        (rows("channel", "adaptive", 20, -0.1, 0), WORKING, "inconclusive", "more images"),
+        (rows("channel", "adaptive", 20, -0.1, 0), WORKING, "inconclusive", "more of them"),
         (rows("channel", "adaptive", 200, 0.03, 0), WORKING, "inconclusive", "up to 0.03"),
         (rows("channel", "adaptive", 200, 0.0, 6, 0.01), WORKING, "inconclusive", "6."),
-        (rows("channel", "adaptive", 1, -0.1), WORKING, "inconclusive", "1 images"),
+        (rows("channel", "adaptive", 1, -0.1), WORKING, "inconclusive", "1 victims"),
     ],
 )
 def test_rule(
@@ -135,3 +136,33 @@ def test_crafted_control_does_not_vouch_for_an_honest_servers_attack() -> None:
     assert next(e for e in entries if e["role"] == "defense")["verdict"] == "inconclusive"
     entries = summarize([*crafted, *rows("pad", "crafting", 200, -0.1)], judged=["pad"])
     assert next(e for e in entries if e["role"] == "defense")["verdict"] == "holds"
+
+
+def test_images_and_seeds_of_one_victim_count_once() -> None:
+    """Five looks at twenty victims are twenty trials: no interval narrows by repetition."""
+    once = rows("channel", "adaptive", 20, 0.1, 4, noise=0.02)
+    five = [{**row, "image": k} for row in once for k in range(5)]
+    alone, repeated = (summarize(found, judged=["channel"])[0] for found in (once, five))
+    assert (repeated["n"], repeated["images"]) == (20, 100)
+    for name in ("advantage", "identified"):
+        assert repeated[name] == pytest.approx(alone[name])
+
+
+def test_part_of_a_victim_widens_the_interval() -> None:
+    found = rows("channel", "adaptive", 10, 0.1, 10)
+    mixed = [
+        {**row, "victim": row["victim"], "identified": k == 0} for row in found for k in (0, 1)
+    ]
+    rate = summarize(mixed[:-1], judged=["channel"])[0]["identified"]
+    assert rate["mean"] == pytest.approx(0.55)
+    assert rate["low"] == pytest.approx(0.18709, rel=1e-3)  # 5 of 10
+    assert rate["high"] == pytest.approx(0.87845, rel=1e-3)  # 6 of 10
+
+
+def test_bounds_rise_with_chance() -> None:
+    """Ten candidates: a guesser is right one time in ten, which is no leak."""
+    found = [*WORKING, *rows("channel", "adaptive", 400, -0.1, 40)]
+    entries = summarize(found, judged=["channel"], candidates=100)
+    assert overall(entries, ["channel"])["overall"] == "leaks"
+    entries = summarize(found, judged=["channel"], candidates=10)
+    assert overall(entries, ["channel"])["overall"] == "holds"

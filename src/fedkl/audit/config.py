@@ -76,6 +76,11 @@ class AuditConfig:
         for name in ("images", "batch_size", "local_steps", "observations", "aggregated", "seeds"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
+        if self.local_steps > 1 and self.run.training.optimizer != "sgd":
+            raise ConfigError(
+                f"updates of {self.local_steps} steps are unrolled as SGD, but the run trains with "
+                f"{self.run.training.optimizer}; audit local_steps 1, or a run with sgd."
+            )
         if self.candidates < 2:
             raise ConfigError(f"candidates must be at least 2, got {self.candidates}.")
 

@@ -119,7 +119,9 @@ def run_audit(
             if found["skipped"] is not None:
                 skipped.append({"cell": cell.name(audit), "reason": found["skipped"]})
             threats[cell.threat.name] = cell.threat.to_dict()
-    summary = summarize(rows, judged=audit.judged, feed_forward=FEED_FORWARD)
+    summary = summarize(
+        rows, judged=audit.judged, feed_forward=FEED_FORWARD, candidates=audit.candidates
+    )
     result = {
         "format": FORMAT,
         "version": VERSION,

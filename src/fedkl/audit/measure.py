@@ -176,6 +176,7 @@ def rows_of(
     for i in range(len(images)):
         row = {
             **facts,
+            "victim": i // per_victim,
             "image": int(truth.rows[i]),
             "label": int(truth.labels[i]),
             "label_found": int(labels[i]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -31,7 +32,11 @@ RATES: Final = ("identified", "floor_identified", "success", "floor_success", "l
 
 
 def summarize(
-    rows: Sequence[Row], *, judged: Sequence[str], feed_forward: Sequence[str] = ()
+    rows: Sequence[Row],
+    *,
+    judged: Sequence[str],
+    feed_forward: Sequence[str] = (),
+    candidates: int = 100,
 ) -> list[dict[str, Any]]:
     """One entry per attack, defense and threat: means, 95 % intervals, and a verdict.
 
@@ -40,6 +45,8 @@ def summarize(
         judged: Defenses that a verdict is about; the others, and key holders, are controls.
         feed_forward: Attacks without an optimizer, which are cheap: their ``holds`` needs the
             identification bound of 2 % whatever the number of images.
+        candidates: Images among which the true one was to be found. The bounds are for 100, where
+            chance is 1 %; with fewer they rise as chance does.
     """
     cells: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -47,7 +54,8 @@ def summarize(
     entries = []
     for place, members in cells.items():
         entry: dict[str, Any] = dict(zip(CELL, place, strict=True))
-        entry["n"] = len(members)
+        entry["n"] = len({row["victim"] for row in members})
+        entry["images"] = len(members)
         entry |= {name: _mean(members, name) for name in MEANS}
         entry |= {name: _rate(members, name) for name in RATES}
         control = entry["defense"] not in judged or entry["threat"] == KEY_HOLDER
@@ -55,7 +63,11 @@ def summarize(
         entries.append(entry)
     for entry in entries:
         entry["works"] = works(entry, entries)
-        entry["verdict"], entry["reason"] = judge(entry, cheap=str(entry["attack"]) in feed_forward)
+        entry["verdict"], entry["reason"] = judge(
+            entry,
+            cheap=str(entry["attack"]) in feed_forward,
+            chance=max(1.0, 100 / candidates),
+        )
     return entries
 
 
@@ -88,8 +100,14 @@ def _crafted(entry: Row) -> bool:
     return str(entry["threat"]) in THREATS and THREATS[str(entry["threat"])].crafting
 
 
-def judge(entry: Row, *, cheap: bool = False) -> tuple[str, str]:
-    """Verdict and one sentence. A missing bound counts as the worst it could be."""
+def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str, str]:
+    """Verdict and one sentence. A missing bound counts as the worst it could be.
+
+    Args:
+        entry: Means and intervals of one attack.
+        cheap: Whether the attack is feed-forward.
+        chance: Of a guesser to identify, in percent: the bounds grow with it.
+    """
     advantage, identified = entry["advantage"], entry["identified"]
     low, high = advantage["low"], advantage["high"]
     if low is not None and low > ADVANTAGE_LEAKS:
@@ -97,10 +115,10 @@ def judge(entry: Row, *, cheap: bool = False) -> tuple[str, str]:
             f"aligned SSIM beats the floor by {advantage['mean']:.3f} "
             f"(95 % from {low:.3f}), more than {ADVANTAGE_LEAKS}."
         )
-    if identified["low"] > IDENTIFIED_LEAKS:
+    if identified["low"] > IDENTIFIED_LEAKS * chance:
         return LEAKS, (
             f"{identified['mean']:.0%} of the images are identified among others of their class "
-            f"(95 % from {identified['low']:.1%}), more than {IDENTIFIED_LEAKS:.0%}."
+            f"(95 % from {identified['low']:.1%}), more than {IDENTIFIED_LEAKS * chance:.0%}."
         )
     if missing := [name for name, fine in entry["works"].items() if not fine]:
         what = {"advantage": "aligned SSIM", "identified": "identification"}
@@ -112,15 +130,15 @@ def judge(entry: Row, *, cheap: bool = False) -> tuple[str, str]:
     bound = IDENTIFIED_HOLDS
     if not cheap and entry["n"] >= FEW:
         bound = IDENTIFIED_HOLDS_FEW
-    if high is not None and high <= ADVANTAGE_HOLDS and identified["high"] <= bound:
+    if high is not None and high <= ADVANTAGE_HOLDS and identified["high"] <= bound * chance:
         return HOLDS, (
             f"advantage at most {high:.3f} and identification at most {identified['high']:.1%} "
             "(95 %), while the same attack succeeds where it should."
         )
     above = "–" if high is None else f"{high:.3f}"
     return INCONCLUSIVE, (
-        f"{entry['n']} images leave room for an advantage up to {above} and identification up to "
-        f"{identified['high']:.1%} (95 %); more images would narrow it."
+        f"{entry['n']} victims leave room for an advantage up to {above} and identification up to "
+        f"{identified['high']:.1%} (95 %); more of them would narrow it."
     )
 
 
@@ -156,20 +174,37 @@ def _worst(entries: Sequence[tuple[int, Row]]) -> dict[str, Any]:
     }
 
 
+def _by_victim(rows: Sequence[Row], values: Sequence[float]) -> list[float]:
+    """Means per victim: images of one update, of one lock or of several seeds hang together."""
+    found: dict[Any, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        found.setdefault(row["victim"], []).append(value)
+    return [sum(mine) / len(mine) for mine in found.values()]
+
+
 def _mean(rows: Sequence[Row], name: str) -> dict[str, float | None]:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    if not values:
+    """Mean over victims with Student's interval."""
+    known = [row for row in rows if row.get(name) is not None]
+    if not known:
         return {"mean": None, "low": None, "high": None}
-    mean, half = mean_interval(values)
+    mean, half = mean_interval(_by_victim(known, [row[name] for row in known]))
     if half is None:
         return {"mean": mean, "low": None, "high": None}
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def _rate(rows: Sequence[Row], name: str) -> dict[str, float]:
+    """Rate over victims with the interval of Clopper and Pearson.
+
+    A victim with several images or seeds counts as one trial, by its share: to the next victim
+    up for the upper bound and down for the lower one, so the interval is never too narrow.
+    """
     if name == "labels_right":
-        hits = [row["label"] == row["label_found"] for row in rows]
+        hits = [float(row["label"] == row["label_found"]) for row in rows]
     else:
-        hits = [bool(row[name]) for row in rows]
-    low, high = proportion_interval(sum(hits), len(hits))
-    return {"mean": sum(hits) / len(hits), "low": low, "high": high}
+        hits = [float(row[name]) for row in rows]
+    shares = _by_victim(rows, hits)
+    total = sum(shares)
+    low, _ = proportion_interval(math.floor(total + 1e-9), len(shares))
+    _, high = proportion_interval(math.ceil(total - 1e-9), len(shares))
+    return {"mean": total / len(shares), "low": low, "high": high}
