@@ -98,7 +98,7 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
             "lenet-dirichlet",
             n,
             {"data": {"partition": "dirichlet"}},
-            ("norm", "fedbn", "pad"),
+            ("norm", "fedbn", "pad", "pad-head"),
         ),
         "resnet20": _resnet,
         "clients": _clients,
@@ -153,7 +153,7 @@ def _clients(seeds: int) -> list[Cell]:
         )
         for seed in range(min(seeds, 1))
         for clients in (10, 100)
-        for arm in ("norm", "pad")
+        for arm in ("norm", "pad", "pad-head")
     ]
 
 
@@ -259,7 +259,7 @@ def _table(name: str, block: dict[str, Any]) -> str:
         return table(["renewal", *(f"r{i + 1}" for i in range(rounds)), "test"], rows)
     rows = []
     for arm, figures in block.items():
-        against = arm.replace("pad", "norm") if name == "clients" else "norm"
+        against = f"norm,{arm.partition(',')[2]}" if name == "clients" else "norm"
         other = block.get(against)
         versus = "" if other is None or arm == against else paired(block, arm, against)[0]
         p95, validation = figures["wrong_key_p95"], [v[-1] for v in figures["validation"] if v]
