@@ -166,3 +166,11 @@ def test_bounds_rise_with_chance() -> None:
     assert overall(entries, ["channel"])["overall"] == "leaks"
     entries = summarize(found, judged=["channel"], candidates=10)
     assert overall(entries, ["channel"])["overall"] == "holds"
+
+
+def test_attacks_that_were_not_mounted_are_named() -> None:
+    entries = summarize([*WORKING, *rows("channel", "adaptive", 200, -0.1)], judged=["channel"])
+    skipped = [{"defense": "channel", "attack": "peel"}, {"defense": "norm", "attack": "ggl"}]
+    verdict = overall(entries, ["channel"], skipped)["defenses"]["channel"]
+    assert verdict["left_out"] == ["peel"]
+    assert "nothing is said of: peel" in verdict["reason"]

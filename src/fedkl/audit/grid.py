@@ -117,7 +117,8 @@ def run_audit(
             rows += found["rows"]
             pictures += found["pictures"]
             if found["skipped"] is not None:
-                skipped.append({"cell": cell.name(audit), "reason": found["skipped"]})
+                place = {"defense": cell.defense, "attack": cell.attack}
+                skipped.append({"cell": cell.name(audit), **place, "reason": found["skipped"]})
             threats[cell.threat.name] = cell.threat.to_dict()
     summary = summarize(
         rows, judged=audit.judged, feed_forward=FEED_FORWARD, candidates=audit.candidates
@@ -129,7 +130,7 @@ def run_audit(
         "data": bundle.name,
         "cost": audit.cost,
         **(facts or {}),
-        "verdict": overall(summary, audit.judged),
+        "verdict": overall(summary, audit.judged, skipped),
         "threats": threats,
         "controls": [d for d in audit.grid if d not in audit.judged] + ["key-shared", "floor"],
         "accuracy": {d: accuracy[d, 0] for d in audit.grid},

@@ -142,11 +142,14 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str,
     )
 
 
-def overall(entries: Sequence[Row], judged: Sequence[str]) -> dict[str, Any]:
+def overall(
+    entries: Sequence[Row], judged: Sequence[str], skipped: Sequence[Row] = ()
+) -> dict[str, Any]:
     """The verdict on every judged defense, and the worst of them.
 
     One leak is a leak. ``holds`` needs at least one attack that was able to fail, and no attack
-    that is inconclusive.
+    that is inconclusive. Attacks that could not be mounted (``skipped``, with ``defense`` and
+    ``attack``) are named in the reason: a defense is not said to withstand them.
     """
     defenses = {}
     for name in judged:
@@ -154,6 +157,10 @@ def overall(entries: Sequence[Row], judged: Sequence[str]) -> dict[str, Any]:
             (i, e) for i, e in enumerate(entries) if e["defense"] == name and e["role"] == "defense"
         ]
         defenses[name] = _worst(mine)
+        absent = sorted({s["attack"] for s in skipped if s["defense"] == name})
+        defenses[name]["left_out"] = absent
+        if absent:
+            defenses[name]["reason"] += f" Not mounted, so nothing is said of: {', '.join(absent)}."
     order = (LEAKS, INCONCLUSIVE, HOLDS)
     found = {verdict["verdict"] for verdict in defenses.values()}
     worst = next((v for v in order if v in found), INCONCLUSIVE)
