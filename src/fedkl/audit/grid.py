@@ -117,8 +117,8 @@ def run_audit(
             rows += found["rows"]
             pictures += found["pictures"]
             if found["skipped"] is not None:
-                place = {"defense": cell.defense, "attack": cell.attack}
-                skipped.append({"cell": cell.name(audit), **place, "reason": found["skipped"]})
+                what = {"defense": cell.defense, "attack": cell.attack}
+                skipped.append({"cell": cell.name(audit), **what, "reason": found["skipped"]})
             threats[cell.threat.name] = cell.threat.to_dict()
     summary = summarize(
         rows, judged=audit.judged, feed_forward=FEED_FORWARD, candidates=audit.candidates
