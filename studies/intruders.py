@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,12 +103,9 @@ class Bench:
 
     def insider(self) -> list[Trained]:
         """Another client of the federation, which decodes with its own lock."""
-        found, audited.CLIENT = audited.CLIENT, 1
-        try:
-            other = audited.Victims(self.config, self.folder, self.bundle, self.audit)
-            return [self._trained(other.held(), 99)]
-        finally:
-            audited.CLIENT = found
+        two = dataclasses.replace(self.audit, aggregated=2)
+        both = audited.Victims(self.config, self.folder, self.bundle, two).held()
+        return [self._trained({name: held[1] for name, held in both.items()}, 99)]
 
     def curves(
         self, clients: Sequence[Trained], counts: Sequence[int]
