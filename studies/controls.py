@@ -62,15 +62,8 @@ def _adam(iterations: int, restarts: int = 1, tv: float = 1e-6) -> Callable[[Pat
     )
 
 
-def _newton(iterations: int, restarts: int = 1) -> Attack:
-    return InvertingGradients(
-        iterations=iterations,
-        restarts=restarts,
-        lr=1.0,
-        tv=0.0,
-        signed=False,
-        optimizer="l-bfgs",
-    )
+def _newton(_: Path) -> Attack:
+    return InvertingGradients(iterations=1500, lr=1.0, tv=0.0, signed=False, optimizer="l-bfgs")
 
 
 def _signed(_: Path) -> Attack:
@@ -94,14 +87,14 @@ CELLS: dict[str, Cell] = {
     for name, attack, target, seconds, images in (
         ("dlg", lambda _: DLG(iterations=600, restarts=2), (SHARE, 0.8), 25, COUNT),
         ("idlg", lambda _: IDLG(iterations=600, restarts=2), (SHARE, 0.8), 25, COUNT),
-        ("inverting-gradients, L-BFGS", lambda _: _newton(1500), (MEAN, 0.9), 70, COUNT),
+        ("inverting-gradients, L-BFGS", _newton, (MEAN, 0.9), 70, COUNT),
         ("inverting-gradients, Adam", _adam(3000, 2), None, 115, COUNT),
         ("inverting-gradients, signed Adam", _signed, None, 40, COUNT),
         ("grnn", lambda _: GRNN(iterations=1500), (MEAN, 0.9), 75, 5),
     )
 } | {
     "inverting-gradients fashion trained": Cell(
-        lambda _: _newton(600, 3), "fashion", (BEYOND, 0.10), 90, trained=True
+        _adam(2000, tv=1e-3), "fashion", (BEYOND, 0.10), 60, trained=True
     ),
     "ggl fashion trained": Cell(_ggl, "fashion", (BEYOND, 0.0), 150, trained=True),
 }
