@@ -38,6 +38,7 @@ from fedkl.rng import derive
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")  # in scikit-image's wheel
 COUNT, SIZE, CLASSES = 20, 32, 10
+DLG_STEPS = {"photos": 2500, "fashion": 600}  # evaluations of L-BFGS
 EPOCHS, IMAGES, RATE = 8, 18_000, 0.05  # of the trained victim
 
 
@@ -54,6 +55,10 @@ class Cell:
     seconds: float
     images: int = COUNT
     trained: bool = False
+
+
+def _dlg(kind: type[DLG] | type[IDLG], data: str) -> Callable[[Path], Attack]:
+    return lambda _: kind(iterations=DLG_STEPS[data], restarts=2)
 
 
 def _adam(iterations: int, restarts: int = 1, tv: float = 1e-6) -> Callable[[Path], Attack]:
@@ -85,8 +90,8 @@ CELLS: dict[str, Cell] = {
     f"{name} {data}": Cell(attack, data, target, seconds, images)
     for data in ("photos", "fashion")
     for name, attack, target, seconds, images in (
-        ("dlg", lambda _: DLG(iterations=600, restarts=2), (SHARE, 0.8), 25, COUNT),
-        ("idlg", lambda _: IDLG(iterations=600, restarts=2), (SHARE, 0.8), 25, COUNT),
+        ("dlg", _dlg(DLG, data), (SHARE, 0.8), 90, COUNT),
+        ("idlg", _dlg(IDLG, data), (SHARE, 0.8), 90, COUNT),
         ("inverting-gradients, L-BFGS", _newton, (MEAN, 0.9), 70, COUNT),
         ("inverting-gradients, Adam", _adam(3000, 2), None, 115, COUNT),
         ("inverting-gradients, signed Adam", _signed, None, 40, COUNT),
@@ -94,7 +99,7 @@ CELLS: dict[str, Cell] = {
     )
 } | {
     "inverting-gradients fashion trained": Cell(
-        _adam(2000, tv=1e-3), "fashion", (BEYOND, 0.10), 60, trained=True
+        _adam(2500, 2, tv=3e-3), "fashion", (BEYOND, 0.10), 90, trained=True
     ),
     "ggl fashion trained": Cell(_ggl, "fashion", (BEYOND, 0.0), 150, trained=True),
 }

@@ -102,10 +102,6 @@ AUDITS: dict[str, Audit] = {
     "lenet-final": Audit("lenet", "final", IG, "quick", 20, FINAL, 18),
     "lenet-final-shadow": Audit("lenet", "final", SHADOW, "quick", 200, {**LOCKS, **PAD}, 15),
     "lenet-initial": Audit("lenet", "initial", ("dlg",), "quick", 20, PAPER, 20),
-    "lenet-final-shadow-standard": Audit(
-        "lenet", "final", SHADOW, "standard", 200, {"channel": ADAPTIVE}, 40
-    ),
-    "lenet-final-peel": Audit("lenet", "final", ("peel",), "quick", 3, {**LOCKS, **PAD}, 30),
     "resnet20-final": Audit("resnet20", "final", IG, "quick", 5, {"channel": ADAPTIVE, **FEW}, 25),
     "lenet-initial-grnn": Audit("lenet", "initial", ("grnn",), "quick", 5, FEW, 20),
     "resnet20-final-shadow": Audit(
