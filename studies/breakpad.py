@@ -37,8 +37,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pad": PAD,
     "pad, first block only": {**PAD, "layers": "first"},
     "pad, spread 10": {**PAD, "spread": 10.0},
-    "pad, inner spread 3": {**PAD, "inner_spread": 3.0},
-    "pad, near-one": {**PAD, "scale_law": "near-one"},
 }
 STRONG = "pad, more public images"
 GRADIENT = {"pad": PAD, "pad, private head": {**PAD, "head": True}}
@@ -71,7 +69,7 @@ def cells_of(part: str, victims: int) -> list[Cell]:
     """The cells of a part."""
     if part == "curves":
         cells = [Cell(part, arm, lock, victims) for arm, lock in VARIANTS.items()]
-        strong = Cell(part, STRONG, PAD, 2 * victims, public=6_000, shadows=6)
+        strong = Cell(part, STRONG, PAD, 2 * victims, public=6_000)
         return [*cells[:2], strong, *cells[2:]]
     if part == "gradient":
         return [Cell(part, arm, lock, min(victims, 1000)) for arm, lock in GRADIENT.items()]
@@ -190,7 +188,7 @@ def markdown(document: dict[str, Any]) -> str:
         "of victims identified among 100 images of the same class (chance 1). n: presentations "
         "under one pad whose statistics and labels the attacker pools. *shadow*: "
         "three sets of secrets of the attacker's own, the closest kept; 2,000 public images (more: "
-        "six, 6,000). *insider*: a "
+        "6,000). *insider*: a "
         "client of the same federation, with its own lock. Each in several ways: *plain* (n = 1), "
         "*global* (restandardized), *label* (class means matched), *average* (the same, mean over "
         "all shadows), *transport* (class means, then a rotation fitted to matched neighbours); "
