@@ -86,6 +86,8 @@ def test_ctrl_c_leaves_a_run_that_resumes(call: Call, tmp_path: Path, workers: s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background lets its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
     seen = ""
