@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import provenance, say, table, write
+from cells import commit, provenance, say, table, write
 
 from fedkl.audit import AuditConfig, run_audit
 from fedkl.data import DataBundle
@@ -210,7 +210,7 @@ def condensed(arm: str, found: dict[str, Any]) -> dict[str, Any]:
     kept = {name: found[name] for name in keep}
     # A path of this machine; the weights follow from the seed.
     kept["config"]["run"]["model"]["init"] = None
-    return {"arm": arm, **kept}
+    return {"arm": arm, "commit": commit(), **kept}
 
 
 def rows_of(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -233,8 +233,8 @@ def markdown(document: dict[str, Any]) -> str:
     about = (__doc__ or "").split("\n\n")
     parts = [
         "# What an update leaks\n",
-        f"`{document['command']}` at commit {document['commit']}, {document['date']}; "
-        f"{_minutes(document):.0f} minutes of one core, training included.\n",
+        f"`{document['command']}`, {document['date']}; {_minutes(document):.0f} minutes of one "
+        "core, training included.\n",
         *(" ".join(text.split()) + "\n" for text in about[1:]),
         "*Advantage*: aligned SSIM minus that of the floor. *Identified*: the true image is the "
         "nearest of 100 of its class (chance: 1 %). *Success*: SSIM ≥ 0.6, the floor's behind the "
@@ -255,7 +255,8 @@ def _minutes(document: dict[str, Any]) -> float:
 
 def _section(document: dict[str, Any], name: str, plan: Audit) -> str:
     found = document["audits"][name]
-    lines = [f"## {name}\n"]
+    commits = sorted({one["commit"] for one in found.values()})
+    lines = [f"## {name}\n\nAt commit {', '.join(commits)}.\n"]
     lines += [
         f"Published, {attack} on {plan.model} ({PUBLISHED[plan.model, attack]}).\n"
         for attack in plan.attacks
@@ -365,7 +366,7 @@ def main() -> None:
         found = {arm: condensed(arm, audited(name, arm, args.scratch)) for arm in AUDITS[name].arms}
         audits[name] = found
         document = {
-            **provenance(f"python studies/leakage.py --only {args.only}"),
+            **provenance(f"python studies/leakage.py --only {','.join(audits)}"),
             "audits": {n: audits[n] for n in AUDITS if n in audits},
         }
         write(path, document)

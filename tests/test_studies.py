@@ -54,6 +54,7 @@ def test_controls_that_audits_share_appear_once_and_verdicts_as_given() -> None:
     def audit(arm: str, verdict: str) -> dict[str, Any]:
         return {
             "arm": arm,
+            "commit": "abc",
             "summary": [
                 summary("none", "open", "control", "leaks"),
                 summary("channel", "adaptive", "defense", verdict),
