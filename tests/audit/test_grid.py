@@ -55,12 +55,16 @@ def test_killed_anywhere_and_resumed_gives_the_same_json(tmp_path: Path) -> None
     assert reference["verdict"] == json.loads(before)["verdict"]
 
 
-def test_damaged_cell_is_done_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spoilt", ["cut", "other form"])
+def test_damaged_cell_is_done_again(tmp_path: Path, spoilt: str) -> None:
     audit = small_audit(stage="initial")
     run_audit(audit, tmp_path)
     before = whole(tmp_path)
     cell = min((tmp_path / "cells").iterdir())
-    cell.write_bytes(cell.read_bytes()[:-20])
+    if spoilt == "cut":
+        cell.write_bytes(cell.read_bytes()[:-20])
+    else:
+        cell.write_text('{"rows": [{}]}')
     notes: list[str] = []
     run_audit(
         audit,

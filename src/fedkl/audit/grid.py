@@ -16,7 +16,7 @@ from fedkl.audit.config import AuditConfig
 from fedkl.audit.measure import Truth, fished, matched, rows_of, subset, truth_of
 from fedkl.audit.observe import observe
 from fedkl.audit.pictures import save_pictures
-from fedkl.audit.verdicts import overall, summarize
+from fedkl.audit.verdicts import CELL, overall, summarize
 from fedkl.audit.victims import Victims, draw_victims
 from fedkl.data import DataBundle
 from fedkl.errors import AttackError, CheckpointError, ConfigError
@@ -255,6 +255,12 @@ def _cells(
                 yield Cell(defense, seed, threat, attack)
 
 
+def _usable(cell: Any) -> bool:
+    """Whether a kept cell has all that the summary reads."""
+    whole = isinstance(cell, dict) and {"rows", "pictures", "skipped"} <= cell.keys()
+    return whole and all({*CELL, "victim"} <= row.keys() for row in cell["rows"])
+
+
 def _attacked(
     audit: AuditConfig,
     folder: Path,
@@ -267,10 +273,11 @@ def _attacked(
     path = make_folder(folder / "cells") / f"{cell.name(audit)}.json"
     if path.exists():
         try:
-            kept: dict[str, Any] = read_json(path)
-            return kept
+            if _usable(kept := read_json(path)):
+                return dict(kept)
         except CheckpointError:
-            tell(Event("note", f"{path} is damaged and is done again."))
+            pass
+        tell(Event("note", f"{path} is damaged, or of another version, and is done again."))
     config, place = next(
         (config, place)
         for defense, seed, config, place in _federations(audit, folder, given)
