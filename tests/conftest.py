@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest.mock import patch
 
 # Before torch is loaded, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +28,22 @@ settings.load_profile("fedkl")
 def _same_start() -> None:
     """Layers that a test builds do not depend on which tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_keys(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keys that a test generates in its own process are the same in every run.
+
+    What a lock does to a model differs from key to key, and with it how well attacks do.
+    """
+    counter = itertools.count()
+
+    def token_bytes(length: int) -> bytes:
+        seed = f"{request.node.nodeid} {next(counter)}".encode()
+        return hashlib.shake_256(seed).digest(length)
+
+    with patch("fedkl.key.secrets", SimpleNamespace(token_bytes=token_bytes)):
+        yield
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ def test_every_field_has_one_flag_with_its_type_and_default() -> None:
         ("defense.activation", ACTIVATIONS),
         ("defense.law", KEY_LAWS),
         ("defense.scale_law", SCALE_LAWS),
+        ("defense.inner_scale_law", SCALE_LAWS),
         ("defense.learned", LEARNED),
         ("renewal.on_spent", ON_SPENT),
         ("training.optimizer", OPTIMIZERS),

@@ -142,6 +142,16 @@ def test_later_sites_have_a_spread_of_their_own_before_and_after_renewal() -> No
     assert Pad(spread=2.0, inner_spread=None).spread_of(first=False) == 2.0
 
 
+def test_later_sites_have_a_law_of_their_own_before_and_after_renewal() -> None:
+    locked = padded(lock_head_input=True, scale_law="wide", inner_scale_law="sign")
+    for epoch in (0, 1):
+        renew(locked, KEY, epoch)
+        first, later = (gamma.abs() for gamma, _ in affines(locked).values())
+        assert float(first.std()) > 1
+        assert torch.equal(later, torch.ones_like(later))
+    assert Pad(scale_law="normal").law_of(first=False) == "normal"
+
+
 def test_pads_differ_by_site_epoch_and_key_and_nothing_else() -> None:
     scheme, shape = Pad(), (4, 3, 3)
     draws = {

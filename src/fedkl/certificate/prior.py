@@ -88,8 +88,9 @@ def deviations(spec: LockSpec, secrets: Mapping[str, Tensor]) -> dict[str, float
 def _affine(spec: LockSpec, *, first: bool) -> tuple[float, float]:
     settings = spec.settings
     if spec.scheme == "pad":
-        mean, deviation = SCALE_LAWS[settings["scale_law"]]
-        # Locks behind the first may have a spread of their own.
+        # Locks behind the first may have a law and a spread of their own.
+        law = None if first else settings.get("inner_scale_law")
+        mean, deviation = SCALE_LAWS[settings["scale_law"] if law is None else law]
         inner = None if first else settings.get("inner_spread")
         return math.hypot(mean, deviation), float(settings["spread"] if inner is None else inner)
     if spec.scheme == "channel" and settings["spread"] is not None:

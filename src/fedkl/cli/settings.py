@@ -137,6 +137,8 @@ SETTINGS: Final = (
     Setting("defense.chain", "--chain/--no-chain", bool, None,
             "Whether each lock is fed by the one before."),
     Setting("defense.scale_law", "--scale-law", str, None, "Law of a pad's scales.", SCALE_LAWS),
+    Setting("defense.inner_scale_law", "--inner-scale-law", str, None,
+            "The same behind the first lock.", SCALE_LAWS),
     Setting("defense.learned", "--learned", str, None, "What is learned on top of a pad.", LEARNED),
     Setting("defense.stem", "--private-stem/--shared-stem", bool, None,
             "Of a pad: whether layers up to the first lock stay, drawn from the key."),

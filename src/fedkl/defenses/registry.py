@@ -28,7 +28,8 @@ class DefenseConfig:
         spread, gain: Of ``channel`` and ``pad``.
         shift_spread, activation, bias, law, length, chain: Further settings of ``channel``;
             None is its (or the preset's) default.
-        inner_spread, scale_law, learned: Further settings of ``pad``; None is its default.
+        inner_spread, scale_law, inner_scale_law, learned: Further settings of ``pad``; None is its
+            default.
         stem, head, lock_head_input, max_length: Of ``pad`` and ``open-pad``; None is the default.
     """
 
@@ -48,6 +49,7 @@ class DefenseConfig:
     chain: bool | None = None
     inner_spread: float | None = None
     scale_law: str | None = None
+    inner_scale_law: str | None = None
     learned: str | None = None
     stem: bool | None = None
     head: bool | None = None
@@ -72,7 +74,15 @@ _SETTINGS: Final[Mapping[str, Sequence[str]]] = {
         "length",
         "chain",
     ),
-    "pad": ("spread", "inner_spread", "scale_law", "learned", "gain", *_LAYERS),
+    "pad": (
+        "spread",
+        "inner_spread",
+        "scale_law",
+        "inner_scale_law",
+        "learned",
+        "gain",
+        *_LAYERS,
+    ),
     "open-pad": _LAYERS,
 }
 

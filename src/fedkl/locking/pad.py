@@ -42,7 +42,7 @@ class PadAffine(AffineSource):
         learned: Shape of what is learned on top, broadcasting over the pad's; None for nothing.
         epoch: Number of the pad.
         gain: What is learned is multiplied by it.
-        spread: That of the site's β, to draw its next pad.
+        spread, law: Those of the site, to draw its next pad.
     """
 
     epoch: Tensor
@@ -56,9 +56,10 @@ class PadAffine(AffineSource):
         *,
         gain: float = 1.0,
         spread: float = 3.0,
+        law: str = "wide",
     ) -> None:
         super().__init__(tuple(pad.shape[1:]))
-        self.site, self.gain, self.spread = site, gain, spread
+        self.site, self.gain, self.spread, self.law = site, gain, spread, law
         zeros = None if learned is None else torch.zeros(learned, dtype=pad.dtype)
         self.scale_learned = None if zeros is None else nn.Parameter(zeros.clone())
         self.shift_learned = None if zeros is None else nn.Parameter(zeros)
@@ -174,6 +175,7 @@ class Pad(Scheme):
         inner_spread: The same behind the first lock; None: as there.
         scale_law: γ = ±|1 + 0.3·N| (``near-one``), ±|N| (``normal``), ±|1 + 3·N| (``wide``) or ±1
             (``sign``), the sign of every position at random.
+        inner_scale_law: The same behind the first lock; None: as there.
         learned: What is learned on top of the pad: one number per ``position``, one per
             ``channel``, or ``none``.
         gain: How much faster that learns than the norm's own affine would. A position hears its
@@ -193,6 +195,7 @@ class Pad(Scheme):
     spread: float = 3.0
     inner_spread: float | None = 1.0
     scale_law: str = "wide"
+    inner_scale_law: str | None = None
     learned: str = "position"
     gain: float = 1.0
     stem: bool = True
@@ -201,8 +204,9 @@ class Pad(Scheme):
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.scale_law not in SCALE_LAWS:
-            raise ConfigError(unknown("law of γ", self.scale_law, SCALE_LAWS))
+        for law in (self.scale_law, self.inner_scale_law):
+            if law is not None and law not in SCALE_LAWS:
+                raise ConfigError(unknown("law of γ", law, SCALE_LAWS))
         if self.learned not in LEARNED:
             raise ConfigError(unknown("learned part of a pad", self.learned, LEARNED))
         for name in ("spread", "inner_spread", "gain"):
@@ -224,11 +228,12 @@ class Pad(Scheme):
         if key is None:
             raise LockError("scheme 'pad' needs a key, got none: pass Key.generate().")
         learned = {"position": shape, "channel": tuple(scale.shape), "none": None}[self.learned]
-        spread = self.spread_of(first=previous is None)
-        pad = self.draw(site, shape, key, 0, spread=spread)
+        first = previous is None
+        spread, law = self.spread_of(first=first), self.law_of(first=first)
+        pad = self.draw(site, shape, key, 0, spread=spread, law=law)
         positions = math.prod(learned or ()) / scale.numel()
         gain = self.gain * max(1.0, positions) ** 0.5
-        source = PadAffine(site, pad, learned, gain=gain, spread=spread)
+        source = PadAffine(site, pad, learned, gain=gain, spread=spread, law=law)
         return source.to(scale.device, scale.dtype)
 
     def spread_of(self, *, first: bool) -> float:
@@ -236,19 +241,32 @@ class Pad(Scheme):
         inner = self.inner_spread
         return self.spread if first or inner is None else inner
 
+    def law_of(self, *, first: bool) -> str:
+        """Law of γ at the first site that runs, or at a later one."""
+        inner = self.inner_scale_law
+        return self.scale_law if first or inner is None else inner
+
     def draw(
-        self, site: str, shape: tuple[int, ...], key: Key, epoch: int, *, spread: float
+        self,
+        site: str,
+        shape: tuple[int, ...],
+        key: Key,
+        epoch: int,
+        *,
+        spread: float,
+        law: str | None = None,
     ) -> Tensor:
         """γ and β of one site and epoch: float32 (2, *shape), the same in every process."""
         stream: KeyStream = key.stream(f"pad/{site}", epoch)
-        mean, deviation = SCALE_LAWS[self.scale_law]
+        mean, deviation = SCALE_LAWS[self.scale_law if law is None else law]
         signs = stream.signs(shape)
         scale = signs * (mean + deviation * stream.normal(shape)).abs()
         return torch.stack([scale, spread * stream.normal(shape)])
 
     def redraw(self, source: PadAffine, key: Key, epoch: int) -> None:
         """Puts the pad of ``key`` and ``epoch`` into a source; what was learned stays."""
-        pad = self.draw(source.site, source.shape, key, epoch, spread=source.spread)
+        site, shape = source.site, source.shape
+        pad = self.draw(site, shape, key, epoch, spread=source.spread, law=source.law)
         source.redraw(pad, epoch)
 
     def rebuilt(self) -> Scheme:

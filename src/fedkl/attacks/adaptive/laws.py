@@ -164,9 +164,9 @@ def _draw_pad(spec: LockSpec, generator: torch.Generator) -> dict[str, Tensor]:
     """γ with random signs and β ~ N(0, spread²), one of each per position."""
     scheme = spec.scheme_value()
     assert isinstance(scheme, Pad)
-    mean, deviation = SCALE_LAWS[scheme.scale_law]
     found: dict[str, Tensor] = {}
     for number, site in enumerate(spec.sites):
+        mean, deviation = SCALE_LAWS[scheme.law_of(first=number == 0)]
         signs = torch.randint(2, site.shape, generator=generator) * 2 - 1
         size = (mean + deviation * torch.randn(site.shape, generator=generator)).abs()
         found[f"{site.name}.keylock.gamma"] = signs * size
