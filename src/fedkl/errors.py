@@ -56,7 +56,16 @@ class CheckpointError(FedKLError, ValueError):
 
 
 class AttackError(FedKLError, ValueError):
-    """An attack cannot be mounted on an observation, or its settings contradict each other."""
+    """An attack cannot be mounted on an observation, or its settings contradict each other.
+
+    Attributes:
+        victims: Places, among the observations of the call, of those that are at fault while the
+            others might be attacked; empty where it is not about single ones.
+    """
+
+    def __init__(self, message: str, victims: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.victims = tuple(victims)
 
 
 class FederationError(FedKLError, RuntimeError):

@@ -29,7 +29,7 @@ def truth_of_noise(generator: torch.Generator) -> Truth:
 def rows(x: Tensor, truth: Truth) -> tuple[list[Reconstruction], Tensor]:
     labels = torch.zeros(1, SIZE, dtype=torch.int64)
     found = [Reconstruction(images=part[None], labels=labels) for part in x.split(SIZE)]
-    return found, matched(found, truth, SIZE)[0]
+    return found, matched(found, truth)[0]
 
 
 def test_guesser_is_right_as_often_as_chance_has_it() -> None:

@@ -174,3 +174,36 @@ def test_attacks_that_were_not_mounted_are_named() -> None:
     verdict = overall(entries, ["channel"], skipped)["defenses"]["channel"]
     assert verdict["left_out"] == ["peel"]
     assert "nothing is said of: peel" in verdict["reason"]
+
+
+def without(found: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """``count`` victims could not be attacked: their rows hold the floor's figures."""
+    guess = {"advantage": 0.0, "identified": False, "left_out": "the gradient is zero."}
+    return [{**row, **guess} if row["victim"] < count else row for row in found]
+
+
+@pytest.mark.parametrize(
+    "mine, verdict",
+    [
+        # The hard ones are gone, and what is left would hold.
+        (without(rows("channel", "adaptive", 200, -0.1), 150), "inconclusive"),
+        (without(rows("channel", "adaptive", 200, -0.1), 5), "inconclusive"),
+        (without(rows("channel", "adaptive", 2000, -0.1), 5), "holds"),  # 5 of 2,000: below 1 %
+        (without(rows("channel", "adaptive", 200, 0.3, 200), 20), "leaks"),
+    ],
+)
+def test_nobody_holds_because_the_hard_victims_vanished(
+    mine: list[dict[str, Any]], verdict: str
+) -> None:
+    entries = summarize([*WORKING, *mine], judged=["channel"], feed_forward=["a"])
+    entry = next(e for e in entries if e["role"] == "defense")
+    assert entry["verdict"] == verdict, entry["reason"]
+    assert entry["left_out"] in (5, 20, 150)
+    assert f"{entry['left_out']} of {entry['n']} victims were beyond" in entry["reason"]
+
+
+def test_without_anyone_left_out_the_ceiling_is_the_bound() -> None:
+    (entry,) = summarize(rows("channel", "adaptive", 20, 0.1, 3), judged=["channel"])
+    assert entry["left_out"] == 0
+    assert entry["ceiling"]["advantage"] == entry["advantage"]["high"]
+    assert entry["ceiling"]["identified"] == entry["identified"]["high"]

@@ -65,6 +65,7 @@ def write_fake_audit(folder: Path, **changes: Any) -> dict[str, Any]:
         "rows": rows,
         "pictures": copy.deepcopy(pictures),
         "skipped": [{"cell": "final_pad_ggl", "reason": "no generator for 1 channel"}],
+        "left_out": [{"cell": "final_pad_peel", "victim": 3, "reason": "a gradient of zero"}],
         "certificate": {
             "pixels": 3072,
             "tolerance": 1e-6,

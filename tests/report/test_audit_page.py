@@ -30,7 +30,7 @@ DRAWN = {"svg", "path", "line", "circle", "text", "td"}
 VOID = {"meta", "link", "input", "br", "img", "line", "path", "use", "image", "circle"}
 PARTS = (
     *("config", "command", "versions", "data", "cost", "verdict", "threats", "controls"),
-    *("accuracy", "summary", "rows", "pictures", "skipped", "certificate"),
+    *("accuracy", "summary", "rows", "pictures", "skipped", "left_out", "certificate"),
 )
 NOTHING = re.compile(r"\b(None|NaN|nan|undefined|Undefined|inf|Infinity)\b|\[\]|\{\}")
 
@@ -275,7 +275,8 @@ def test_without_accuracy_no_section_about_it(tmp_path: Path) -> None:
 
 def test_what_was_left_out_is_told(tmp_path: Path) -> None:
     text = build(tmp_path).text
-    assert "Left out: 1 final_pad_ggl no generator for 1 channel" in text
+    assert "Left out: 2 final_pad_ggl no generator for 1 channel" in text
+    assert "final_pad_peel, victim 3 a gradient of zero" in text
 
 
 def test_one_defense_alone(tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from fedkl.errors import AttackError
 from fedkl.observation import Observation
+
+Found = TypeVar("Found")
 
 Progress = Callable[[int, int, float], None]
 """Called with (iterations done, iterations in all, mean of the best losses so far)."""
@@ -70,9 +73,30 @@ class Attack(ABC):
             progress: Told now and then how far it is.
 
         Raises:
-            AttackError: The attack cannot be mounted on these observations.
+            AttackError: The attack cannot be mounted on these observations; where single ones are
+                at fault, its ``victims`` says which.
         """
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
         return f"{type(self).__name__}({settings})"
+
+
+def each(observations: Sequence[Observation], look: Callable[[Observation], Found]) -> list[Found]:
+    """What ``look`` finds in every victim.
+
+    Raises:
+        AttackError: It fails on some; all of them are named in ``victims``, so that whoever called
+            can leave them out at once. The message is the first one's.
+    """
+    found: list[Found] = []
+    failed: dict[int, AttackError] = {}
+    for place, observation in enumerate(observations):
+        try:
+            found.append(look(observation))
+        except AttackError as error:
+            failed[place] = error
+    if failed:
+        first = next(iter(failed.values()))
+        raise AttackError(str(first), failed) from first
+    return found

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from fedkl.attacks.base import Attack, Progress, Reconstruction
+from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.labels import classifier, infer_counts, infer_labels
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
@@ -45,16 +45,22 @@ class ClosedForm(Attack):
         if not observations:
             raise AttackError("got no observation; expected one or more.")
         network: Network | None = None
-        found: list[Reconstruction] = []
-        for i, observation in enumerate(observations):
+        model, names, done = None, ("", ""), 0
+
+        def solve(observation: Observation) -> Reconstruction:
+            nonlocal network, model, names, done
             _single(observation, "the image")
-            if network is None or observation.model is not observations[i - 1].model:
-                network = Network(observation)
-                weight, bias = _first_linear(network, observation.image_shape)
-            found.append(_solve(observation, network, weight, bias))
+            if network is None or observation.model is not model:
+                network, model = Network(observation, check=False), observation.model
+                names = _first_linear(network, observation.image_shape)
+            network.check(observation)
+            found = _solve(observation, network, *names)
+            done += 1
             if progress is not None:
-                progress(i + 1, len(observations), float("nan"))
-        return found
+                progress(done, len(observations), float("nan"))
+            return found
+
+        return each(observations, solve)
 
 
 def penultimate_features(observation: Observation, network: Network | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
-from fedkl.attacks.base import Attack, Progress, Reconstruction
+from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.distances import DISTANCES
 from fedkl.attacks.labels import infer_labels
 from fedkl.attacks.network import Network, Tensors
@@ -123,12 +123,12 @@ class GradientMatching(Attack):
             guesses: Images (T, images, C, H, W) per observation that its first restart starts
                 from, such as the floor.
         """
-        first = _alike(observations)
-        network = Network(first)
+        _alike(observations)
+        network = Network.of(observations)
         held = secrets or Held()
         labels = None
         if self.labels == "infer":
-            labels = torch.stack([infer_labels(o, network) for o in observations])
+            labels = torch.stack(each(observations, lambda o: infer_labels(o, network)))
         jobs = [(i, r) for i in range(len(observations)) for r in range(self.restarts)]
         best: dict[int, Reconstruction] = {}
         for at in range(0, len(jobs), self.parallel):
@@ -277,7 +277,7 @@ class Record:
         ]
 
 
-def _alike(observations: Sequence[Observation]) -> Observation:
+def _alike(observations: Sequence[Observation]) -> None:
     if not observations:
         raise AttackError("got no observation; expected one or more.")
     first = observations[0]
@@ -290,7 +290,6 @@ def _alike(observations: Sequence[Observation]) -> Observation:
                 "observations that run as one batch must share model, training, number of updates "
                 "and threat model; attack the others in a call of their own."
             )
-    return first
 
 
 def _finite(loss: Tensor, gradients: Tensors) -> Tensor:

@@ -5,7 +5,7 @@ One victim at a time is described; :func:`torch.func.vmap` turns it into many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
+from fedkl.attacks.base import each
 from fedkl.errors import AttackError
 from fedkl.observation import Observation, Training
 
@@ -28,12 +29,13 @@ class Network:
 
     Args:
         observation: One victim. Its model is copied.
+        check: Whether to look at its changes (:meth:`check`).
 
     Raises:
         AttackError: The changes do not cover the model's public parameters.
     """
 
-    def __init__(self, observation: Observation) -> None:
+    def __init__(self, observation: Observation, *, check: bool = True) -> None:
         self.training: Training = observation.training
         self.kind = observation.kind
         self.model = _frozen(observation.model, observation.training.train_mode)
@@ -45,9 +47,29 @@ class Network:
             raise AttackError(f"the secrets {sorted(strange)[:3]} are no parameters of the model.")
         self.shared = {n: p for n, p in parameters.items() if n not in hidden}
         self.secrets = {n: p for n, p in parameters.items() if n in hidden}
+        self._plain = False
+        if check:
+            self.check(observation)
+
+    @classmethod
+    def of(cls, observations: Sequence[Observation]) -> Network:
+        """The network of victims that share one model.
+
+        Raises:
+            AttackError: As :meth:`check`; names the victims.
+        """
+        network = cls(observations[0], check=False)
+        each(observations, network.check)
+        return network
+
+    def check(self, observation: Observation) -> None:
+        """Looks whether a victim of the same model sent what can be matched.
+
+        Raises:
+            AttackError: A shared tensor is missing, of another shape, or not finite.
+        """
         for change in observation.changes:
             _check(self.shared, change)
-        self._plain = False
 
     @contextmanager
     def plain(self) -> Iterator[None]:

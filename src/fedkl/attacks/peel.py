@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 from torch.nn.grad import conv2d_input
 
-from fedkl.attacks.base import Attack, Progress, Reconstruction
+from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.labels import classifier, infer_labels
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
@@ -113,27 +113,25 @@ class Peel(Attack):
                 f"got updates of {first.training.presentations} presentations; the recursive "
                 "closed form takes one image in one step."
             )
-        network = Network(first)
+        network = Network.of(observations)
         stages = stages_of(network, first)
-        total, done, found = sum(o.count for o in observations), 0, []
-        for observation in observations:
-            labels = infer_labels(observation, network)
-            images, misfits = [], []
+        total, done = sum(o.count for o in observations), 0
+
+        def peel(observation: Observation) -> Reconstruction:
+            nonlocal done
+            solved = []
             for change in observation.changes:
-                solved = self._peel(stages, change, network, observation.num_classes)
-                images.append(_picture(solved.h, stages[0]))
-                misfits.append(solved.misfit)
+                solved.append(self._peel(stages, change, network, observation.num_classes))
                 done += 1
                 if progress is not None:
-                    progress(done, total, solved.misfit)
-            found.append(
-                Reconstruction(
-                    images=torch.stack(images)[:, None],
-                    labels=labels,
-                    loss=sum(misfits) / len(misfits),
-                )
+                    progress(done, total, solved[-1].misfit)
+            return Reconstruction(
+                images=torch.stack([_picture(one.h, stages[0]) for one in solved])[:, None],
+                labels=infer_labels(observation, network),
+                loss=sum(one.misfit for one in solved) / len(solved),
             )
-        return found
+
+        return each(observations, peel)
 
     def _peel(
         self, stages: Sequence[Stage], change: Mapping[str, Tensor], network: Network, classes: int

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from fedkl.attacks.base import each
 from fedkl.attacks.lbfgs import BatchedLBFGS
 from fedkl.attacks.network import Network
 from fedkl.attacks.secrets import Secrets
@@ -90,7 +91,7 @@ class Trials:
         """Stacks what the trials ``rows`` need; ``labels`` (victims, T, images), None: searched."""
         first = observations[0]
         changes = [_stack([network.observed(c) for c in o.changes]) for o in observations]
-        given = [secrets.given(o, network) for o in observations]
+        given = each(observations, lambda o: secrets.given(o, network))
         if labels is None:
             images = first.training.images
             y = torch.zeros(len(observations), first.count, images, first.num_classes)

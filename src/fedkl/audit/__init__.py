@@ -1,7 +1,8 @@
 """The audit: attacks what clients really send, with controls, and says what a defense is worth."""
 
+from fedkl.audit.cells import Event
 from fedkl.audit.config import CONTROLS, STAGES, AuditConfig
-from fedkl.audit.grid import Event, run_audit
+from fedkl.audit.grid import run_audit
 from fedkl.audit.verdicts import EXIT_CODES, overall, summarize
 
 __all__ = [

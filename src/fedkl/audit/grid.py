@@ -3,65 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkl.attacks import Attack, Reconstruction
-from fedkl.audit.arsenal import FEED_FORWARD, TARGET, Arsenal, applicable
+from fedkl.audit.arsenal import FEED_FORWARD, applicable
+from fedkl.audit.cells import Cell, Event, Listener, Scene, attacked
 from fedkl.audit.certified import certify_audit
 from fedkl.audit.config import AuditConfig
-from fedkl.audit.measure import Truth, fished, matched, rows_of, subset, truth_of
-from fedkl.audit.observe import observe
-from fedkl.audit.pictures import save_pictures
-from fedkl.audit.verdicts import CELL, overall, summarize
+from fedkl.audit.measure import truth_of
+from fedkl.audit.verdicts import overall, summarize
 from fedkl.audit.victims import Victims, draw_victims
 from fedkl.data import DataBundle
-from fedkl.errors import AttackError, CheckpointError, ConfigError
+from fedkl.errors import ConfigError
 from fedkl.federation import RunConfig, config_from, run
 from fedkl.federation.engine import one_thread
 from fedkl.federation.preflight import preflight
 from fedkl.federation.session import load_data
 from fedkl.files import make_folder, read_json, write_json
-from fedkl.observation import ThreatModel
-from fedkl.rng import derive
 
 FORMAT, VERSION = "fedkl-audit", 1
-
-
-@dataclass(frozen=True)
-class Event:
-    """What an audit is doing: ``done`` of ``of`` in the unit of ``kind``.
-
-    ``kind`` is ``train`` (rounds), ``cell`` (cells of the grid), ``attack`` (iterations) or
-    ``note``.
-    """
-
-    kind: str
-    text: str
-    done: int = 0
-    of: int = 0
-    loss: float = float("nan")
-
-
-Listener = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One attack on one defense under one threat model, on all victims of one seed."""
-
-    defense: str
-    seed: int
-    threat: ThreatModel
-    attack: str
-
-    def name(self, audit: AuditConfig) -> str:
-        """File name of the result."""
-        text = f"{audit.stage}_{self.defense}_seed{self.seed}_{self.threat.name}_{self.attack}"
-        return re.sub(r"[^\w.+-]", "-", text)
 
 
 def run_audit(
@@ -103,26 +65,13 @@ def run_audit(
     _claim(audit, folder, resume)
     tell(Event("note", audit.cost))
     with one_thread():
-        accuracy = {}
-        for defense, seed, config, place in _federations(audit, folder, given):
-            known = place in given.values()
-            accuracy[defense, seed] = (
-                _accuracy_of(place) if known else _train(audit, config, place, bundle, tell)
-            )
-        rows, pictures, skipped, threats = [], [], [], {}
-        cells = list(_cells(audit, folder, given, bundle))
-        for done, cell in enumerate(cells):
-            tell(Event("cell", cell.name(audit), done, len(cells)))
-            found = _attacked(audit, folder, given, bundle, truth, cell, tell)
-            rows += found["rows"]
-            pictures += found["pictures"]
-            if found["skipped"] is not None:
-                what = {"defense": cell.defense, "attack": cell.attack}
-                skipped.append({"cell": cell.name(audit), **what, "reason": found["skipped"]})
-            threats[cell.threat.name] = cell.threat.to_dict()
-    summary = summarize(
-        rows, judged=audit.judged, feed_forward=FEED_FORWARD, candidates=audit.candidates
-    )
+        accuracy = {
+            (defense, seed): _accuracy_of(place)
+            if place in given.values()
+            else _train(audit, config, place, bundle, tell)
+            for defense, seed, config, place in _federations(audit, folder, given)
+        }
+        found = _all_cells(Scene(audit, folder, bundle, truth, tell), given)
     result = {
         "format": FORMAT,
         "version": VERSION,
@@ -130,18 +79,43 @@ def run_audit(
         "data": bundle.name,
         "cost": audit.cost,
         **(facts or {}),
-        "verdict": overall(summary, audit.judged, skipped),
-        "threats": threats,
+        "verdict": overall(found["summary"], audit.judged, found["skipped"]),
         "controls": [d for d in audit.grid if d not in audit.judged] + ["key-shared", "floor"],
         "accuracy": {d: accuracy[d, 0] for d in audit.grid},
-        "summary": summary,
-        "rows": rows,
-        "pictures": pictures,
-        "skipped": skipped,
+        **found,
         "certificate": _certificate(audit, folder, given, bundle) if audit.certificate else None,
     }
     write_json(folder / "audit.json", result)
     return result
+
+
+def _all_cells(scene: Scene, given: Mapping[str, Path]) -> dict[str, Any]:
+    """Every cell of the grid: the entries of the JSON that come from them."""
+    audit = scene.audit
+    rows, pictures, skipped, left_out, threats = [], [], [], [], {}
+    cells = list(_cells(audit, scene.folder, given, scene.bundle))
+    for done, (cell, victims) in enumerate(cells):
+        name = cell.name(audit)
+        scene.tell(Event("cell", name, done, len(cells)))
+        found = attacked(scene, cell, victims)
+        rows += found["rows"]
+        pictures += found["pictures"]
+        what = {"cell": name, "defense": cell.defense, "attack": cell.attack}
+        if found["skipped"] is not None:
+            skipped.append({**what, "reason": found["skipped"]})
+        left_out += [{**what, **one} for one in found["left_out"]]
+        threats[cell.threat.name] = cell.threat.to_dict()
+    summary = summarize(
+        rows, judged=audit.judged, feed_forward=FEED_FORWARD, candidates=audit.candidates
+    )
+    return {
+        "threats": threats,
+        "summary": summary,
+        "rows": rows,
+        "pictures": pictures,
+        "skipped": skipped,
+        "left_out": left_out,
+    }
 
 
 def _certificate(
@@ -247,107 +221,10 @@ def _train(
 
 def _cells(
     audit: AuditConfig, folder: Path, given: Mapping[str, Path], bundle: DataBundle
-) -> Iterator[Cell]:
+) -> Iterator[tuple[Cell, Callable[[], Victims]]]:
+    """Every cell with what makes its victims: of them only one cell's are in memory at a time."""
     for defense, seed, config, place in _federations(audit, folder, given):
-        victims = Victims(config, place, bundle, audit)
-        for threat in applicable(audit.threats, victims):
+        make = functools.partial(Victims, config, place, bundle, audit)
+        for threat in applicable(audit.threats, make()):
             for attack in audit.attacks:
-                yield Cell(defense, seed, threat, attack)
-
-
-def _usable(cell: Any) -> bool:
-    """Whether a kept cell has all that the summary reads."""
-    whole = isinstance(cell, dict) and {"rows", "pictures", "skipped"} <= cell.keys()
-    return whole and all({*CELL, "victim"} <= row.keys() for row in cell["rows"])
-
-
-def _attacked(
-    audit: AuditConfig,
-    folder: Path,
-    given: Mapping[str, Path],
-    bundle: DataBundle,
-    truth: Truth,
-    cell: Cell,
-    tell: Listener,
-) -> dict[str, Any]:
-    path = make_folder(folder / "cells") / f"{cell.name(audit)}.json"
-    if path.exists():
-        try:
-            if _usable(kept := read_json(path)):
-                return dict(kept)
-        except CheckpointError:
-            pass
-        tell(Event("note", f"{path} is damaged, or of another version, and is done again."))
-    config, place = next(
-        (config, place)
-        for defense, seed, config, place in _federations(audit, folder, given)
-        if (defense, seed) == (cell.defense, cell.seed)
-    )
-    victims = Victims(config, place, bundle, audit)
-    arsenal = Arsenal(audit, bundle, folder, lambda *facts: tell(Event(*facts)))
-    per_update = audit.per_update
-    rows = truth.rows.view(audit.images, audit.observations, per_update)
-
-    def progress(done: int, of: int, loss: float) -> None:
-        tell(Event("attack", cell.name(audit), done, of, loss))
-
-    generator = derive(audit.run.seed, "attack", cell.attack, cell.seed)
-    try:
-        if cell.threat.crafting:
-            victims.shared = arsenal.crafted(victims)
-            mine, places = fished(truth, (audit.images, audit.observations, per_update), TARGET)
-            if not len(mine):
-                raise AttackError(f"no victim's update holds one image of class {TARGET}.")
-            rows, truth, per_update = rows[mine], subset(truth, places), 1
-        sent = [victims.send(one, lock_gradients=cell.threat.lock_gradients) for one in rows]
-        observations = observe(victims, sent, cell.threat)
-        attack = arsenal.attack(cell.attack, cell.threat, observations[0])
-        found = attack.reconstruct(observations, generator=generator, progress=progress)
-    except AttackError as error:
-        # Some attacks do not apply to some models; the others go on, and the JSON says so.
-        tell(Event("note", f"{cell.name(audit)} is left out: {error}"))
-        result = {"attack": cell.attack, "notes": [], "rows": [], "pictures": []}
-        result["skipped"] = str(error)
-    else:
-        result = _written(audit, folder, cell, attack, found, truth, bundle, per_update)
-    write_json(path, result)
-    return result
-
-
-def _written(
-    audit: AuditConfig,
-    folder: Path,
-    cell: Cell,
-    attack: Attack,
-    found: list[Reconstruction],
-    truth: Truth,
-    bundle: DataBundle,
-    per_update: int,
-) -> dict[str, Any]:
-    facts = {
-        "attack": cell.attack,
-        "defense": cell.defense,
-        "threat": cell.threat.name,
-        "stage": audit.stage,
-        "batch": audit.batch_size,
-        "steps": audit.local_steps,
-        "observations": audit.observations,
-        "aggregated": audit.aggregated,
-        "presentations": audit.per_victim,
-        "seed": cell.seed,
-    }
-    images, labels = matched(found, truth, per_update)
-    rows = rows_of(found, images, labels, truth, facts)
-    count = audit.pictured if cell.seed == 0 else 0
-    name = cell.name(audit)
-    pictures = save_pictures(
-        folder, name, found, images, truth, rows, count=count, class_names=bundle.class_names
-    )
-    notes = sorted({note for one in found for note in one.notes})
-    return {
-        "attack": repr(attack),
-        "notes": notes,
-        "rows": rows,
-        "pictures": pictures,
-        "skipped": None,
-    }
+                yield Cell(defense, seed, threat, attack), make

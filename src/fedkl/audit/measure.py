@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,9 +117,7 @@ def _perceptual(x: Tensor, truth: Tensor) -> dict[str, Tensor]:
     return {"lpips": value} if isinstance(value, Tensor) else {}
 
 
-def matched(
-    found: Sequence[Reconstruction], truth: Truth, per_update: int
-) -> tuple[Tensor, Tensor]:
+def matched(found: Sequence[Reconstruction], truth: Truth) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) and labels (N,), each update's put in the order that fits best.
 
     A gradient does not tell the order within a batch; the floor needs no matching, for it knows
@@ -127,6 +125,7 @@ def matched(
     """
     images = torch.cat([one.images.flatten(0, 1) for one in found]).to(truth.images.dtype)
     labels = torch.cat([one.labels.flatten() for one in found])
+    per_update = found[0].images.shape[1]
     if per_update == 1:
         return images, labels
     for start in range(0, len(images), per_update):
@@ -166,34 +165,69 @@ def rows_of(
     labels: Tensor,
     truth: Truth,
     facts: dict[str, Any],
+    *,
+    victims: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """One plain dict per image; ``facts`` (attack, defense, ...) are in every one."""
+    """One plain dict per image.
+
+    Args:
+        found: A reconstruction per victim.
+        images, labels: What :func:`matched` made of them.
+        truth: Of the same victims.
+        facts: In every row (attack, defense, ...).
+        victims: Their numbers; 0, 1, ... if None.
+    """
     figures = figures_of(images, truth.images, truth.pool, truth.decoys)
     if (size := found[0].images.shape[1]) > 1:
         figures["identified"] = identified_in_batches(images, truth, size).double()
     per_victim = len(images) // len(found)
+    numbers = range(len(found)) if victims is None else victims
     rows = []
     for i in range(len(images)):
-        row = {
-            **facts,
-            "victim": i // per_victim,
-            "image": int(truth.rows[i]),
-            "label": int(truth.labels[i]),
-            "label_found": int(labels[i]),
-            "loss": number(found[i // per_victim].loss),
-            **{name: number(float(values[i])) for name, values in figures.items()},
-            **{
-                f"floor_{name}": number(float(truth.floor_figures[name][i]))
-                for name in ("mse", "ssim", "ssim_aligned", "identified", "success")
-            },
-        }
-        row.setdefault("lpips", None)
-        row.setdefault("ssim_uniform", None)
-        row["advantage"] = row["ssim_aligned"] - row["floor_ssim_aligned"]
-        for name in ("identified", "success", "floor_identified", "floor_success"):
-            row[name] = bool(row[name])
-        rows.append(row)
+        place = i // per_victim
+        own = {"victim": numbers[place], "label_found": int(labels[i]), "left_out": None}
+        rows.append(_row(i, truth, figures, {**facts, **own, "loss": number(found[place].loss)}))
     return rows
+
+
+def guessed_rows(
+    truth: Truth, facts: dict[str, Any], failed: Mapping[int, str]
+) -> list[dict[str, Any]]:
+    """Rows of victims that an attack cannot treat: its attacker is left with the floor's guess.
+
+    They say why in ``left_out``; advantage and found label are none.
+
+    Args:
+        truth: Of these victims, in ascending order.
+        facts: In every row.
+        failed: Victim and reason.
+    """
+    per_victim = len(truth.rows) // len(failed)
+    rows = []
+    for i in range(len(truth.rows)):
+        victim = sorted(failed)[i // per_victim]
+        own = {"victim": victim, "label_found": None, "left_out": failed[victim], "loss": None}
+        rows.append(_row(i, truth, truth.floor_figures, {**facts, **own}))
+    return rows
+
+
+def _row(
+    i: int, truth: Truth, figures: Mapping[str, Tensor], facts: dict[str, Any]
+) -> dict[str, Any]:
+    floor = ("mse", "ssim", "ssim_aligned", "identified", "success")
+    row = {
+        **facts,
+        "image": int(truth.rows[i]),
+        "label": int(truth.labels[i]),
+        **{name: number(float(values[i])) for name, values in figures.items()},
+        **{f"floor_{name}": number(float(truth.floor_figures[name][i])) for name in floor},
+    }
+    row.setdefault("lpips", None)
+    row.setdefault("ssim_uniform", None)
+    row["advantage"] = row["ssim_aligned"] - row["floor_ssim_aligned"]
+    for name in ("identified", "success", "floor_identified", "floor_success"):
+        row[name] = bool(row[name])
+    return row
 
 
 def number(value: float) -> float | None:

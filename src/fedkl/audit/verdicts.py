@@ -58,6 +58,7 @@ def summarize(
         entry["images"] = len(members)
         entry |= {name: _mean(members, name) for name in MEANS}
         entry |= {name: _rate(members, name) for name in RATES}
+        entry |= _left_out(members)
         control = entry["defense"] not in judged or entry["threat"] == KEY_HOLDER
         entry["role"] = "control" if control else "defense"
         entries.append(entry)
@@ -68,6 +69,11 @@ def summarize(
             cheap=str(entry["attack"]) in feed_forward,
             chance=max(1.0, 100 / candidates),
         )
+        if absent := entry["left_out"]:
+            entry["reason"] += (
+                f" {absent} of {entry['n']} victims were beyond the attack: counted as guessed, "
+                "and as given away wherever that could be read as holding."
+            )
     return entries
 
 
@@ -103,13 +109,17 @@ def _crafted(entry: Row) -> bool:
 def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str, str]:
     """Verdict and one sentence. A missing bound counts as the worst it could be.
 
+    So does a victim that was left out: a leak is found among the others, with that one guessed; but
+    nothing is said to hold that would not hold with that one given away.
+
     Args:
         entry: Means and intervals of one attack.
         cheap: Whether the attack is feed-forward.
         chance: Of a guesser to identify, in percent: the bounds grow with it.
     """
     advantage, identified = entry["advantage"], entry["identified"]
-    low, high = advantage["low"], advantage["high"]
+    low, high = advantage["low"], entry["ceiling"]["advantage"]
+    found = entry["ceiling"]["identified"]
     if low is not None and low > ADVANTAGE_LEAKS:
         return LEAKS, (
             f"aligned SSIM beats the floor by {advantage['mean']:.3f} "
@@ -130,15 +140,15 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str,
     bound = IDENTIFIED_HOLDS
     if not cheap and entry["n"] >= FEW:
         bound = IDENTIFIED_HOLDS_FEW
-    if high is not None and high <= ADVANTAGE_HOLDS and identified["high"] <= bound * chance:
+    if high is not None and high <= ADVANTAGE_HOLDS and found <= bound * chance:
         return HOLDS, (
-            f"advantage at most {high:.3f} and identification at most {identified['high']:.1%} "
+            f"advantage at most {high:.3f} and identification at most {found:.1%} "
             "(95 %), while the same attack succeeds where it should."
         )
     above = "–" if high is None else f"{high:.3f}"
     return INCONCLUSIVE, (
         f"{entry['n']} victims leave room for an advantage up to {above} and identification up to "
-        f"{identified['high']:.1%} (95 %); more of them would narrow it."
+        f"{found:.1%} (95 %); more of them would narrow it."
     )
 
 
@@ -179,6 +189,26 @@ def _worst(entries: Sequence[tuple[int, Row]]) -> dict[str, Any]:
         "worst": None,
         "reason": "no attack that was asked for applies to this defense.",
     }
+
+
+def _left_out(rows: Sequence[Row]) -> dict[str, Any]:
+    """How many victims the attack could not treat, and the upper bounds if it had all of them.
+
+    Their rows hold the floor's figures, by which alone a defense would seem to hold against an
+    attack that merely fails.
+    """
+    absent = [row for row in rows if row.get("left_out") is not None]
+    given = [
+        row
+        if row.get("left_out") is None
+        else {**row, "identified": True, "advantage": 1.0 - row["floor_ssim_aligned"]}
+        for row in rows
+    ]
+    high = {
+        "advantage": _mean(given, "advantage")["high"],
+        "identified": _rate(given, "identified")["high"],
+    }
+    return {"left_out": len({row["victim"] for row in absent}), "ceiling": high}
 
 
 def _by_victim(rows: Sequence[Row], values: Sequence[float]) -> list[float]:

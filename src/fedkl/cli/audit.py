@@ -239,6 +239,8 @@ def show_audit(result: Mapping[str, Any]) -> None:
     print("Controls in brackets: the verdict is not about them.")
     for line in result["skipped"]:
         print(plain(f"left out: {line['cell']}: {line['reason']}"))
+    for line in result["left_out"]:
+        print(plain(f"left out: {line['cell']}, victim {line['victim']}: {line['reason']}"))
     for name, found in result["verdict"]["defenses"].items():
         print(plain(f"{name}: {found['verdict']}. {found['reason']}"))
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedkl.attacks.base import Attack, Progress, Reconstruction
+from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.labels import classifier
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError, ConfigError
@@ -96,7 +96,7 @@ class Fishing(Attack):
         Raises:
             AttackError: Updates of several steps, or no image of the class in a batch.
         """
-        single = [catch(observation, self.target) for observation in observations]
+        single = each(observations, lambda o: catch(o, self.target))
         found = self.attack.reconstruct(single, generator=generator, progress=progress)
         note = f"{NOTE}; the image is that of class {self.target}"
         return [replace(r, notes=(*r.notes, note)) for r in found]

@@ -20,7 +20,7 @@ from fedkl.attacks.adaptive.shadow_decoder import (
     Coordinates,
     Decoder,
 )
-from fedkl.attacks.base import Attack, Progress, Reconstruction
+from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.closed_form import penultimate_features
 from fedkl.attacks.labels import infer_labels
 from fedkl.attacks.network import Network
@@ -115,10 +115,11 @@ class Shadow(Attack):
                 victims to restandardize by, or public images of another shape.
         """
         first, network = self._check(observations)
-        labels = torch.cat([infer_labels(o, network).reshape(-1) for o in observations])
+        found = each(observations, lambda o: infer_labels(o, network).reshape(-1))
+        labels = torch.cat(found)
         if self.variant == "features":
             sketch = None
-            seen = torch.cat([penultimate_features(o, network) for o in observations])
+            seen = torch.cat(each(observations, lambda o: penultimate_features(o, network)))
         else:
             sketch = Sketch(network.shared, self.sketch, generator)
             seen = torch.cat([sketch(_gradients(o, network)) for o in observations])
@@ -130,7 +131,6 @@ class Shadow(Attack):
             aligned = decoder.coordinates.align(seen, labels, self.restandardize)
             total += decoder.decode(aligned, labels, first.image_shape)
         images = torch.split(total / self.shadows, first.count)
-        found = torch.split(labels, first.count)
         return [
             Reconstruction(images=x[:, None], labels=y[:, None], notes=self._notes(first, labels))
             for x, y in zip(images, found, strict=True)
@@ -153,7 +153,7 @@ class Shadow(Attack):
                 f"got {victims} updates to take mean and deviation from, expected 20 or more under "
                 "one lock; give all victims in one call or leave restandardize out."
             )
-        return first, Network(first)
+        return first, Network.of(observations)
 
     def _client(
         self,

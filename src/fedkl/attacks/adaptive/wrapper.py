@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkl.attacks.adaptive.unknowns import AdaptiveSecrets
-from fedkl.attacks.base import Attack, Progress, Reconstruction
+from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.labels import infer_labels
 from fedkl.attacks.matching import GradientMatching
 from fedkl.attacks.network import Network
@@ -82,8 +82,8 @@ class Adaptive(Attack):
             mean = floor.mean(dim=0)
             shape = (first.count, first.training.images, *first.image_shape)
             return [mean.expand(shape)] * len(observations)
-        network = Network(first)
-        return [floor[infer_labels(o, network)] for o in observations]
+        network = Network.of(observations)
+        return each(observations, lambda o: floor[infer_labels(o, network)])
 
 
 def _first(observations: Sequence[Observation]) -> Observation:

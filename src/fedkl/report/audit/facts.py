@@ -106,7 +106,7 @@ class Audit:
 
     Attributes:
         advantages: One number an image, for the cells that have rows.
-        skipped: What was asked for and not done, and why.
+        skipped: What was asked for and not done (cells, and single victims of others), and why.
     """
 
     overall: str

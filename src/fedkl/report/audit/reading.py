@@ -16,7 +16,7 @@ _GREATEST: Final = 1e30
 VERDICTS: Final = ("leaks", "holds", "inconclusive")
 _SECTIONS: Final = {
     **dict.fromkeys(("config", "versions", "verdict", "threats", "accuracy"), Mapping),
-    **dict.fromkeys(("controls", "summary", "rows", "pictures", "skipped"), list),
+    **dict.fromkeys(("controls", "summary", "rows", "pictures", "skipped", "left_out"), list),
 }
 
 
@@ -89,9 +89,7 @@ def _audit(found: Mapping[str, Any]) -> Audit:
             for name, figures in part["accuracy"].items()
             if isinstance(figures, Mapping)
         },
-        skipped=tuple(
-            (text(one.get("cell")), text(one.get("reason"))) for _, one in _entries(part, "skipped")
-        ),
+        skipped=tuple(_absent(part)),
         controls=tuple(text(name) for name in part["controls"]),
         config=part["config"],
         versions=part["versions"],
@@ -201,6 +199,14 @@ def _judgments(verdict: Mapping[str, Any], summaries: Sequence[Summary]) -> Iter
             reason=text(entry.get("reason")),
             worst=summaries[index] if 0 <= index < len(summaries) else None,
         )
+
+
+def _absent(part: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Cells that were not done, and single victims of others, each with the reason."""
+    for _, one in _entries(part, "skipped"):
+        yield text(one.get("cell")), text(one.get("reason"))
+    for _, one in _entries(part, "left_out"):
+        yield f"{text(one.get('cell'))}, victim {text(one.get('victim'))}", text(one.get("reason"))
 
 
 def _advantages(part: Mapping[str, Any]) -> dict[Cell, list[float]]:
