@@ -124,6 +124,36 @@ def test_folder_of_another_audit_is_refused(tmp_path: Path) -> None:
         run_audit(small_audit(stage="initial", images=2), tmp_path, resume=True)
 
 
+def test_resumed_with_another_run_is_refused(tmp_path: Path) -> None:
+    """Two runs of the same settings: keys come from the operating system, so the models differ."""
+    config = small_run(name="channel")
+    for name in ("a", "b"):
+        run(config, tmp_path / name)
+    audit = small_audit(run=config, images=1, stage="initial")
+    out, first = tmp_path / "audit", {"channel": tmp_path / "a"}
+    run_audit(audit, out, sources=first)
+    before = whole(out)
+    with pytest.raises(ConfigError, match=r"a run of channel \(settings .* cells of both") as error:
+        run_audit(audit, out, sources={"channel": tmp_path / "b"}, resume=True)
+    assert "choose another --out" in str(error.value)
+    with pytest.raises(ConfigError, match="this one is of runs of its own"):
+        run_audit(audit, out, resume=True)
+    assert whole(out) == before
+    # The same run in another place is the same run.
+    (tmp_path / "a").rename(tmp_path / "moved")
+    run_audit(audit, out, sources={"channel": tmp_path / "moved"}, resume=True)
+    assert whole(out) == before
+
+
+def test_audit_of_its_own_runs_is_not_resumed_with_one_given(tmp_path: Path) -> None:
+    config = small_run(name="channel")
+    audit = small_audit(run=config, images=1, stage="initial")
+    run_audit(audit, tmp_path / "audit")
+    run(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match="an audit of runs of its own, but"):
+        run_audit(audit, tmp_path / "audit", sources={"channel": tmp_path / "run"}, resume=True)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

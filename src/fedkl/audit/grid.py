@@ -13,11 +13,12 @@ from fedkl.audit.cells import Cell, Event, Listener, Scene, attacked
 from fedkl.audit.certified import certify_audit
 from fedkl.audit.config import AuditConfig
 from fedkl.audit.measure import truth_of
+from fedkl.audit.sources import claim, federations
 from fedkl.audit.verdicts import overall, summarize
 from fedkl.audit.victims import Victims, draw_victims
 from fedkl.data import DataBundle
 from fedkl.errors import ConfigError
-from fedkl.federation import RunConfig, config_from, run
+from fedkl.federation import RunConfig, run
 from fedkl.federation.engine import one_thread
 from fedkl.federation.preflight import preflight
 from fedkl.federation.session import load_data
@@ -54,7 +55,8 @@ def run_audit(
         The contents of ``audit.json``.
 
     Raises:
-        ConfigError: ``folder`` holds another audit, or one and ``resume`` is off.
+        ConfigError: ``folder`` holds another audit, or one of other runs, or one and ``resume`` is
+            off.
         FedKLError: As :func:`fedkl.federation.run` and the attacks.
     """
     tell = listen or (lambda event: None)
@@ -62,14 +64,14 @@ def run_audit(
     bundle = load_data(audit.run)
     truth = truth_of(bundle, draw_victims(bundle, audit), audit)
     _check(audit, folder, given, bundle)
-    _claim(audit, folder, resume)
+    claim(audit, folder, given, resume)
     tell(Event("note", audit.cost))
     with one_thread():
         accuracy = {
             (defense, seed): _accuracy_of(place)
             if place in given.values()
             else _train(audit, config, place, bundle, tell)
-            for defense, seed, config, place in _federations(audit, folder, given)
+            for defense, seed, config, place in federations(audit, folder, given)
         }
         found = _all_cells(Scene(audit, folder, bundle, truth, tell), given)
     result = {
@@ -121,7 +123,7 @@ def _all_cells(scene: Scene, given: Mapping[str, Path]) -> dict[str, Any]:
 def _certificate(
     audit: AuditConfig, folder: Path, given: Mapping[str, Path], bundle: DataBundle
 ) -> dict[str, Any]:
-    first = (f for f in _federations(audit, folder, given) if f[1] == 0)
+    first = (f for f in federations(audit, folder, given) if f[1] == 0)
     victims = (Victims(config, place, bundle, audit) for _, _, config, place in first)
     with one_thread():
         rows = draw_victims(bundle, audit)
@@ -135,54 +137,12 @@ def _check(audit: AuditConfig, folder: Path, given: Mapping[str, Path], bundle: 
             "a finished run keeps no model from its middle; audit --stage initial or final, or let "
             "the audit train its own by leaving --run out."
         )
-    for _, _, config, place in _federations(audit, folder, given):
+    for _, _, config, place in federations(audit, folder, given):
         if place in given.values():
             continue
         there = (place / "config.json").exists()
         if not there or audit.stage == "final":
             preflight(config, place, resume=there, bundle=bundle)
-
-
-def _claim(audit: AuditConfig, folder: Path, resume: bool) -> None:
-    path = folder / "audit-config.json"
-    if path.exists():
-        before = read_json(path)
-        if not resume:
-            raise ConfigError(
-                f"{folder} holds an audit already; add --resume to go on with it, or choose "
-                "another --out."
-            )
-        if before != _plain(audit):
-            raise ConfigError(
-                f"{folder} holds an audit with other settings; repeat its command, or choose "
-                "another --out."
-            )
-        return
-    make_folder(folder)
-    write_json(path, _plain(audit))
-
-
-def _plain(audit: AuditConfig) -> Any:
-    def lists(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: lists(item) for name, item in value.items()}
-        return [lists(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return lists(audit.to_dict())
-
-
-def _federations(
-    audit: AuditConfig, folder: Path, given: Mapping[str, Path]
-) -> Iterator[tuple[str, int, RunConfig, Path]]:
-    """(defense, seed, settings, run folder): those that were given, or ones of the audit's own."""
-    for seed in range(audit.seeds):
-        for defense in audit.grid:
-            if seed == 0 and defense in given:
-                path = given[defense] / "config.json"
-                yield defense, seed, config_from(read_json(path), source=str(path)), given[defense]
-            else:
-                place = folder / "runs" / f"{defense}-seed{seed}"
-                yield defense, seed, audit.defended(defense, seed), place
 
 
 def _accuracy_of(place: Path) -> dict[str, Any]:
@@ -223,7 +183,7 @@ def _cells(
     audit: AuditConfig, folder: Path, given: Mapping[str, Path], bundle: DataBundle
 ) -> Iterator[tuple[Cell, Callable[[], Victims]]]:
     """Every cell with what makes its victims: of them only one cell's are in memory at a time."""
-    for defense, seed, config, place in _federations(audit, folder, given):
+    for defense, seed, config, place in federations(audit, folder, given):
         make = functools.partial(Victims, config, place, bundle, audit)
         for threat in applicable(audit.threats, make()):
             for attack in audit.attacks:

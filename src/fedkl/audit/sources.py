@@ -1,0 +1,116 @@
+"""Where an audit's federations come from, and whether a folder belongs to this audit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkl.audit.config import AuditConfig
+from fedkl.errors import CheckpointError, ConfigError
+from fedkl.federation import RunConfig, config_from
+from fedkl.federation.checkpoint import Checkpoints
+from fedkl.files import make_folder, read_json, write_json
+
+SETTINGS = "audit-config.json"
+
+
+def federations(
+    audit: AuditConfig, folder: Path, given: Mapping[str, Path]
+) -> Iterator[tuple[str, int, RunConfig, Path]]:
+    """(defense, seed, settings, run folder): those that were given, or ones of the audit's own."""
+    for seed in range(audit.seeds):
+        for defense in audit.grid:
+            if seed == 0 and defense in given:
+                path = given[defense] / "config.json"
+                yield defense, seed, config_from(read_json(path), source=str(path)), given[defense]
+            else:
+                place = folder / "runs" / f"{defense}-seed{seed}"
+                yield defense, seed, audit.defended(defense, seed), place
+
+
+def identity(run: Path) -> dict[str, str]:
+    """What a finished run is, wherever it lies: digests of its settings and of its last model.
+
+    Raises:
+        CheckpointError: It has no whole checkpoint, or no settings.
+    """
+    latest, _ = Checkpoints(run / "checkpoints").latest()
+    if latest is None:
+        raise CheckpointError(
+            f"there is no checkpoint in {run}; give the folder of a finished run, or finish it "
+            "with: fedkl train --out … --resume."
+        )
+    settings = json.dumps(read_json(run / "config.json"), sort_keys=True, separators=(",", ":"))
+    return {
+        "config": hashlib.sha256(settings.encode()).hexdigest(),
+        "round": str(latest.round),
+        "checkpoint": _digest(latest.shared),
+    }
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().contiguous()
+        found.update(f"{name}/{value.dtype}/{tuple(value.shape)}/".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def claim(audit: AuditConfig, folder: Path, given: Mapping[str, Path], resume: bool) -> None:
+    """Makes ``folder`` that of this audit of these runs, or finds that it is.
+
+    Raises:
+        ConfigError: It holds another audit, one of other runs, or one and ``resume`` is off.
+        CheckpointError: A run that was given has no checkpoint.
+    """
+    runs = {defense: identity(place) for defense, place in given.items()}
+    wanted = {**_lists(audit.to_dict()), "sources": runs}
+    path = folder / SETTINGS
+    if not path.exists():
+        make_folder(folder)
+        write_json(path, wanted)
+        return
+    before = read_json(path)
+    if not resume:
+        raise ConfigError(
+            f"{folder} holds an audit already; add --resume to go on with it, or choose "
+            "another --out."
+        )
+    known = before.pop("sources", {}) if isinstance(before, dict) else {}
+    if known != runs:
+        raise ConfigError(
+            f"{folder} holds an audit of {_said(known)}, but this one is of {_said(runs)}: cells "
+            "of both would be mixed. Give --run as it was when the audit began, with the run as it "
+            "was then, or choose another --out."
+        )
+    if before != _lists(audit.to_dict()):
+        raise ConfigError(
+            f"{folder} holds an audit with other settings; repeat its command, or choose "
+            "another --out."
+        )
+
+
+def _said(runs: Mapping[str, Any]) -> str:
+    """Runs in words: their settings and models by the beginning of the digests."""
+    if not isinstance(runs, Mapping) or not runs:
+        return "runs of its own"
+    return ", ".join(
+        f"a run of {defense} (settings {str(run.get('config'))[:8]}, round {run.get('round')}, "
+        f"model {str(run.get('checkpoint'))[:8]})"
+        for defense, run in runs.items()
+        if isinstance(run, Mapping)
+    )
+
+
+def _lists(value: Any) -> Any:
+    """As JSON gives it back: lists in place of tuples."""
+    if isinstance(value, Mapping):
+        return {name: _lists(item) for name, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
