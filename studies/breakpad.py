@@ -1,25 +1,28 @@
 """Attempts to break the pad: `python studies/breakpad.py`.
 
-Victims are single test images (batch 1, one step) of one client of a trained federation: LeNet on
-Fashion-MNIST, 3 clients IID x 6,000, 10 rounds. Parts:
+Victims are single test images (batch 1, one step) of one client of a trained federation on
+Fashion-MNIST, 3 clients IID: LeNet, 32x32, 6,000 images a client; ResNet-20, 16x16, 4,000 images a
+client; 10 rounds. Parts:
 
-curves
+curves, resnet20
     Feed-forward attackers on the classifier's input, which the last layer's gradient gives away:
     identification among 100 images of the same class against the number of presentations under one
     pad whose statistics and labels the attacker pools. Every lock variant beside the same attack
     holding the key, and beside the channel lock, which the same code breaks.
 gradient
-    The same on the whole shared gradient, where there are no features to be had (private head).
+    The same on (a sketch of) the whole shared gradient, where there may be no features to be had.
+renewals
+    The same over pads that are renewed every 16 presentations, statistics pooled over all of them.
 likelihood
     Someone who is given z = γ·x̂ + β itself and the client's stem: what the drawn pad alone hides.
-audit
-    Verdicts of `fedkl audit` on the default pad: shadows, and inverting gradients with free
-    secrets, 1, 4 and 16 updates pooled.
+optimizers
+    Verdicts of `fedkl audit` on inverting gradients with free secrets, T updates pooled.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import time
@@ -28,18 +31,29 @@ from pathlib import Path
 from typing import Any
 
 from cells import provenance, run_cells, say, table, write
-from pad import LENET, merged
+from pad import LENET, RESNET, WIDE, merged
 
 ROOT = Path(__file__).resolve().parent.parent
 PAD = {"name": "pad"}
+HEAD = {**PAD, "head": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "channel": {"name": "channel"},
     "pad": PAD,
+    "pad, wide throughout": {**PAD, **WIDE},
     "pad, first block only": {**PAD, "layers": "first"},
     "pad, spread 10": {**PAD, "spread": 10.0},
+    "pad, lock on the head's input": {**PAD, "lock_head_input": True},
 }
 STRONG = "pad, more public images"
-GRADIENT = {"pad": PAD, "pad, private head": {**PAD, "head": True}}
+GRADIENT = {"channel": {"name": "channel"}, "pad": PAD, "pad, private head": HEAD}
+MODELS: dict[str, dict[str, Any]] = {"lenet": LENET, "resnet20": merged(LENET, RESNET)}
+PARTS = ("curves", "resnet20", "gradient", "renewals", "likelihood", "optimizers")
+POOLED = {1: 100, 4: 25, 16: 7, 64: 2}  # updates under one lock: victims' locks
+COSTS = {
+    "curves": 110.0, "resnet20": 450.0, "gradient": 300.0, "renewals": 200.0, "likelihood": 200.0,
+    "optimizers": 600.0,
+}  # fmt: skip
+EVERY, STEPS = 16, 10
 PRESENTATIONS = (16, 64, 256, 1000, 2000)
 EPOCHS = 8
 LAWS = ("near-one", "normal", "wide", "sign")
@@ -57,6 +71,7 @@ class Cell:
     seed: int = 0
     public: int = 2_000
     shadows: int = 3
+    model: str = "lenet"
 
     @property
     def name(self) -> str:
@@ -71,13 +86,25 @@ def cells_of(part: str, victims: int) -> list[Cell]:
         cells = [Cell(part, arm, lock, victims) for arm, lock in VARIANTS.items()]
         strong = Cell(part, STRONG, PAD, 2 * victims, public=6_000)
         return [*cells[:2], strong, *cells[2:]]
+    if part == "resnet20":
+        arms = {name: VARIANTS[name] for name in ("channel", "pad", "pad, wide throughout")}
+        return [Cell(part, arm, lock, victims, model=part) for arm, lock in arms.items()]
     if part == "gradient":
-        return [Cell(part, arm, lock, min(victims, 1000)) for arm, lock in GRADIENT.items()]
+        return [
+            Cell(part, f"{model}, {arm}", lock, victims, model=model)
+            for model in MODELS
+            for arm, lock in GRADIENT.items()
+        ]
+    if part == "renewals":
+        arms = {"pad": PAD, "pad, private head": HEAD}
+        return [Cell(part, arm, lock, victims) for arm, lock in arms.items()]
     if part == "likelihood":
         return [Cell(part, "likelihood", PAD, 200)]
     return [
-        Cell("audit", arm, PAD, n)
-        for arm, n in (("shadows", 400), ("T=1", 20), ("T=4", 6), ("T=16", 2))
+        Cell(part, f"{model}, T = {t}", PAD, count, model=model)
+        for model, most in (("lenet", 64), ("resnet20", 4))
+        for t, count in POOLED.items()
+        if t <= most
     ]
 
 
@@ -85,10 +112,10 @@ def trained(cell: Cell, scratch: Path) -> tuple[Any, Path]:
     """Settings and folder of a federation under the cell's lock, trained unless it is there."""
     from fedkl.federation import config_from, run
 
-    settings = merged(LENET, {"defense": cell.lock, "evaluation": {"wrong_keys": 1}})
-    config = config_from({**settings, "seed": cell.seed})
+    over = {"defense": cell.lock, "evaluation": {"wrong_keys": 1}}
+    config = config_from({**merged(MODELS[cell.model], over), "seed": cell.seed})
     lock = "_".join(f"{k}-{v}" for k, v in cell.lock.items())
-    folder = scratch / "runs" / f"{lock}_seed{cell.seed}"
+    folder = scratch / "runs" / f"{cell.model}_{lock}_seed{cell.seed}"
     if not (folder / "summary.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         run(config, folder)
@@ -104,9 +131,11 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
     started = time.process_time()
     parts = {
         "curves": _features,
+        "resnet20": _features,
         "gradient": _gradients,
+        "renewals": _renewals,
         "likelihood": _likelihood,
-        "audit": _audit,
+        "optimizers": _audit,
     }
     found = parts[cell.part](cell, Path(scratch))
     seconds = round(time.process_time() - started, 1)
@@ -141,6 +170,22 @@ def _gradients(cell: Cell, scratch: Path) -> dict[str, Any]:
         "floor": bench.floor(),
         "key": bench.holding_the_key(),
         "shadow": bench.curves(bench.shadows(cell.shadows, EPOCHS), counts),
+        "insider": bench.curves(bench.insider(), counts),
+    }
+
+
+def _renewals(cell: Cell, scratch: Path) -> dict[str, Any]:
+    from intruders import Bench
+
+    config, folder = trained(cell, scratch)
+    sketch = 1024 if cell.lock.get("head") else None
+    bench = Bench(config, folder, cell.victims, public=cell.public, sketch=sketch)
+    return {
+        "victims": cell.victims,
+        "floor": bench.floor(),
+        "key": bench.holding_the_key(),
+        "shadow": bench.renewals(bench.shadows(cell.shadows, EPOCHS), EVERY, STEPS),
+        "insider": bench.renewals(bench.insider(), EVERY, STEPS),
     }
 
 
@@ -162,15 +207,14 @@ def _audit(cell: Cell, scratch: Path) -> dict[str, Any]:
     config, folder = trained(cell, scratch)
     sources = {"pad": folder}
     for name in ("none", "norm", "fedbn"):
-        control = Cell("audit", name, {"name": name}, cell.victims, cell.seed)
+        control = dataclasses.replace(cell, lock={"name": name})
         sources[name] = trained(control, scratch)[1]
-    shadows = cell.arm == "shadows"
     audit = AuditConfig(
         run=config,
         defenses=("pad",),
-        attacks=("shadow", "shadow-label") if shadows else ("inverting-gradients",),
+        attacks=("inverting-gradients",),
         images=cell.victims,
-        observations=1 if shadows else int(cell.arm[2:]),
+        observations=int(cell.arm.rpartition(" ")[2]),
         effort="quick",
         pictured=1,
     )
@@ -181,29 +225,37 @@ def _audit(cell: Cell, scratch: Path) -> dict[str, Any]:
 
 def markdown(document: dict[str, Any]) -> str:
     """The tables."""
-    found = document["parts"]
+    found = {part: document["parts"][part]["arms"] for part in PARTS if part in document["parts"]}
+    about = [
+        f"- {part}: `{one['command']}` at commit {one['commit']}, {one['date']}"
+        for part, one in document["parts"].items()
+    ]
     parts = [
         "# Attempts to break the pad\n",
-        f"`{document['command']}` at commit {document['commit']}, {document['date']}. Percent "
-        "of victims identified among 100 images of the same class (chance 1). n: presentations "
-        "under one pad whose statistics and labels the attacker pools. *shadow*: "
+        "\n".join(about) + "\n",
+        "Percent of victims identified among 100 images of the same class (chance 1). n: "
+        "presentations under one pad whose statistics and labels the attacker pools. *shadow*: "
         "three sets of secrets of the attacker's own, the closest kept; 2,000 public images (more: "
-        "6,000). *insider*: a "
-        "client of the same federation, with its own lock. Each in several ways: *plain* (n = 1), "
-        "*global* (restandardized), *label* (class means matched), *average* (the same, mean over "
-        "all shadows), *transport* (class means, then a rotation fitted to matched neighbours); "
-        "the best is shown, which is a maximum of several noisy figures. *key*: the same attack "
-        "holding the key, the positive control.\n",
+        "6,000). *insider*: a client of the same federation, with its own lock. Each in several "
+        "ways: *plain* (n = 1), *global* (restandardized), *label* (class means matched), "
+        "*average* (the same, mean over all shadows), *transport* (class means, then a rotation "
+        "fitted to matched neighbours); the best is shown, which is a maximum of several noisy "
+        "figures. *key*: the same attack holding the key, the positive control.\n",
     ]
-    for part in ("curves", "gradient"):
+    for part in ("curves", "resnet20", "gradient"):
         if part in found:
             parts.append(f"## {part}\n\n{_curve_table(found[part])}\n")
+    if "renewals" in found:
+        parts.append(
+            f"## renewals\n\nA pad serves {EVERY} presentations; statistics and labels of all "
+            f"victims, over all pads, are pooled.\n\n{_renewal_table(found['renewals'])}\n"
+        )
     if "likelihood" in found:
         rows = next(iter(found["likelihood"].values()))["identified"].items()
         cells = [[n, f"{100 * v['identified']:.1f}"] for n, v in rows]
         parts.append(f"## likelihood\n\n{table(['pad as drawn', 'identified'], cells)}\n")
-    if "audit" in found:
-        parts.append(f"## audit\n\n{_audit_table(found['audit'])}\n")
+    if "optimizers" in found:
+        parts.append(f"## optimizers\n\n{_audit_table(found['optimizers'])}\n")
     return "\n".join(parts)
 
 
@@ -223,6 +275,17 @@ def _curve_table(arms: dict[str, Any]) -> str:
             rows.append(row)
     header = ["lock", "attacker", "own-key accuracy", "floor", "key", "n = 1"]
     return table([*header, *(f"n = {n}" for n in counts)], rows)
+
+
+def _renewal_table(arms: dict[str, Any]) -> str:
+    rows = []
+    for arm, one in arms.items():
+        for who in ("shadow", "insider"):
+            ways = [f"{100 * v:.1f}" for v in one[who].values()]
+            percent = [f"{100 * one[k]:.1f}" for k in ("floor", "key")]
+            rows.append([arm, who, str(one["victims"]), *percent, *ways])
+    ways = list(next(iter(arms.values()))["shadow"])
+    return table(["lock", "attacker", "victims", "floor", "key", *ways], rows)
 
 
 def _audit_table(arms: dict[str, Any]) -> str:
@@ -250,24 +313,32 @@ def _audit_table(arms: dict[str, Any]) -> str:
 def main() -> None:
     """Runs what is missing and writes results/breakpad.json and .md after every part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="curves,gradient,likelihood,audit")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--victims", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "breakpad")
     args = parser.parse_args()
-    command = f"python studies/breakpad.py --parts {args.parts} --victims {args.victims}"
-    document: dict[str, Any] = {**provenance(command), "parts": {}}
-    for part in args.parts.split(","):
+    wanted = args.parts.split(",")
+    cost = sum(COSTS[part] * len(cells_of(part, args.victims)) for part in wanted)
+    say(f"cost: about {cost / 60:.0f} minutes on one idle core, training included")
+    path = args.out / "breakpad.json"
+    known = json.loads(path.read_text())["parts"] if path.exists() else {}
+    document: dict[str, Any] = {"parts": {p: known[p] for p in PARTS if p in known}}
+    for part in wanted:
         cells = cells_of(part, args.victims)
+        command = f"python studies/breakpad.py --parts {part} --victims {args.victims}"
         found = run_cells(
             {c.name: (c, str(args.scratch)) for c in cells},
             work,
             args.scratch / "cells",
             processes=1,  # cells share trained federations
-            costs={c.name: 90.0 for c in cells},
+            costs={c.name: COSTS[part] for c in cells},
         )
-        document["parts"][part] = {one["arm"]: one for one in found.values()}
-        write(args.out / "breakpad.json", document)
+        document["parts"][part] = {
+            **provenance(command),
+            "arms": {one["arm"]: one for one in found.values()},
+        }
+        write(path, document)
         (args.out / "breakpad.md").write_text(markdown(json.loads(json.dumps(document))))
         say(f"{part}: wrote {args.out / 'breakpad.md'}")
 

@@ -53,23 +53,64 @@ class Bench:
         self.config, self.folder = config, folder
         self.bundle = load_data(config)
         self.audit = AuditConfig(run=config, images=victims)
-        owner = audited.Victims(config, folder, self.bundle, self.audit)
-        rows = audited.draw_victims(self.bundle, self.audit)
+        self.owner = owner = audited.Victims(config, folder, self.bundle, self.audit)
+        self.rows = rows = audited.draw_victims(self.bundle, self.audit)
         self.truth, self.labels = self.bundle.test.batch(rows.flatten())
         self.pool, classes = self.bundle.test.batch(torch.arange(len(self.bundle.test)))
         self.decoys = metrics.draw_decoys(
             self.labels, classes, generator=derive(0, "decoys"), own=rows.flatten(), count=99
         )
-        observed = observe(owner, [owner.send(row) for row in rows], threat_of("adaptive"))
-        self.first, self.network = observed[0], Network(observed[0])
-        self.sketch = None
-        if sketch is None:
-            seen = [penultimate_features(o, self.network) for o in observed]
-        else:
-            self.sketch = Sketch(self.network.shared, sketch, derive(0, "sketch"))
-            seen = [self.sketch(_gradients(o, self.network)) for o in observed]
-        self.seen, self.held = torch.cat(seen), owner.held()
+        self.first = self._observed(rows[:1])[0]
+        self.network = Network(self.first)
+        self.sketch = (
+            None if sketch is None else Sketch(self.network.shared, sketch, derive(0, "sketch"))
+        )
+        self.seen, self.held = self._given_away(rows), owner.held()
         self.public = Public(*self.bundle.public.batch(torch.arange(public)))
+
+    def _observed(self, rows: Tensor) -> list[Any]:
+        return observe(self.owner, [self.owner.send(row) for row in rows], threat_of("adaptive"))
+
+    def _given_away(self, rows: Tensor) -> Tensor:
+        """What updates of these victims tell: the classifier's input, or a gradient's sketch."""
+        found = []
+        for observed in self._observed(rows):
+            if self.sketch is None:
+                found.append(penultimate_features(observed, self.network))
+            else:
+                found.append(self.sketch(_gradients(observed, self.network)))
+        return torch.cat(found)
+
+    def renewals(self, clients: Sequence[Trained], every: int, steps: int) -> dict[str, float]:
+        """Identification from the victims of many pads pooled, each pad serving ``every`` of them.
+
+        The client renews as in a federation: what it learned on top starts again, and the lock
+        alone takes ``steps`` steps on the client's own images. The stem stays.
+        """
+        space, (key, private) = self.owner.workspace, self.owner.owners[0]
+        one = space.training
+        seen = []
+        for number, rows in enumerate(torch.split(self.rows, every)):
+            space.enter(self.owner.shared, key, private)
+            space.renew(key)
+            space.images, space.training = self.bundle.train, self.config.training
+            mine, lr = self.owner.session.parts[0], self.config.training.lr
+            generator = derive(0, "renewal", number)
+            space.join(self.owner.shared, mine, generator, lr, steps=steps)
+            space.images, space.training = self.bundle.test, one
+            private = {name: tensor.clone() for name, tensor in space.private.items()}
+            self.owner.owners[0] = key, private
+            seen.append(self._given_away(rows))
+        pooled, labels = torch.cat(seen), self.public.labels
+        best = min(
+            clients, key=lambda c: distance_of_means(c.inputs, labels, pooled, self.labels, 10)
+        )
+        found = {"plain": self.identified(self._decode(best, pooled, self.labels, "plain"))}
+        for way in WAYS:
+            used = clients if way == "average" else [best]
+            drawn = [self._decode(client, pooled, self.labels, way) for client in used]
+            found[way] = self.identified(torch.stack(drawn).mean(dim=0))
+        return found
 
     def identified(self, images: Tensor) -> float:
         """Share of victims found among 100 of their class."""

@@ -4,10 +4,10 @@ Blocks, every arm paired by seed with the same data, partition, batches and init
 
 lenet-iid, lenet-dirichlet
     LeNet on Fashion-MNIST, 3 clients: norm, fedbn, pad, pad with a private head.
-tuning
-    The pad's learning rate, on validation images of a seed of its own.
-resnet20
-    ResNet-20 at 16x16, few rounds.
+tuning, resnet20-tuning
+    Learning rates, on validation images of a seed of its own.
+resnet20-iid, resnet20-dirichlet
+    ResNet-20 at 16x16, 3 clients x 4,000 images, 10 rounds.
 clients
     The same 18,000 images over 10 and 100 clients.
 renewal
@@ -35,18 +35,20 @@ from accuracy import interval, paired
 from cells import provenance, run_cells, say, table, write
 from thief import LABELS, label_thief, on_own_mix
 
+THIEVES = ("pad", "pad-head")
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED = 1000
 
 PAD = {"name": "pad"}
+WIDE = {"inner_scale_law": "wide", "inner_spread": 1.0}
 ARMS: dict[str, dict[str, Any]] = {
     "norm": {"name": "norm"},
     "fedbn": {"name": "fedbn"},
     "pad": PAD,
     "pad-head": {**PAD, "head": True},
-    "pad-narrow": {**PAD, "scale_law": "near-one", "inner_spread": 0.3},
+    "pad-wide": {**PAD, **WIDE},
 }
-# The rates of norm, fedbn and channel were chosen on validation by studies/accuracy.py.
+# Rates of norm and fedbn were chosen on validation by studies/accuracy.py, the pad's here.
 LENET: dict[str, Any] = {
     "model": {"name": "lenet"},
     "data": {"dataset": "fashion-mnist", "samples": 6_000, "channels": 1},
@@ -54,6 +56,12 @@ LENET: dict[str, Any] = {
     "federation": {"rounds": 10},
     "evaluation": {"every": 0, "wrong_keys": 5, "wrong_key_images": 1_000},
 }
+RESNET: dict[str, Any] = {
+    "model": {"name": "resnet20"},
+    "data": {"samples": 4_000, "image_size": 16},
+    "training": {"lr": 0.03},
+}
+DIRICHLET = {"data": {"partition": "dirichlet"}}
 RENEWALS: dict[str, dict[str, Any]] = {
     "never": {},
     "all at once": {"every": 3},
@@ -95,12 +103,11 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
         "tuning": _tuning,
         "lenet-iid": lambda n: _lenet("lenet-iid", n, {}, ("norm", "pad", "pad-head")),
         "lenet-dirichlet": lambda n: _lenet(
-            "lenet-dirichlet",
-            n,
-            {"data": {"partition": "dirichlet"}},
-            ("norm", "fedbn", "pad", "pad-head"),
+            "lenet-dirichlet", n, DIRICHLET, ("norm", "fedbn", "pad", "pad-head")
         ),
-        "resnet20": _resnet,
+        "resnet20-tuning": _resnet_tuning,
+        "resnet20-iid": lambda n: _resnet("resnet20-iid", n, {}),
+        "resnet20-dirichlet": lambda n: _resnet("resnet20-dirichlet", n, DIRICHLET),
         "clients": _clients,
         "renewal": _renewal,
     }
@@ -108,7 +115,8 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
 
 
 BLOCKS = (
-    "tuning", "lenet-iid", "lenet-dirichlet", "clients", "renewal", "resnet20",
+    "tuning", "lenet-iid", "lenet-dirichlet", "clients", "renewal",
+    "resnet20-tuning", "resnet20-iid", "resnet20-dirichlet",
 )  # fmt: skip
 
 
@@ -128,7 +136,7 @@ def _lenet(block: str, seeds: int, over: dict[str, Any], arms: tuple[str, ...]) 
             seed,
             merged(LENET, merged(over, {"defense": ARMS[arm]})),
             35.0,
-            thief=block == "lenet-iid" and arm == "pad" and seed < 2,
+            thief=block == "lenet-iid" and arm in THIEVES,
         )
         for seed in range(seeds)
         for arm in arms
@@ -170,22 +178,40 @@ def _renewal(seeds: int) -> list[Cell]:
     ]
 
 
-def _resnet(seeds: int) -> list[Cell]:
-    over = {
-        "model": {"name": "resnet20"},
-        "data": {"samples": 4_000, "image_size": 16},
-        "federation": {"rounds": 4},
-    }
+def _resnet_tuning(seeds: int) -> list[Cell]:
     return [
         Cell(
-            "resnet20",
-            arm,
-            seed,
-            merged(LENET, merged(over, {"defense": ARMS[arm], "training": {"lr": lr}})),
+            "resnet20-tuning",
+            f"{arm}, lr {lr:g}",
+            TUNING_SEED,
+            merged(
+                merged(LENET, RESNET),
+                {
+                    "defense": ARMS[arm],
+                    "training": {"lr": lr},
+                    "federation": {"rounds": 4},
+                    "evaluation": {"every": 4},
+                },
+            ),
             100.0,
         )
-        for seed in range(min(seeds, 1))
-        for arm, lr in (("norm", 0.03), ("pad", 0.03), ("pad-narrow", 0.03))
+        for arm in ("pad", "pad-wide")
+        for lr in (0.01, 0.03, 0.1)
+    ]
+
+
+def _resnet(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
+    return [
+        Cell(
+            block,
+            arm,
+            seed,
+            merged(merged(LENET, RESNET), merged(over, {"defense": ARMS[arm]})),
+            250.0 if "pad" in arm else 150.0,
+            thief=block == "resnet20-iid" and arm == "pad" and seed < 2,
+        )
+        for seed in range(seeds)
+        for arm in ("norm", "fedbn", "pad")
     ]
 
 
@@ -233,19 +259,24 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def markdown(document: dict[str, Any]) -> str:
     """The tables."""
+    about = [
+        f"- {name}: `{block['command']}` at commit {block['commit']}, {block['date']}"
+        for name, block in document["blocks"].items()
+    ]
     parts = [
         "# The pad: accuracy, and what the key is worth\n",
-        f"`{document['command']}` at commit {document['commit']}, {document['date']}. Percent of "
+        "\n".join(about) + "\n",
+        "Percent of "
         "the test set, mean ± 95 % interval over seeds (Student's t). *Own mix*: test images "
         "weighted as each client's own labels. *Outsider*: the global model with γ = ±1, β = 0, "
         "random stem, statistics re-estimated or not, the best. *No lock*: insiders included, who "
         "have the other clients' mean lock and stem.\n",
     ]
     for name, block in document["blocks"].items():
-        parts.append(f"## {name}\n\n{_table(name, block)}\n")
-    thieves = document["blocks"].get("lenet-iid", {})
-    if any(figures["label_thief"] for figures in thieves.values()):
-        parts.append(f"## A thief with labels\n\n{_thieves(thieves)}\n")
+        parts.append(f"## {name}\n\n{_table(name, block['arms'])}\n")
+    for name, block in document["blocks"].items():
+        if any(figures["label_thief"] for figures in block["arms"].values()):
+            parts.append(f"## A thief with labels, {name}\n\n{_thieves(block['arms'])}\n")
     return "\n".join(parts)
 
 
@@ -310,8 +341,9 @@ def main() -> None:
     wanted = args.blocks.split(",")
     cost = sum(cell.cost for block in wanted for cell in cells_of(block, args.seeds))
     say(f"cost: about {cost / 60 / args.processes:.0f} minutes on {args.processes} idle cores")
-    command = f"python studies/pad.py --blocks {args.blocks} --seeds {args.seeds}"
-    document: dict[str, Any] = {**provenance(command), "seeds": args.seeds, "blocks": {}}
+    path = args.out / "pad.json"
+    known = json.loads(path.read_text())["blocks"] if path.exists() else {}
+    document: dict[str, Any] = {"blocks": {b: known[b] for b in BLOCKS if b in known}}
     for block in wanted:
         cells = cells_of(block, args.seeds)
         found = run_cells(
@@ -321,11 +353,15 @@ def main() -> None:
             processes=args.processes,
             costs={c.name: c.cost for c in cells},
         )
+        command = f"python studies/pad.py --blocks {block} --seeds {args.seeds}"
         document["blocks"][block] = {
-            arm: summarize([r for r in found.values() if r["cell"]["arm"] == arm])
-            for arm in dict.fromkeys(c.arm for c in cells)
+            **provenance(command),
+            "arms": {
+                arm: summarize([r for r in found.values() if r["cell"]["arm"] == arm])
+                for arm in dict.fromkeys(c.arm for c in cells)
+            },
         }
-        write(args.out / "pad.json", document)
+        write(path, document)
         (args.out / "pad.md").write_text(markdown(json.loads(json.dumps(document))))
         say(f"{block}: wrote {args.out / 'pad.md'}")
 
