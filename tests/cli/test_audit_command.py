@@ -6,19 +6,22 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from cli_support import Call, snapshot
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
+from update_files import write_update_files
 
-from fedkl.attacks import InvertingGradients
+from fedkl.attacks import (
+    IDLG,
+    InvertingGradients,
+    Peel,
+    Resources,
+)
 from fedkl.audit import EXIT_CODES, AuditConfig, arsenal
 from fedkl.cli import main
 from fedkl.errors import ConfigError
-from fedkl.models import build
-from fedkl.rng import derive
 
 DIGITS = ["--dataset", "digits", "--image-size", "16", "--channels", "1", "--samples", "60"]
 FEW = [
@@ -39,49 +42,22 @@ UPDATE = [
     *("--after", "{tmp}/after.safetensors", "--config", "{tmp}/steps.toml"),
     *("--effort", "quick", "--out", "{tmp}/new"),
 ]
-STEPS = "num_classes = 4\nchannels = 1\nimage_size = 16\nbatch_size = 1\nlr = 0.1\n"
-
-
-@pytest.fixture
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arsenal, "make_attack", lambda *_, **__: InvertingGradients(iterations=10))
+TEN = [
+    *("audit-update", "--model", "lenet", "--before", "{tmp}/before10.safetensors"),
+    *("--after", "{tmp}/after10.safetensors", "--config", "{tmp}/ten.toml"),
+    *("--effort", "quick", "--public", "digits", "--out", "{tmp}/new"),
+]
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """An update, and one of everything that is wrong."""
-    model = build("lenet", num_classes=4, channels=1, image_size=16, generator=derive(0, "m"))
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-    save_file(before, tmp_path / "before.safetensors")
-    x = torch.rand(1, 1, 16, 16, generator=derive(0, "x"))
-    cross_entropy(model(x), torch.tensor([2])).backward()
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
-    after = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    save_file(after, tmp_path / "after.safetensors")
-    save_file({"images": x}, tmp_path / "truth.safetensors")
-    save_file({"pictures": x}, tmp_path / "no-images.safetensors")
-    save_file({"images": x[..., :8].clone()}, tmp_path / "small.safetensors")
-    save_file({n: t for n, t in after.items() if n != "fc.bias"}, tmp_path / "less.safetensors")
-    save_file({**after, "extra": x}, tmp_path / "more.safetensors")
-    save_file({**after, "fc.bias": torch.zeros(5)}, tmp_path / "shape.safetensors")
-    save_file({**after, "fc.bias": torch.full((4,), torch.nan)}, tmp_path / "nan.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "after.safetensors").read_bytes()[:99])
-    (tmp_path / "steps.toml").write_text(STEPS)
-    (tmp_path / "typo.toml").write_text(STEPS + "batch_sice = 1\n")
-    (tmp_path / "type.toml").write_text(STEPS.replace("= 0.1", '= "fast"'))
-    (tmp_path / "zero.toml").write_text(STEPS.replace("batch_size = 1", "batch_size = 0"))
-    (tmp_path / "labels.toml").write_text(STEPS + "labels = [1, 2]\n")
-    (tmp_path / "class.toml").write_text(STEPS + "labels = [4]\n")
-    (tmp_path / "momentum.toml").write_text(STEPS + "momentum = -0.5\n")
-    save_file({"images": 255 * x}, tmp_path / "bright.safetensors")
-    save_file({"images": x.repeat(2, 1, 1, 1)}, tmp_path / "two.safetensors")
-    (tmp_path / "rate.toml").write_text(STEPS.replace("lr = 0.1", "local_steps = 2"))
-    (tmp_path / "broken.toml").write_text("lr = ")
-    (tmp_path / "nothing.json").write_text("[]")
-    (tmp_path / "odd.json").write_text('{"scheme": "channel"}')
-    (tmp_path / "file").write_text("I am a file")
-    (tmp_path / "empty").mkdir()
-    return tmp_path
+    return write_update_files(tmp_path)
+
+
+@pytest.fixture
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arsenal, "make_attack", lambda *_, **__: InvertingGradients(iterations=10))
 
 
 def with_(words: Sequence[str], *changes: str) -> list[str]:
@@ -117,7 +93,15 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("no such flag", [*AUDIT, "--atacks", "dlg"], ["--atacks"]),
     ("two of one", with_(UPDATE, "--attacks", ""), ["no attack"]),
     ("update: attack", with_(UPDATE, "--attacks", "dgl"), ["'dgl'", "'dlg'"]),
-    ("update: needs more", with_(UPDATE, "--attacks", "ggl"), ["generator"]),
+    ("update: needs more", with_(UPDATE, "--attacks", "ggl,idlg,shadow"),
+     ["ggl, shadow learn", "--public"]),
+    ("update: needs many", with_(TEN, "--attacks", "shadow-label"), ["shadow-label", "20 or more"]),
+    ("update: public", with_(UPDATE, "--public", "digit"), ["'digits'"]),
+    ("update: other classes", with_(UPDATE, "--public", "digits"), ["10 classes, the model 4"]),
+    ("update: public nowhere", with_(UPDATE, "--public", "mnist", "--data-root", "{tmp}/empty"),
+     ["empty", "mnist"]),
+    ("update: none works", with_(UPDATE, "--attacks", "closed-form"),
+     ["no attack could", "Conv2d"]),
     ("update: model", with_(UPDATE, "--model", "resnet20"), ["does not fit", "missing"]),
     ("update: unknown model", with_(UPDATE, "--model", "lenett"), ["'lenet'"]),
     ("update: no file", with_(UPDATE, "--after", "{tmp}/none"), ["none", "safetensors"]),
@@ -264,6 +248,51 @@ def test_update_gives_the_image_away(call: Call, place: Path) -> None:
     answer = call(*with_(words, "--out", str(place / "again"), "--attacks", "idlg"))
     assert "Without --truth" in answer.out
     assert load_file(place / "truth.safetensors")["images"].shape == (1, 1, 16, 16)
+
+
+@pytest.fixture
+def _little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attacks of the audit, with next to no effort."""
+    real = arsenal.make_attack
+
+    def little(name: str, effort: str, **given: Any) -> Any:
+        if name == "idlg":
+            return IDLG(iterations=5)
+        if name == "shadow":
+            return Resources(public=given["public"]).shadow(100, epochs=1, hidden=0)
+        return real(name, effort, **given)
+
+    monkeypatch.setattr(arsenal, "make_attack", little)
+
+
+@pytest.mark.usefixtures("_little")
+def test_finished_attacks_stay_when_a_later_one_fails(call: Call, place: Path) -> None:
+    words = [word.replace("{tmp}", str(place)) for word in TEN]
+    answer = call(*words, "--attacks", "idlg,closed-form,shadow")
+    assert answer.code == 0, answer.err
+    found = json.loads((place / "new" / "update.json").read_text())
+    assert [one["attack"] for one in found["attacks"]] == ["idlg", "shadow"]
+    (failed,) = found["failed"]
+    assert failed["attack"] == "closed-form"
+    assert "Conv2d" in failed["reason"]
+    assert "left out: closed-form: the first layer" in answer.out
+    assert [one["labels"] for one in found["attacks"]] == [[2], [2]]
+    for one in found["attacks"]:
+        assert (place / "new" / one["pictures"][0]).is_file()
+
+
+@pytest.mark.usefixtures("_little")
+def test_what_is_finished_is_on_disk_before_the_next_begins(
+    call: Call, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Peel, "reconstruct", interrupt)
+    words = [word.replace("{tmp}", str(place)) for word in TEN]
+    assert call(*words, "--attacks", "idlg,peel").code == 130
+    found = json.loads((place / "new" / "update.json").read_text())
+    assert [one["attack"] for one in found["attacks"]] == ["idlg"]
 
 
 def test_update_of_a_locked_run(call: Call, finished: Path, tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ from fedkl.attacks.grnn import GRNN
 from fedkl.attacks.matching import GradientMatching
 from fedkl.attacks.peel import Peel
 from fedkl.attacks.pixels import DLG, IDLG, InvertingGradients
-from fedkl.attacks.registry import ATTACKS, EFFORTS, Resources, make_attack
+from fedkl.attacks.registry import (
+    ATTACKS,
+    EFFORTS,
+    NEED_MANY,
+    NEED_PUBLIC,
+    Resources,
+    make_attack,
+)
 from fedkl.attacks.secrets import Held, Secrets
 
 __all__ = [
@@ -25,6 +32,8 @@ __all__ = [
     "GGL",
     "GRNN",
     "IDLG",
+    "NEED_MANY",
+    "NEED_PUBLIC",
     "Attack",
     "ClosedForm",
     "ConditionalGenerator",

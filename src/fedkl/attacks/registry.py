@@ -115,6 +115,11 @@ ATTACKS: Final[Mapping[str, Mapping[str, Callable[[Resources], Attack]]]] = {
     "shadow-gradient": _shadow(variant="gradient"),
 }
 
+NEED_PUBLIC: Final = ("ggl", "shadow", "shadow-global", "shadow-label", "shadow-gradient")
+"""Attacks that learn from public images first."""
+NEED_MANY: Final = ("shadow-global", "shadow-label")
+"""Attacks that compare many updates under one lock, 20 or more."""
+
 
 def make_attack(
     name: str,

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from fedkl.federation import RunConfig, config_from
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.files import make_folder, read_json, write_json
 
-SETTINGS = "audit-config.json"
+SETTINGS: Final = "audit-config.json"
+# The result of a run does not depend on these.
+INDIFFERENT: Final = ("workers", "device", "checkpoint_every")
 
 
 def federations(
@@ -46,7 +48,9 @@ def identity(run: Path) -> dict[str, str]:
             f"there is no checkpoint in {run}; give the folder of a finished run, or finish it "
             "with: fedkl train --out … --resume."
         )
-    settings = json.dumps(read_json(run / "config.json"), sort_keys=True, separators=(",", ":"))
+    found = read_json(run / "config.json")
+    kept = {n: v for n, v in found.items() if n not in INDIFFERENT}
+    settings = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return {
         "config": hashlib.sha256(settings.encode()).hexdigest(),
         "round": str(latest.round),

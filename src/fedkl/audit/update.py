@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedkl import metrics
-from fedkl.attacks import Attack, Reconstruction
+from fedkl.attacks import (
+    ATTACKS,
+    NEED_MANY,
+    NEED_PUBLIC,
+    Attack,
+    Progress,
+    Reconstruction,
+    make_attack,
+)
 from fedkl.attacks.adaptive import adaptive_for
+from fedkl.audit.arsenal import Arsenal
 from fedkl.audit.measure import number
 from fedkl.audit.pictures import save_png
 from fedkl.errors import AttackError, ConfigError, StateError, unknown
@@ -210,21 +220,67 @@ def _observation(
     )
 
 
+def attackers(
+    names: Sequence[str],
+    observation: Observation,
+    *,
+    effort: str,
+    arsenal: Arsenal | None = None,
+) -> dict[str, Callable[[], Attack]]:
+    """What makes each of the attacks when its turn comes, as someone mounts it who knows the lock.
+
+    Args:
+        names: Of attacks.
+        observation: The update.
+        effort: ``quick``, ``standard`` or ``paper``.
+        arsenal: Has public images; without one there are none.
+
+    Raises:
+        ConfigError: A name is unknown, there is none, or an attack cannot be mounted with what
+            there is.
+    """
+    for name in names:
+        if name not in ATTACKS:
+            raise ConfigError(unknown("attack", name, ATTACKS))
+    if not names:
+        raise ConfigError(f"got no attack; name one or more of: {', '.join(ATTACKS)}.")
+    if hungry := [n for n in names if n in NEED_PUBLIC and arsenal is None]:
+        raise ConfigError(
+            f"{', '.join(hungry)} learn from public images of the victim's kind, and got none; add "
+            "--public with a data set, or leave them out."
+        )
+    if many := [n for n in names if n in NEED_MANY]:
+        raise ConfigError(
+            f"{', '.join(many)} compare 20 or more updates under one lock, and this is one; take "
+            "shadow or shadow-gradient instead."
+        )
+
+    def alone(name: str) -> Attack:
+        return adaptive_for(observation.threat, make_attack(name, effort), observation)
+
+    if arsenal is None:
+        return {name: partial(alone, name) for name in names}
+    return {n: partial(arsenal.attack, n, observation.threat, observation) for n in names}
+
+
 def audit_update(
     observation: Observation,
-    attacks: Sequence[Attack],
+    attacks: Mapping[str, Callable[[], Attack]],
     folder: Path,
     *,
     seed: int = 0,
     truth: Tensor | None = None,
     facts: Mapping[str, Any] | None = None,
-    tell: Any = None,
+    tell: Progress | None = None,
 ) -> dict[str, Any]:
     """Mounts ``attacks`` on one update; writes ``update.json`` and pictures below ``folder``.
 
+    What is finished is on disk at once, and stays when a later attack cannot be mounted: that one
+    is named under ``failed``.
+
     Args:
         observation: The update.
-        attacks: To be mounted one after the other.
+        attacks: To be made and mounted one after the other, by name.
         folder: Made if missing.
         seed: Of the attacks.
         truth: True images (images, C, H, W) in [0, 1], to measure against; without them nobody
@@ -234,37 +290,55 @@ def audit_update(
 
     Returns:
         The contents of ``update.json``.
+
+    Raises:
+        AttackError: Not one of the attacks can be mounted; nothing is written then.
+        StateError: The truth does not fit the update.
     """
-    wanted = (observation.training.images, *observation.image_shape)
-    if truth is not None and truth.shape != wanted:
-        raise StateError(
-            f"got true images {tuple(truth.shape)}; expected {wanted}: every image behind the "
-            "update (batch_size x local_steps), each (C, H, W)."
-        )
-    if truth is not None:
-        metrics.mse(truth, truth)  # raises on what could not be measured, before hours of attacks
-    make_folder(folder / "pictures")
-    entries = []
-    for attack in attacks:
-        generator = derive(seed, "attack", attack.name)
-        adaptive = adaptive_for(observation.threat, attack, observation)
-        (found,) = adaptive.reconstruct([observation], generator=generator, progress=tell)
-        entries.append(_entry(attack, found, folder, truth))
-    result = {
+    _check_truth(observation, truth)
+    result: dict[str, Any] = {
         "format": "fedkl-update-audit",
         "version": 1,
         **(facts or {}),
         "kind": observation.kind,
         "training": vars(observation.training),
         "measured": truth is not None,
-        "attacks": entries,
+        "attacks": [],
+        "failed": [],
     }
-    write_json(folder / "update.json", result)
+    for name, make in attacks.items():
+        try:
+            attack = make()
+            (found,) = attack.reconstruct(
+                [observation], generator=derive(seed, "attack", name), progress=tell
+            )
+        except AttackError as error:
+            result["failed"].append({"attack": name, "reason": str(error)})
+        else:
+            make_folder(folder / "pictures")
+            result["attacks"].append(_entry(name, attack, found, folder, truth))
+        if result["attacks"]:
+            write_json(folder / "update.json", result)
+    if not result["attacks"]:
+        reasons = "; ".join(f"{one['attack']}: {one['reason']}" for one in result["failed"])
+        raise AttackError(f"no attack could be mounted. {reasons}")
     return result
 
 
+def _check_truth(observation: Observation, truth: Tensor | None) -> None:
+    if truth is None:
+        return
+    wanted = (observation.training.images, *observation.image_shape)
+    if truth.shape != wanted:
+        raise StateError(
+            f"got true images {tuple(truth.shape)}; expected {wanted}: every image behind the "
+            "update (batch_size x local_steps), each (C, H, W)."
+        )
+    metrics.mse(truth, truth)  # raises on what could not be measured, before hours of attacks
+
+
 def _entry(
-    attack: Attack, found: Reconstruction, folder: Path, truth: Tensor | None
+    name: str, attack: Attack, found: Reconstruction, folder: Path, truth: Tensor | None
 ) -> dict[str, Any]:
     images, order = found.images[0], torch.arange(len(found.images[0]))
     figures: dict[str, list[float]] = {}
@@ -276,11 +350,11 @@ def _entry(
         }
     paths = []
     for number_, image in enumerate(images[order]):
-        path = f"pictures/{attack.name}-{number_}.png"
+        path = f"pictures/{name}-{number_}.png"
         save_png(image, folder / path)
         paths.append(path)
     return {
-        "attack": attack.name,
+        "attack": name,
         "settings": repr(attack),
         "labels": found.labels[0][order].tolist(),
         "loss": number(found.loss),

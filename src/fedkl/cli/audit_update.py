@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,11 +11,14 @@ import typer
 
 from fedkl.cli.audit import watching_audit
 from fedkl.cli.provenance import command_line, versions
-from fedkl.cli.settings import ATTACKS, EFFORTS
+from fedkl.cli.settings import ATTACKS, DATASETS, EFFORTS
 from fedkl.cli.show import out, plain, table_of
 from fedkl.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
+    from fedkl.audit import Event
+    from fedkl.audit.arsenal import Arsenal
+    from fedkl.audit.update import UpdateConfig
     from fedkl.locking import LockSpec
 
 
@@ -38,6 +42,16 @@ def audit_update(
         Path | None,
         typer.Option(help="JSON with the public lock spec, or a run's summary.json that has it."),
     ] = None,
+    public: Annotated[
+        str | None,
+        typer.Option(
+            help="Data set whose public images attackers learn from, as ggl and shadow need it: "
+            f"{', '.join(DATASETS)}."
+        ),
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", help="Folder of that data set's files.")
+    ] = None,
     gradient: Annotated[
         bool, typer.Option("--gradient", help="--after holds a gradient, as fedsgd sends it.")
     ] = False,
@@ -53,17 +67,22 @@ def audit_update(
       fedkl audit-update --model resnet18 --before a.safetensors --after b.safetensors
         --config steps.toml --out runs/update
 
+      fedkl audit-update --model lenet --before a.safetensors --after b.safetensors
+        --config steps.toml --public fashion-mnist --attacks ggl,shadow --out runs/update
+
       fedkl audit-update --model lenet --before updates/round-000001/global.safetensors
         --after updates/round-000001/client-00000.safetensors --spec summary.json
         --config steps.toml --out runs/update
     """
-    from fedkl.attacks import make_attack
     from fedkl.audit import Event
-    from fedkl.audit.update import UpdateConfig, audit_update, observe_update, read_state
+    from fedkl.audit.update import (
+        UpdateConfig,
+        attackers,
+        audit_update,
+        observe_update,
+        read_state,
+    )
 
-    chosen = [make_attack(name.strip(), effort) for name in attacks.split(",") if name.strip()]
-    if not chosen:
-        raise ConfigError(f"got no attack; name one or more of: {', '.join(ATTACKS)}.")
     config = UpdateConfig.from_dict(_steps(config_file))
     observation = observe_update(
         model,
@@ -81,24 +100,66 @@ def audit_update(
     if out_folder.exists() and not out_folder.is_dir():
         raise OutputError(f"{out_folder} is not a folder; choose another --out.")
     facts = {"command": command_line(), "versions": versions(), "model": model}
+    names = tuple(dict.fromkeys(name.strip() for name in attacks.split(",") if name.strip()))
     with watching_audit() as watch:
+        arsenal = None
+        if public is not None:
+            arsenal = _arsenal(public, data_root, config, effort, seed, out_folder, watch)
         result = audit_update(
             observation,
-            chosen,
+            attackers(names, observation, effort=effort, arsenal=arsenal),
             out_folder,
             seed=seed,
             truth=images,
             facts=facts,
             tell=lambda done, of, loss: watch(Event("attack", "", done, of, loss)),
         )
+    _show(result, out_folder)
+
+
+def _arsenal(
+    public: str,
+    root: Path | None,
+    config: UpdateConfig,
+    effort: str,
+    seed: int,
+    folder: Path,
+    watch: Callable[[Event], None],
+) -> Arsenal:
+    """Attackers with public images of the data set ``public``, in the form of the update's.
+
+    Raises:
+        ConfigError: The data set is unknown, or has another number of classes.
+        DataNotFoundError: It is nowhere.
+    """
+    from fedkl.audit import AuditConfig, Event
+    from fedkl.audit.arsenal import Arsenal
+    from fedkl.data import load
+    from fedkl.federation import config_from
+
+    bundle = load(
+        public, root=root, seed=seed, image_size=config.image_size, channels=config.channels
+    )
+    if bundle.num_classes != config.num_classes:
+        raise ConfigError(
+            f"--public {public} has {bundle.num_classes} classes, the model {config.num_classes} "
+            "(num_classes of --config); give a data set of the victim's kind."
+        )
+    audit = AuditConfig(run=config_from({"seed": seed}), effort=effort)
+    return Arsenal(audit, bundle, folder, lambda *facts: watch(Event(*facts)))
+
+
+def _show(result: Mapping[str, Any], folder: Path) -> None:
     rows = [
         [e["attack"], str(e["labels"]), _number(e["loss"]), _figures(e)] for e in result["attacks"]
     ]
     columns = ["attack", "labels", "loss", "SSIM to the truth"]
     out().print(table_of("What the update gives away", columns, rows))
-    if images is None:
+    for one in result["failed"]:
+        print(plain(f"left out: {one['attack']}: {one['reason']}"))
+    if not result["measured"]:
         print("Without --truth nobody can say which picture is right: look at them.")
-    print(plain(f"In {out_folder}: update.json, pictures/"))
+    print(plain(f"In {folder}: update.json, pictures/"))
 
 
 def _spec(path: Path) -> LockSpec:
