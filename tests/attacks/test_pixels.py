@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attackhelp import images, lenet, observe
+from attackhelp import images, lenet, observe, tiny
 
 from fedkl import metrics
-from fedkl.attacks import InvertingGradients
+from fedkl.attacks import DLG, InvertingGradients
+from fedkl.attacks.matching import in_range
 from fedkl.errors import ConfigError
 from fedkl.rng import derive
 
@@ -34,3 +35,25 @@ def test_optimizers_that_do_not_go_together() -> None:
         InvertingGradients(optimizer="l-bfgs")
     with pytest.raises(ConfigError, match="adam"):
         InvertingGradients(optimizer="adm")
+
+
+def test_what_a_norm_leaves_of_an_image_is_not_clipped_away() -> None:
+    # Behind a batch norm the gradient of 8 x is that of x: a search may well end there.
+    x = images(3, (1, 8, 8))
+    found = DLG(iterations=1, restarts=1).reconstruct(
+        observe(tiny(norm=True), x, torch.tensor([0, 1, 2])),
+        generator=derive(0, "attack"),
+        guesses=list(8 * x[:, None, None]),
+    )
+    got = torch.cat([one.images[0] for one in found])
+    low, high = x.amin(dim=(1, 2, 3), keepdim=True), x.amax(dim=(1, 2, 3), keepdim=True)
+    assert torch.allclose(got, (x - low) / (high - low), atol=1e-5)
+
+
+def test_an_image_far_out_of_range_is_stretched_and_any_other_clipped() -> None:
+    ramp = torch.linspace(0, 1, 12).view(1, 3, 2, 2)
+    x = torch.cat([20 * ramp - 5, 1.4 * ramp - 0.2, torch.zeros_like(ramp)])
+    got = in_range(x[None])[0]
+    assert torch.allclose(got[0], ramp[0], atol=1e-6)
+    assert torch.equal(got[1], x[1].clamp(0, 1))
+    assert torch.equal(got[2], x[2])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -26,7 +26,22 @@ from fedkl.observation import Observation
 
 LABEL_RULES = ("infer", "search")
 
+_LOST: Final = 2.0  # width of an image whose range a norm hides
+
 Objective = Callable[[dict[str, Tensor], Tensor], tuple[dict[str, Tensor], Tensor]]
+
+
+def in_range(images: Tensor) -> Tensor:
+    """``images`` (..., C, H, W) in [0, 1].
+
+    Behind a first layer with a norm, the gradient tells no brightness and no contrast, and a search
+    without a box wanders off: what it finds may be the image times ten. Such an image, more than
+    twice as wide as [0, 1], is stretched over [0, 1] as a whole; any other is clipped.
+    """
+    low = images.amin(dim=(-3, -2, -1), keepdim=True)
+    width = images.amax(dim=(-3, -2, -1), keepdim=True) - low
+    stretched = (images - low) / torch.where(width > 0, width, 1.0)
+    return torch.where(width > _LOST, stretched, images.clamp(0, 1))
 
 
 class GradientMatching(Attack):
@@ -256,7 +271,7 @@ class Record:
     def _images(self) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             x, y = vmap(self.attack.decode)(self.best, self.trials.stacked)
-        return x.detach().clamp(0, 1), y.argmax(dim=-1)
+        return in_range(x.detach()), y.argmax(dim=-1)
 
     def conclude(self) -> list[Reconstruction]:
         """One reconstruction per trial."""
