@@ -109,7 +109,7 @@ AUDITS: dict[str, Audit] = {
     "lenet-initial": Audit("lenet", "initial", DLG, "quick", 20, {**CHANNEL, **PAPER, **PAD}, 15),
     "lenet-initial-grnn": Audit("lenet", "initial", GRNN, "standard", 5, FEW, 90),
     "lenet-initial-paper-effort": Audit("lenet", "initial", (*DLG, *IG), "paper", 1, ONE, 30),
-    "lenet-final": Audit("lenet", "final", IG, "standard", 20, {**CHANNEL, **PAPER, **PAD}, 45),
+    "lenet-final": Audit("lenet", "final", IG, "quick", 20, {**CHANNEL, **PAPER, **PAD}, 10),
     "lenet-final-shadow": Audit("lenet", "final", SHADOW, "quick", 200, {**LOCKS, **PAD}, 8),
     "lenet-16-final-peel": Audit("lenet-16", "final", ("peel",), "quick", 5, {**LOCKS, **PAD}, 20),
     "resnet20-initial-grnn": Audit("resnet20", "initial", GRNN, "quick", 5, FEW, 50),
