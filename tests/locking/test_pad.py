@@ -149,7 +149,7 @@ def test_later_sites_have_a_law_of_their_own_before_and_after_renewal() -> None:
         first, later = (gamma.abs() for gamma, _ in affines(locked).values())
         assert float(first.std()) > 1
         assert torch.equal(later, torch.ones_like(later))
-    assert Pad(scale_law="normal").law_of(first=False) == "normal"
+    assert Pad(scale_law="normal", inner_scale_law=None).law_of(first=False) == "normal"
 
 
 def test_pads_differ_by_site_epoch_and_key_and_nothing_else() -> None:

@@ -193,9 +193,9 @@ class Pad(Scheme):
     positional: ClassVar[bool] = True
 
     spread: float = 3.0
-    inner_spread: float | None = 1.0
+    inner_spread: float | None = 0.3
     scale_law: str = "wide"
-    inner_scale_law: str | None = None
+    inner_scale_law: str | None = "near-one"
     learned: str = "position"
     gain: float = 1.0
     stem: bool = True
