@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 from attackhelp import CLASSES, gradient_of, images, observe, tiny
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from fedkl.attacks.labels import infer_counts, infer_label, infer_labels, steps_taken
+from fedkl.attacks import Attack, Counted, Progress, Reconstruction
+from fedkl.attacks.labels import (
+    infer_counts,
+    infer_label,
+    infer_labels,
+    mean_probability,
+    steps_taken,
+)
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
 from fedkl.observation import OPEN, Observation, Training
@@ -81,3 +92,101 @@ def test_momentum_takes_longer_steps(nesterov: bool) -> None:
     training = Training(local_steps=4, lr=0.1, momentum=0.9, nesterov=nesterov)
     assert -float(weight.detach()) == pytest.approx(0.1 * steps_taken(training))
     assert steps_taken(Training(local_steps=3, lr=0.1)) == 3
+
+
+OFTEN = (0.5, 0.3, 0.15, 0.05)
+
+
+def drawn(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images that tell nothing of their labels, which are not equally frequent."""
+    labels = torch.multinomial(
+        torch.tensor(OFTEN), count, replacement=True, generator=derive(seed, "labels")
+    )
+    return images(count, (1, 8, 8), seed), labels
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A model that has learned how frequent classes are, as any does first."""
+    model = tiny()
+    x, y = drawn(256, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    for _ in range(60):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def batch(model: nn.Module, seed: int, size: int = 8) -> tuple[Observation, list[int]]:
+    x, y = drawn(size, seed)
+    seen = observe(model, x[:1], y[:1])[0]
+    changes = (gradient_of(model, x, y),)
+    return replace(seen, changes=changes, training=Training(batch_size=size)), y.sort()[0].tolist()
+
+
+def test_labels_of_a_batch_at_a_trained_model(trained: nn.Module) -> None:
+    """Batch 8: exact with public images, wrong as long as every class is taken to be as likely."""
+    public = drawn(200, 2)[0]
+    right, without = 0, 0
+    for seed in range(100, 120):
+        observation, labels = batch(trained, seed)
+        network = Network(observation)
+        expected = mean_probability(network, public)
+        # A share is rounded right if it is off by less than half of 1/8.
+        own = network.logits(network.shared, drawn(8, seed)[0]).softmax(dim=1).mean(dim=0)
+        assert float((own - expected).abs().max()) < 0.04
+        assert infer_labels(observation, network, expected).tolist() == [labels]
+        right += 1
+        without += infer_labels(observation, network).tolist() == [labels]
+    assert right == 20
+    assert without < 10
+
+
+class Look(Attack):
+    """Keeps what it is given."""
+
+    name = "look"
+
+    def reconstruct(
+        self,
+        observations: Sequence[Observation],
+        *,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+    ) -> list[Reconstruction]:
+        self.seen = list(observations)
+        return [Reconstruction(torch.zeros(1, 8, 1, 8, 8), torch.zeros(1, 8))] * len(self.seen)
+
+
+def test_counted_labels_reach_the_attack(trained: nn.Module) -> None:
+    public, look = drawn(200, 2)[0], Look()
+    batches = [batch(trained, seed) for seed in (100, 101)]
+    granted = replace(batches[0][0], labels=torch.full((1, 8), 3))
+    attack = Counted(look, public)
+    (note, *_) = attack.reconstruct(
+        [*(one for one, _ in batches), granted], generator=derive(0, "a")
+    )[0].notes
+    assert "200 public images" in note
+    assert [o.labels.tolist() for o in look.seen if o.labels is not None] == [
+        [batches[0][1]], [batches[1][1]], [[3] * 8],
+    ]  # fmt: skip
+    assert attack.name == "look"
+
+
+def test_secrets_with_which_the_layers_classify_are_taken() -> None:
+    """The output of a model depends on its private tensors, and so does what it expects."""
+    model = tiny(norm=True)
+    x, y = drawn(8, 0)
+    observation = replace(
+        observe(model, x[:1], y[:1])[0],
+        changes=(gradient_of(model, x, y),),
+        training=Training(batch_size=8),
+        secrets=("4.bias",),
+    )
+    network = Network(observation)
+    expected = mean_probability(network, x)
+    rare = int(expected.argmin())
+    given = {"4.bias": torch.eye(CLASSES)[rare] * 30}
+    assert float(expected[rare]) < 0.3
+    assert float(mean_probability(network, x, given)[rare]) > 0.99

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from audithelp import small_audit, small_run
 
-from fedkl.attacks import ATTACKS, InvertingGradients, Resources
+from fedkl.attacks import ATTACKS, Counted, InvertingGradients, Resources
 from fedkl.attacks.adaptive import Adaptive, Fishing
 from fedkl.audit import arsenal, run_audit
 from fedkl.audit.arsenal import Arsenal, applicable
 from fedkl.audit.observe import observe
 from fedkl.audit.victims import Victims, draw_victims
 from fedkl.federation.session import load_data
-from fedkl.observation import THREATS, threat_of
+from fedkl.observation import OPEN, THREATS, Observation, threat_of
 
 BUNDLE = load_data(small_run())
 
@@ -101,3 +103,49 @@ def test_shadow_gets_public_images_and_finds_its_victims(
 def test_every_attack_without_an_optimizer_counts_as_cheap() -> None:
     searching = {"dlg", "idlg", "inverting-gradients", "grnn", "ggl"}
     assert set(arsenal.FEED_FORWARD) == set(ATTACKS) - searching
+
+
+def test_crafting_attackers_train_secrets_at_honest_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At crafted weights no model classifies: secrets trained there are worth nothing."""
+    found = victims(tmp_path, "channel", threats=("crafting",), batch_size=4)
+    made = Arsenal(found.audit, BUNDLE, tmp_path, lambda *_: None)
+    at, trained = [], {"conv1.inserted_norm.keylock.gamma": torch.ones(12)}
+
+    def train(observation: Observation, *_: object, **__: object) -> dict[str, torch.Tensor]:
+        at.append(observation.model)
+        return trained
+
+    monkeypatch.setattr(arsenal, "train_secrets", train)
+    honest = made.probe(found)
+    found.shared = made.crafted(found, honest)
+    threat = threat_of("crafting")
+    (seen,) = observe(found, [found.send(draw_victims(BUNDLE, found.audit)[0])], threat)
+    searching = made.attack("inverting-gradients", threat, seen, honest=honest)
+    assert isinstance(searching, Fishing)
+    assert isinstance(searching.attack, Adaptive)
+    assert searching.attack.secrets.starts == ("neutral", trained)  # type: ignore[attr-defined]
+    (model,) = at
+    assert model.get_parameter("fc.weight").equal(honest.model.get_parameter("fc.weight"))
+    assert not model.get_parameter("fc.weight").equal(seen.model.get_parameter("fc.weight"))
+    shadow = made.attack("shadow", threat, seen, honest=honest)
+    assert isinstance(shadow, Fishing)
+    assert shadow.attack.honest is honest  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("defense", ["none", "channel"])
+def test_labels_of_batches_are_counted_with_public_images(tmp_path: Path, defense: str) -> None:
+    found = victims(tmp_path, defense, batch_size=4)
+    threat = OPEN if defense == "none" else threat_of("adaptive")
+    (seen,) = observe(found, [found.send(draw_victims(BUNDLE, found.audit)[0])], threat)
+    made = Arsenal(found.audit, BUNDLE, tmp_path, lambda *_: None)
+    attack = made.attack("inverting-gradients", threat, seen)
+    assert isinstance(attack, Counted)
+    assert sorted(attack.secrets) == sorted(seen.secrets)
+    if defense == "channel":
+        # Secrets are trained once, for the labels and for the search.
+        assert attack.attack.secrets.starts == ("neutral", attack.secrets)  # type: ignore[attr-defined]
+    assert not isinstance(made.attack("dlg", threat, seen), Counted)  # it searches labels
+    given = replace(seen, labels=torch.zeros(1, 4, dtype=torch.int64))
+    assert not isinstance(made.attack("inverting-gradients", threat, given), Counted)

@@ -2,6 +2,7 @@
 
 from fedkl.attacks.base import Attack, Progress, Reconstruction
 from fedkl.attacks.closed_form import ClosedForm, label_counts, penultimate_features
+from fedkl.attacks.counting import Counted
 from fedkl.attacks.generators import (
     ConditionalGenerator,
     cached_generator,
@@ -37,6 +38,7 @@ __all__ = [
     "Attack",
     "ClosedForm",
     "ConditionalGenerator",
+    "Counted",
     "GradientMatching",
     "Held",
     "InvertingGradients",

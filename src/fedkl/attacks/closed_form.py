@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
-from fedkl.attacks.labels import classifier, infer_counts, infer_labels
+from fedkl.attacks.labels import classifier, infer_counts, infer_labels, mean_probability
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
 from fedkl.observation import Observation
@@ -111,9 +111,7 @@ def label_counts(observation: Observation, public: Tensor | None = None) -> Tens
         _no_bias(weight.removesuffix(".weight"))
     mean: Tensor | None = None
     if public is not None:
-        with torch.no_grad():
-            logits = network.logits({**network.shared, **network.secrets}, public)
-            mean = logits.softmax(dim=1).mean(dim=0)
+        mean = mean_probability(network, public, observation.known)
     rows = [_gradient(observation, network, c, bias) for c in observation.changes]
     return torch.stack([infer_counts(row, observation.training.images, mean) for row in rows])
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
 from fedkl.observation import Observation, Training
+
+CHUNK: Final = 250
 
 
 def classifier(network: Network, num_classes: int) -> tuple[str, str | None]:
@@ -27,6 +32,20 @@ def classifier(network: Network, num_classes: int) -> tuple[str, str | None]:
             "labels in the threat model, or use an attack that searches them (dlg, grnn)."
         )
     return found
+
+
+def tells_labels(observation: Observation, network: Network) -> bool:
+    """Whether labels are granted, or can be read off: a classifier that is shared.
+
+    That of a batch needs a bias.
+    """
+    if observation.labels is not None:
+        return True
+    try:
+        _, bias = classifier(network, observation.num_classes)
+    except AttackError:
+        return False
+    return bias is not None or observation.training.images == 1
 
 
 def infer_label(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,9 +72,12 @@ def infer_label(weight: Tensor, bias: Tensor | None) -> Tensor:
 def infer_counts(bias: Tensor, batch_size: int, mean_probability: Tensor | None = None) -> Tensor:
     """How many examples of each class a batch had: int64 (classes,), their sum ``batch_size``.
 
-    The bias gradient is mean(p) - counts/B. The mean probability is estimated (uniform if None):
-    exact at a model that does not yet tell classes apart, an estimate elsewhere (the idea of LLG,
-    Wainakh et al. 2022). Rounded by largest remainders.
+    The bias gradient is mean(p) - counts/B. The mean probability is estimated, uniform if None:
+    exact at a model that has not learned anything. One that expects some classes more than others
+    needs the mean over public images (:func:`mean_probability`; the idea of LLG, Wainakh et al.
+    2022). The better a model tells classes apart, the more mean(p) is of the batch itself and the
+    less the gradient says: of a model that is right about nearly all of a batch it says nothing.
+    Rounded by largest remainders.
     """
     classes = len(bias)
     p = bias.new_full((classes,), 1 / classes) if mean_probability is None else mean_probability
@@ -76,10 +98,34 @@ def steps_taken(training: Training) -> float:
     return total
 
 
-def infer_labels(observation: Observation, network: Network) -> Tensor:
+def mean_probability(
+    network: Network, images: Tensor, secrets: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """What the model expects of images at large: mean probability per class, (classes,).
+
+    Args:
+        network: The victim's public model.
+        images: Public ones (M, C, H, W) in [0, 1]; the nearer their classes are to the victim's in
+            number, the better.
+        secrets: Values of private tensors; neutral ones stand for those that are missing.
+    """
+    parameters = {**network.shared, **network.secrets, **(secrets or {})}
+    with torch.no_grad():
+        parts = [network.logits(parameters, x).softmax(dim=1) for x in torch.split(images, CHUNK)]
+    return torch.cat(parts).mean(dim=0)
+
+
+def infer_labels(
+    observation: Observation, network: Network, probability: Tensor | None = None
+) -> Tensor:
     """Labels (T, images) int64: those granted, else inferred; a batch's in ascending order.
 
     An update of several steps is read as if its steps had shared the weights at its beginning.
+
+    Args:
+        observation: The victim.
+        network: Its public model.
+        probability: For batches, as :func:`mean_probability` gives it; None: uniform.
 
     Raises:
         AttackError: The classifier is not shared.
@@ -103,6 +149,6 @@ def infer_labels(observation: Observation, network: Network) -> Tensor:
                 "labels of a batch are counted from the classifier's bias, which this model has "
                 "not; grant the labels in the threat model."
             )
-        counts = infer_counts(g_bias, training.images)
+        counts = infer_counts(g_bias, training.images, probability)
         rows.append(torch.repeat_interleave(torch.arange(len(counts)), counts))
     return torch.stack(rows)

@@ -89,6 +89,11 @@ class GradientMatching(Attack):
         self.iterations, self.restarts, self.parallel = iterations, restarts, parallel
         self.distance, self.labels = DISTANCES[distance], labels
 
+    @property
+    def infers(self) -> bool:
+        """Whether labels are taken from the classifier's gradient, not searched."""
+        return self.labels == "infer"
+
     @abstractmethod
     def start(self, trials: Trials, generator: torch.Generator) -> dict[str, Tensor]:
         """Unknowns of every trial, stacked: each (trials, ...)."""

@@ -16,6 +16,7 @@ from fedkl.attacks.grnn import GRNN
 from fedkl.attacks.peel import Peel
 from fedkl.attacks.pixels import DLG, IDLG, InvertingGradients
 from fedkl.errors import AttackError, ConfigError, unknown
+from fedkl.observation import Observation
 
 EFFORTS: Final = ("quick", "standard", "paper")
 
@@ -27,10 +28,13 @@ class Resources:
     Attributes:
         generator_model: For ``ggl``: see :mod:`fedkl.attacks.generators`.
         public: For ``shadow``: public images (M, C, H, W) in [0, 1] and their labels (M,).
+        honest: For ``shadow`` where the victims' weights were crafted: an observation of the model
+            with honest ones.
     """
 
     generator_model: nn.Module | None = None
     public: tuple[Tensor, Tensor] | None = None
+    honest: Observation | None = None
 
     def shadow(self, count: int, **settings: Any) -> Shadow:
         """A shadow attacker with the first ``count`` public images.
@@ -44,7 +48,7 @@ class Resources:
                 "images and labels of the victim's kind."
             )
         images, labels = self.public
-        return Shadow(images[:count], labels[:count], **settings)
+        return Shadow(images[:count], labels[:count], honest=self.honest, **settings)
 
     def image_generator(self) -> nn.Module:
         """The generator.
@@ -127,6 +131,7 @@ def make_attack(
     *,
     generator_model: nn.Module | None = None,
     public: tuple[Tensor, Tensor] | None = None,
+    honest: Observation | None = None,
 ) -> Attack:
     """The attack called ``name`` with the settings of ``effort``.
 
@@ -135,6 +140,7 @@ def make_attack(
         effort: One of :data:`EFFORTS`.
         generator_model: The image generator that ``ggl`` searches; others ignore it.
         public: Public images (M, C, H, W) and labels (M,) that ``shadow`` trains on.
+        honest: Where it trains secrets if the victims' weights were crafted.
 
     Raises:
         ConfigError: Unknown name or effort, with the nearest names.
@@ -144,4 +150,4 @@ def make_attack(
         raise ConfigError(unknown("attack", name, ATTACKS))
     if effort not in EFFORTS:
         raise ConfigError(unknown("effort", effort, EFFORTS))
-    return ATTACKS[name][effort](Resources(generator_model, public))
+    return ATTACKS[name][effort](Resources(generator_model, public, honest))

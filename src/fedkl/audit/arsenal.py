@@ -10,8 +10,15 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from fedkl.attacks import Attack, cached_generator, make_attack
-from fedkl.attacks.adaptive import Fishing, adaptive_for, craft
+from fedkl.attacks import (
+    NEED_PUBLIC,
+    Attack,
+    Counted,
+    GradientMatching,
+    cached_generator,
+    make_attack,
+)
+from fedkl.attacks.adaptive import Fishing, Public, Start, adaptive_for, craft, train_secrets
 from fedkl.attacks.labels import classifier
 from fedkl.attacks.network import Network
 from fedkl.audit.config import KEY_HOLDER, AuditConfig
@@ -25,6 +32,8 @@ FEED_FORWARD: Final = (
     "closed-form", "peel", "shadow", "shadow-global", "shadow-label", "shadow-gradient",
 )  # fmt: skip
 TARGET: Final = 0  # the class that a crafting server fishes for
+COUNTED: Final = 1000  # public images by which the labels of batches are counted
+EPOCHS: Final = 4  # passes over the public images to train secrets, as FreeSecrets has it
 _NEED_A_KEY: Final = ("key-unknown", "key-regressed", "lock-gradient")
 
 
@@ -67,22 +76,47 @@ class Arsenal:
     ) -> None:
         self.audit, self.bundle, self.folder, self.tell = audit, bundle, folder, tell
 
-    def attack(self, name: str, threat: ThreatModel, observation: Observation) -> Attack:
+    def attack(
+        self,
+        name: str,
+        threat: ThreatModel,
+        observation: Observation,
+        *,
+        honest: Observation | None = None,
+    ) -> Attack:
         """The attack called ``name`` as an attacker under ``threat`` mounts it.
+
+        Args:
+            name: Of the attack.
+            threat: What the attacker knows.
+            observation: A victim, for its lock spec, its secrets and its kind of update.
+            honest: Where the weights were crafted, :meth:`probe` of the honest ones.
 
         Raises:
             AttackError: It does not apply to this model or update.
         """
-        generator_model, public = None, None
-        if name == "ggl":
-            generator_model = self._generator()
-        if name.startswith("shadow"):
-            public = self.public
         single = make_attack(
-            name, self.audit.effort, generator_model=generator_model, public=public
+            name,
+            self.audit.effort,
+            generator_model=self._generator() if name == "ggl" else None,
+            public=self.public if name in NEED_PUBLIC else None,
+            honest=honest,
         )
-        attack = adaptive_for(threat, single, observation, public=self.public)
-        return Fishing(attack, TARGET) if threat.crafting else attack
+        counts = _counts(single, observation)
+        start: tuple[Start, ...] | None = None
+        secrets: dict[str, Tensor] = {}
+        if frees(threat, single, observation) and (counts or honest is not None):
+            secrets = self._secrets(observation if honest is None else honest)
+            start = ("neutral", secrets)
+        attack = adaptive_for(threat, single, observation, public=self.public, start=start)
+        if threat.crafting:
+            return Fishing(attack, TARGET)
+        return Counted(attack, self.public[0][:COUNTED], secrets) if counts else attack
+
+    def _secrets(self, observation: Observation) -> dict[str, Tensor]:
+        """Secrets with which the shared layers classify public images."""
+        generator = derive(self.audit.run.seed, "secrets")
+        return train_secrets(observation, Public(*self.public), generator=generator, epochs=EPOCHS)
 
     @cached_property
     def public(self) -> tuple[Tensor, Tensor]:
@@ -106,16 +140,12 @@ class Arsenal:
             progress=progress,
         )
 
-    def crafted(self, victims: Victims) -> dict[str, Tensor]:
-        """The global state that a crafting server sends in place of the honest one.
-
-        Raises:
-            AttackError: The classifier is private, or has no bias.
-        """
+    def probe(self, victims: Victims) -> Observation:
+        """What every victim's observation has: model, names of secrets, lock spec; no update."""
         model = victims.public_model()
         # Its own parameters stand in for an observed change: only their names are looked at.
         changes = {n: p.detach() for n, p in model.named_parameters()}
-        probe = Observation(
+        return Observation(
             model=model,
             kind="gradient",
             changes=(changes,),
@@ -124,8 +154,28 @@ class Arsenal:
             training=Training(),
             threat=threat_of("crafting"),
             secrets=victims.secrets(model),
+            spec=None if victims.spec is None else victims.spec.to_dict(),
         )
+
+    def crafted(self, victims: Victims, probe: Observation) -> dict[str, Tensor]:
+        """The global state that a crafting server sends in place of the honest one.
+
+        Raises:
+            AttackError: The classifier is private, or has no bias.
+        """
         weight, bias = classifier(Network(probe), self.bundle.num_classes)
         if bias is None:
             raise AttackError(f"the classifier {weight} has no bias; class fishing needs one.")
         return craft(victims.shared, TARGET, weight=weight, bias=bias)
+
+
+def frees(threat: ThreatModel, attack: Attack, observation: Observation) -> bool:
+    """Whether the attack searches the victim's private tensors without the lock's weights."""
+    searches = isinstance(attack, GradientMatching) and bool(observation.secrets)
+    return searches and threat.frees_secrets and not threat.lock_weights
+
+
+def _counts(attack: Attack, observation: Observation) -> bool:
+    """Whether the attack has labels of a batch to infer."""
+    infers = isinstance(attack, GradientMatching) and attack.infers
+    return infers and observation.labels is None and observation.training.images > 1

@@ -122,8 +122,10 @@ def _mounted(scene: Scene, cell: Cell, victims: Victims) -> dict[str, Any]:
     arsenal = Arsenal(audit, scene.bundle, scene.folder, lambda *facts: scene.tell(Event(*facts)))
     truth, rows = scene.truth, scene.truth.rows
     rows = rows.view(audit.images, audit.observations, audit.per_update)
+    honest: Observation | None = None
     if cell.threat.crafting:
-        victims.shared = arsenal.crafted(victims)
+        honest = arsenal.probe(victims)
+        victims.shared = arsenal.crafted(victims, honest)
         shape = (audit.images, audit.observations, audit.per_update)
         mine, places = fished(truth, shape, TARGET)
         if not len(mine):
@@ -134,7 +136,7 @@ def _mounted(scene: Scene, cell: Cell, victims: Victims) -> dict[str, Any]:
         )
     sent = [victims.send(one, lock_gradients=cell.threat.lock_gradients) for one in rows]
     observations = observe(victims, sent, cell.threat)
-    attack = arsenal.attack(cell.attack, cell.threat, observations[0])
+    attack = arsenal.attack(cell.attack, cell.threat, observations[0], honest=honest)
 
     def progress(done: int, of: int, loss: float) -> None:
         scene.tell(Event("attack", name, done, of, loss))

@@ -5,7 +5,7 @@ from fedkl.attacks.adaptive.keys import GuessedKey, LockGradientKey, RegressedKe
 from fedkl.attacks.adaptive.shadow import Shadow
 from fedkl.attacks.adaptive.shadow_client import Public, train_secrets
 from fedkl.attacks.adaptive.threats import ATTACKERS, adaptive_for
-from fedkl.attacks.adaptive.unknowns import AdaptiveSecrets, FreeAffines, FreeSecrets
+from fedkl.attacks.adaptive.unknowns import AdaptiveSecrets, FreeAffines, FreeSecrets, Start
 from fedkl.attacks.adaptive.wrapper import Adaptive
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Public",
     "RegressedKey",
     "Shadow",
+    "Start",
     "adaptive_for",
     "catch",
     "craft",

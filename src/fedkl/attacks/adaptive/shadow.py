@@ -56,6 +56,8 @@ class Shadow(Attack):
         hidden: Width of the decoder's network; 0: ridge regression alone.
         epochs: Passes over the public images to train the decoder.
         sketch: Length that a gradient is sketched to.
+        honest: An observation of the same model with honest weights, where the victims' were
+            crafted: secrets are trained there, for with crafted weights nothing can be learned.
     """
 
     name: ClassVar[str] = "shadow"
@@ -73,6 +75,7 @@ class Shadow(Attack):
         hidden: int = 512,
         epochs: int = 10,
         sketch: int = 2048,
+        honest: Observation | None = None,
     ) -> None:
         self.public = Public(images, labels)
         super().__init__(
@@ -85,7 +88,9 @@ class Shadow(Attack):
             hidden=hidden,
             epochs=epochs,
             sketch=sketch,
+            **({} if honest is None else {"secrets": "trained at honest weights"}),
         )
+        self.honest = honest
         if variant not in VARIANTS:
             raise ConfigError(unknown("variant of the shadow", variant, VARIANTS))
         if restandardize not in RESTANDARDIZATIONS:
@@ -172,11 +177,11 @@ class Shadow(Attack):
         best, least = None, float("inf")
         for _ in range(self.candidates):
             secrets = train_secrets(
-                observation,
+                observation if self.honest is None else self.honest,
                 self.public,
                 generator=generator,
                 epochs=self.secret_epochs,
-                network=network,
+                network=network if self.honest is None else None,
             )
             client = ShadowClient(network, secrets, classes)
             if self.candidates == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from fedkl.attacks.adaptive.unknowns import (
     AdaptiveSecrets,
     FreeAffines,
     FreeSecrets,
+    Start,
     is_affine,
     spec_of,
 )
@@ -21,25 +22,25 @@ from fedkl.attacks.base import Attack
 from fedkl.attacks.matching import GradientMatching
 from fedkl.observation import Observation, ThreatModel
 
-Start = str | Mapping[str, Tensor]
-Make = Callable[[Observation, Start, Public | None], AdaptiveSecrets]
+Starts = Start | Sequence[Start]
+Make = Callable[[Observation, Starts, Public | None], AdaptiveSecrets]
 
 
-def _free(observation: Observation, start: Start, public: Public | None) -> AdaptiveSecrets:
+def _free(observation: Observation, start: Starts, public: Public | None) -> AdaptiveSecrets:
     """γ and β where nothing else is private, else everything."""
     affine = all(is_affine(name) for name in observation.secrets)
     return (FreeAffines if affine else FreeSecrets)(start=start, public=public)
 
 
-def _guessed(observation: Observation, start: Start, public: Public | None) -> AdaptiveSecrets:
+def _guessed(observation: Observation, start: Starts, public: Public | None) -> AdaptiveSecrets:
     return GuessedKey(spec_of(observation))
 
 
-def _regressed(observation: Observation, start: Start, public: Public | None) -> AdaptiveSecrets:
+def _regressed(observation: Observation, start: Starts, public: Public | None) -> AdaptiveSecrets:
     return RegressedKey(spec_of(observation))
 
 
-def _read(observation: Observation, start: Start, public: Public | None) -> AdaptiveSecrets:
+def _read(observation: Observation, start: Starts, public: Public | None) -> AdaptiveSecrets:
     return LockGradientKey(spec_of(observation))
 
 
@@ -63,7 +64,7 @@ def adaptive_for(
     *,
     floor: Tensor | None = None,
     public: tuple[Tensor, Tensor] | None = None,
-    start: Mapping[str, Tensor] | None = None,
+    start: Starts | None = None,
 ) -> Attack:
     """``attack`` as someone would carry it out who knows what ``threat`` grants.
 
@@ -75,9 +76,9 @@ def adaptive_for(
         floor: As in :class:`Adaptive`.
         public: Public images (M, C, H, W) and labels (M,). Free secrets are then searched from the
             neutral start and from secrets trained on them, at twice the cost.
-        start: Free secrets are searched from these values instead. At crafted weights no secrets
-            can be trained: train them (:func:`train_secrets`) on an observation with the honest
-            ones and pass them here.
+        start: Free secrets are searched from these values, or from each of several, instead. At
+            crafted weights no secrets can be trained: train them (:func:`train_secrets`) on an
+            observation with the honest ones and pass ``("neutral", trained)``.
 
     Returns:
         An :class:`Adaptive`, or ``attack`` itself if there is no secret to be found.
@@ -88,7 +89,7 @@ def adaptive_for(
     if make is None:
         return attack
     images = None if public is None or start is not None or threat.crafting else Public(*public)
-    begin: Start = start if start is not None else "neutral" if images is None else "shadow"
+    begin: Starts = start if start is not None else "neutral" if images is None else "shadow"
     return Adaptive(attack, make(observation, begin, images), floor=floor)
 
 

@@ -21,6 +21,7 @@ from fedkl.locking import LockSpec
 from fedkl.observation import Observation
 
 Tensors = Mapping[str, Tensor]
+Start = str | Tensors
 
 STARTS: Final = ("neutral", "law", "shadow")
 IGNORES: Final = ("nothing", "locked-block")
@@ -100,7 +101,8 @@ class FreeSecrets(AdaptiveSecrets):
     Args:
         start: ``neutral`` (γ = 1, β = 0, fresh weights); ``law``: drawn from the lock spec's law,
             anew for every trial; ``shadow``: tried from ``neutral``, and from the secrets of a
-            client of the attacker's own (:func:`train_secrets`); or such secrets by name. Where a
+            client of the attacker's own (:func:`train_secrets`); or such secrets by name; or
+            several of these, each of which is tried. Where a
             lock draws signs at random and training has taken them up, a shadow is what works: a
             search of images and γ together hardly carries a γ through zero.
         rate: Step of γ and β in units of the attack's own: an unknown u stands for rate·u, so that
@@ -117,45 +119,56 @@ class FreeSecrets(AdaptiveSecrets):
     def __init__(
         self,
         *,
-        start: str | Tensors = "neutral",
+        start: Start | Sequence[Start] = "neutral",
         rate: float = 0.5,
         weight_rate: float = 0.05,
         public: Public | None = None,
         epochs: int = 4,
         ignore: str = "nothing",
     ) -> None:
-        shown = start if isinstance(start, str) else f"given ({len(start)} tensors)"
+        several = start if isinstance(start, Sequence) and not isinstance(start, str) else (start,)
+        shown = [s if isinstance(s, str) else f"given ({len(s)} tensors)" for s in several]
         super().__init__(
             ignore=ignore,
-            start=shown,
+            start=shown[0] if len(shown) == 1 else tuple(shown),
             rate=rate,
             weight_rate=weight_rate,
             public=public,
             epochs=epochs,
         )
-        if isinstance(start, str) and start not in STARTS:
-            raise ConfigError(unknown("start of the secrets", start, STARTS))
+        for one in several:
+            if isinstance(one, str) and one not in STARTS:
+                raise ConfigError(unknown("start of the secrets", one, STARTS))
         if min(rate, weight_rate) <= 0:
             raise ConfigError(
                 f"got rate {rate}, weight_rate {weight_rate}; both must be positive numbers."
             )
-        if start == "shadow" and public is None:
+        if "shadow" in shown and public is None:
             raise ConfigError("start 'shadow' trains on public images; pass public=Public(x, y).")
-        self.begin, self.rate, self.weight_rate = start, rate, weight_rate
+        self.starts, self.begin = tuple(several), several[0]
+        self.rate, self.weight_rate = rate, weight_rate
         self.public, self.epochs = public, epochs
 
     def variants(
         self, observation: Observation, generator: torch.Generator
     ) -> tuple[AdaptiveSecrets, ...]:
-        if self.begin != "shadow":
+        if self.starts in (("neutral",), ("law",)):
             return (self,)
-        assert self.public is not None
-        trained = train_secrets(observation, self.public, generator=generator, epochs=self.epochs)
+        starts: list[Start] = []
+        for start in self.starts:
+            if start != "shadow":
+                starts.append(start)
+                continue
+            assert self.public is not None
+            trained = train_secrets(
+                observation, self.public, generator=generator, epochs=self.epochs
+            )
+            starts += ["neutral", trained]
         return tuple(
             type(self)(
                 start=start, rate=self.rate, weight_rate=self.weight_rate, ignore=self.ignore
             )
-            for start in ("neutral", trained)
+            for start in starts
         )
 
     def frees(self, name: str) -> bool:
