@@ -43,7 +43,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "norm": {"name": "norm"},
     "fedbn": {"name": "fedbn"},
     "channel": {"name": "channel"},
-    "channel-first": {"name": "channel", "layers": "first"},
     "paper-sigmoid": {"name": "channel", "preset": "paper-sigmoid"},
     "paper": {"name": "channel", "preset": "paper"},
     "pad": {"name": "pad"},
@@ -104,11 +103,10 @@ CHANNEL, PAD = {"channel": ADAPTIVE}, {"pad": ADAPTIVE}
 PAPER = {"paper-sigmoid": SETTINGS, "paper": ("key-unknown", "adaptive")}
 FEW = {"paper-sigmoid": ("key-unknown", "adaptive")}
 LOCKS = {**CHANNEL, "paper-sigmoid": ADAPTIVE}
-ONE = {"paper-sigmoid": ADAPTIVE}
 AUDITS: dict[str, Audit] = {
     "lenet-initial": Audit("lenet", "initial", DLG, "quick", 20, {**CHANNEL, **PAPER, **PAD}, 15),
     "lenet-initial-grnn": Audit("lenet", "initial", GRNN, "standard", 5, FEW, 90),
-    "lenet-initial-paper-effort": Audit("lenet", "initial", (*DLG, *IG), "paper", 1, ONE, 30),
+    "lenet-initial-paper-effort": Audit("lenet", "initial", DLG, "paper", 1, FEW, 40),
     "lenet-final": Audit("lenet", "final", IG, "quick", 20, {**CHANNEL, **PAPER, **PAD}, 10),
     "lenet-final-shadow": Audit("lenet", "final", SHADOW, "quick", 200, {**LOCKS, **PAD}, 8),
     "lenet-16-final-peel": Audit("lenet-16", "final", ("peel",), "quick", 5, {**LOCKS, **PAD}, 20),
@@ -336,7 +334,8 @@ def contact_sheet(name: str, scratch: Path, path: Path) -> None:
     pictures: dict[str, list[str]] = {}
     for arm in AUDITS[name].arms:
         folder = scratch / "audits" / f"{name}-{arm}"
-        for p in json.loads((folder / "audit.json").read_text())["pictures"]:
+        audit = folder / "audit.json"
+        for p in json.loads(audit.read_text())["pictures"] if audit.exists() else []:
             label = arm if p["defense"] not in CONTROLS else p["defense"]
             for row, what in (
                 ("truth", "truth"),
@@ -370,9 +369,8 @@ def conclude(out: Path) -> None:
 def main() -> None:
     """Runs what is missing; writes results/leakage.json, .md and a picture per row of audits."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--only", default=",".join(AUDITS), help="audits, with commas, in that order"
-    )
+    parser.add_argument("--only", default=",".join(AUDITS), help="audits, in that order")
+    parser.add_argument("--arms", default=",".join(ARMS), help="of these; others stay as they are")
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "leakage")
     args = parser.parse_args()
@@ -384,8 +382,10 @@ def main() -> None:
     path = args.out / "leakage.json"
     audits = json.loads(path.read_text())["audits"] if path.exists() else {}
     for name in chosen:
-        found = {arm: condensed(arm, audited(name, arm, args.scratch)) for arm in AUDITS[name].arms}
-        audits[name] = found
+        found = audits.get(name, {})
+        for arm in (arm for arm in AUDITS[name].arms if arm in args.arms.split(",")):
+            found[arm] = condensed(arm, audited(name, arm, args.scratch))
+        audits[name] = {arm: found[arm] for arm in AUDITS[name].arms if arm in found}
         document = {
             **provenance(f"python studies/leakage.py --only {','.join(audits)}"),
             "audits": {n: audits[n] for n in AUDITS if n in audits},
