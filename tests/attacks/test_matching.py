@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attackhelp import CLASSES, images, lenet, observe, tiny
 from torch import Tensor
 
-from fedkl.attacks import DLG, EFFORTS, IDLG, InvertingGradients, make_attack
+from fedkl.attacks import (
+    DLG,
+    EFFORTS,
+    GGL,
+    IDLG,
+    ConditionalGenerator,
+    InvertingGradients,
+    make_attack,
+)
 from fedkl.attacks.matching import GradientMatching
 from fedkl.attacks.pixels import thirds, total_variation
 from fedkl.attacks.search import Trials
@@ -193,3 +203,24 @@ def test_positive_control_on_lenet(attack: GradientMatching) -> None:
     found = attack.reconstruct(observe(lenet(), x, y, classes=10), generator=derive(0, "a"))
     made = torch.cat([one.images[0] for one in found])
     assert float((ssim(made, x) > 0.8).float().mean()) >= 0.75
+
+
+def test_labels_are_searched_where_the_classifier_is_private() -> None:
+    """A private head takes the labels away, not the image from who searches both."""
+    model = lenet(size=16)
+    x, y = images(1, (1, 16, 16)), torch.tensor([2])
+    open_ = observe(model, x, y, classes=10)[0]
+    head = tuple(n for n, p in model.named_parameters() if n.startswith("fc."))
+    change = {n: g for n, g in open_.changes[0].items() if n not in head}
+    held = {n: p.detach() for n, p in model.named_parameters() if n in head}
+    private = replace(open_, changes=(change,), secrets=head, known=held)
+    attack = IDLG(iterations=400)
+    (found,) = attack.reconstruct([private], generator=derive(0, "a"))
+    assert found.labels.tolist() == [[2]]
+    assert float(ssim(found.images[0], x)) > 0.9
+    assert "searched" in found.notes[-1]
+    (told,) = attack.reconstruct([open_], generator=derive(0, "a"))
+    assert told.notes == ()
+    made = ConditionalGenerator(latent=2, width=4, image_shape=(1, 16, 16), num_classes=10)
+    with pytest.raises(AttackError, match="ggl needs labels"):
+        GGL(made, iterations=1).reconstruct([private], generator=derive(0))

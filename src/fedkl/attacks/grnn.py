@@ -133,6 +133,11 @@ class GRNN(GradientMatching):
         self.latent, self.width = latent, width
         self.heads: TwoHeads | None = None
 
+    def searching(self) -> GradientMatching:
+        twin = copy(self)
+        twin.labels = "search"
+        return twin
+
     def _run(
         self,
         trials: Trials,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.distances import DISTANCES
-from fedkl.attacks.labels import infer_labels
+from fedkl.attacks.labels import infer_labels, tells_labels
 from fedkl.attacks.network import Network, Tensors
 from fedkl.attacks.search import Search, Trial, Trials
 from fedkl.attacks.secrets import Held, Secrets
@@ -147,7 +148,9 @@ class GradientMatching(Attack):
         network = Network.of(observations)
         held = secrets or Held()
         labels = None
-        if self.labels == "infer":
+        if self.infers and not tells_labels(observations[0], network):
+            return self._unlabelled(observations, generator, progress, secrets, guesses)
+        if self.infers:
             labels = torch.stack(each(observations, lambda o: infer_labels(o, network)))
         jobs = [(i, r) for i in range(len(observations)) for r in range(self.restarts)]
         best: dict[int, Reconstruction] = {}
@@ -161,6 +164,32 @@ class GradientMatching(Attack):
                 if i not in best or not best[i].loss <= found.loss:
                     best[i] = found
         return [best[i] for i in range(len(observations))]
+
+    def searching(self) -> GradientMatching:
+        """This attack with the labels among its unknowns.
+
+        Raises:
+            AttackError: It needs them before.
+        """
+        raise AttackError(
+            f"{self.name} needs labels, and nothing that is shared gives them away; grant the "
+            "labels in the threat model, or use an attack that searches them (dlg, grnn)."
+        )
+
+    def _unlabelled(
+        self,
+        observations: Sequence[Observation],
+        generator: torch.Generator,
+        progress: Progress | None,
+        secrets: Secrets | None,
+        guesses: Sequence[Tensor] | None,
+    ) -> list[Reconstruction]:
+        """Where the classifier is private: labels are searched along with the images."""
+        found = self.searching().reconstruct(
+            observations, generator=generator, progress=progress, secrets=secrets, guesses=guesses
+        )
+        note = "labels were searched along with the image: nothing that is shared tells them"
+        return [replace(one, notes=(*one.notes, note)) for one in found]
 
     def _run(
         self,

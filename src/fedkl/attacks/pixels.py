@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import ClassVar, Final
 
 import torch
@@ -58,6 +59,11 @@ class PixelMatching(GradientMatching):
                 f"got lr {lr}, tv {tv}, deviation {deviation}; expected lr > 0, the others >= 0."
             )
         self.lr, self.tv, self.mean, self.deviation, self.box = lr, tv, mean, deviation, box
+
+    def searching(self) -> GradientMatching:
+        twin = copy(self)
+        twin.labels = "search"
+        return twin
 
     def start(self, trials: Trials, generator: torch.Generator) -> dict[str, Tensor]:
         x = self.mean + self.deviation * torch.randn(trials.shape, generator=generator)

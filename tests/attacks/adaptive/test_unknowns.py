@@ -124,7 +124,7 @@ def test_key_affines_are_the_locks(settings: dict[str, Any]) -> None:
 
 
 def test_a_pad_is_freed_with_its_stem() -> None:
-    victim = locked_lenet(Key.generate(), side=16, scheme="pad")
+    victim = locked_lenet(Key.generate(), side=16, scheme="pad", head=False)
     (observation,) = of(victim)
     assert "conv1.weight" in observation.secrets
     drawn = draw_affines(spec_of(observation), derive(0))

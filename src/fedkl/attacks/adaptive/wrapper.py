@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkl.attacks.adaptive.unknowns import AdaptiveSecrets
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
-from fedkl.attacks.labels import infer_labels
+from fedkl.attacks.labels import infer_labels, tells_labels
 from fedkl.attacks.matching import GradientMatching
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
@@ -78,11 +78,11 @@ class Adaptive(Attack):
                 f"got a floor of shape {tuple(floor.shape)}, expected one image per class, "
                 f"{(first.num_classes, *first.image_shape)}."
             )
-        if self.attack.labels == "search":
+        network = Network.of(observations)
+        if not self.attack.infers or not tells_labels(first, network):
             mean = floor.mean(dim=0)
             shape = (first.count, first.training.images, *first.image_shape)
             return [mean.expand(shape)] * len(observations)
-        network = Network.of(observations)
         return each(observations, lambda o: floor[infer_labels(o, network)])
 
 
