@@ -106,8 +106,9 @@ def test_a_path_around_the_first_lock_is_found() -> None:
 
 def test_cancellation_agrees_with_the_dense_certificate() -> None:
     for model, hidden in ((plain(), True), (Shortcut(), False)):
-        observation, held = seen(model, X, Y, scheme="pad")
-        locked = lock(model, KEY, example=torch.rand(4, 1, 6, 6), scheme="pad")
+        settings: dict[str, object] = {"scheme": "pad", "head": False}
+        observation, held = seen(model, X, Y, **settings)
+        locked = lock(model, KEY, example=torch.rand(4, 1, 6, 6), **settings)
         prior = prior_of(lock_spec(locked), held)
         (dense,) = certify(observation, X, Y, held, prior=prior)
         assert (dense.directions == 0) == hidden

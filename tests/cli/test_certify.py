@@ -23,7 +23,7 @@ def test_certificate_is_written_and_shown(call: Call, tmp_path: Path) -> None:
     assert found["cancellation"]["cut"] is True
     assert found["command"].startswith("fedkl certify --dataset digits")
     assert (out / "spectrum.png").read_bytes().startswith(b"\x89PNG")
-    assert "888 private numbers" in answer.out
+    assert "1378 private numbers" in answer.out
     assert f"{four['bits']:.1f}" in answer.out
     assert "the lock hides the image" in answer.out
     assert "update 4/4" in answer.err

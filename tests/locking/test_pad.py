@@ -46,8 +46,8 @@ def net(norm: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
 
 
-def padded(**kwargs: Any) -> nn.Module:
-    return lock(net(nn.BatchNorm2d(4)), KEY, scheme="pad", example=IMAGE, **kwargs)
+def padded(*, head: bool = False, **kwargs: Any) -> nn.Module:
+    return lock(net(nn.BatchNorm2d(4)), KEY, scheme="pad", head=head, example=IMAGE, **kwargs)
 
 
 def reference(x: Tensor, kind: str, eps: float = 1e-5) -> Tensor:
@@ -197,6 +197,20 @@ def test_shared_state_has_neither_lock_nor_stem_nor_head() -> None:
     assert lock_spec(both).sites[1].shape == (144,)
 
 
+def test_a_head_is_private_by_default_where_something_is_left_to_share() -> None:
+    middle = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Linear(6, 2))
+    locked = lock(middle, KEY, scheme="pad", example=images(4, 6))
+    assert set(shared_state(locked)) == {"2.weight", "2.bias"}
+    small = lock(net(nn.BatchNorm2d(4)), KEY, scheme="pad", example=IMAGE)
+    assert set(shared_state(small)) == {"4.weight", "4.bias"}
+    # Nothing that could be a head: the last layer is in the stem already.
+    alone = nn.Sequential(nn.Embedding(7, 6), nn.LayerNorm(6))
+    locked = lock(alone, KEY, scheme="pad", stem=False, example=torch.tensor([[1, 2, 3]]))
+    assert lock_spec(locked).private == ()
+    with pytest.raises(LockError, match="no linear layer"):
+        lock(alone, KEY, scheme="pad", head=True, example=torch.tensor([[1, 2, 3]]))
+
+
 def test_stem_and_head_come_from_the_key_alone() -> None:
     """Whatever weights a model brings, and whoever knows them."""
     states = []
@@ -251,6 +265,8 @@ def test_tied_stem_is_private_under_both_names() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Linear(6, 2))
     model[2].weight = model[0].weight
     locked = lock(model, KEY, scheme="pad", example=images(4, 6))
+    assert set(shared_state(locked)) == {"2.bias"}
+    locked = lock(model, KEY, scheme="pad", head=False, example=images(4, 6))
     assert set(shared_state(locked)) == {"2.bias", "3.weight", "3.bias"}
     assert locked[2].weight is locked[0].weight  # type: ignore[index]
 

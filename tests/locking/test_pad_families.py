@@ -57,16 +57,19 @@ def test_segmentation_and_video(name: str) -> None:
     factory, example = OTHERS[name]
     model = factory()
     locked = lock(model, KEY, scheme="pad", example=example)
-    assert lock_spec(locked).private == (
-        ("stem.0.weight",) if name == "R3D" else ("backbone.0.0.weight",)
-    )
+    stem = "stem.0" if name == "R3D" else "backbone.0.0"
+    # Of the two classifiers of LR-ASPP the last that runs.
+    head = "fc" if name == "R3D" else "classifier.high_classifier"
+    private = (f"{stem}.weight", f"{head}.weight", f"{head}.bias")
+    assert lock_spec(locked).private == private
     assert equal(run(model, example), run(unlock(locked), example))
     assert not equal(run(model, example), run(locked, example))
 
 
 def test_detector_locks_where_every_image_has_one_size() -> None:
     factory, example = OTHERS["RetinaNet"]
-    locked = lock(factory(), KEY, scheme="pad", layers=r"backbone\.body\..*", example=example)
+    layers = r"backbone\.body\..*"
+    locked = lock(factory(), KEY, scheme="pad", head=False, layers=layers, example=example)
     assert lock_spec(locked).private == ("backbone.body.conv1.weight",)
     with pytest.raises(LockError, match="one scale per position"):
         locked.eval()([torch.rand(3, 64, 128)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkl.audit.victims import Sent, Victims
 from fedkl.observation import Observation, ThreatModel
@@ -13,6 +13,9 @@ from fedkl.observation import Observation, ThreatModel
 
 def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list[Observation]:
     """One observation per victim. The model is rebuilt: nothing private comes along by reference.
+
+    Labels are read off the classifier's gradient by the attacks. Where the classifier is private
+    they are granted, which is more than the attacker has, so that attacks that need them run.
 
     Args:
         victims: The clients.
@@ -27,6 +30,7 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
         threat_statistics = threat.statistics
     spec = None if victims.spec is None else victims.spec.to_dict()
     known = victims.held() if threat.key else {}
+    told = threat.labels or _head_is_private(victims, model, secrets)
     weights = victims.lock_weights() if threat.lock_weights else {}
     return [
         Observation(
@@ -39,7 +43,7 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
             threat=threat,
             secrets=secrets,
             known=known,
-            labels=_labels(victims, one) if threat.labels else None,
+            labels=_labels(victims, one) if told else None,
             spec=spec,
             lock_weights=weights,
             lock_gradients=one.lock_gradients if threat.lock_gradients else (),
@@ -47,6 +51,17 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
         )
         for one in sent
     ]
+
+
+def _head_is_private(victims: Victims, model: nn.Module, secrets: Sequence[str]) -> bool:
+    """Whether the last linear layer with as many outputs as classes stays with the client."""
+    classes = victims.bundle.num_classes
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == classes
+    ]
+    return bool(linear) and f"{linear[-1]}.weight".removeprefix(".") in secrets
 
 
 def _labels(victims: Victims, sent: Sent) -> Tensor:

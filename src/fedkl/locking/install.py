@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from fedkl.errors import LockError
 from fedkl.key import Key
 from fedkl.locking.pad import OpenPad, Pad
 from fedkl.locking.scheme import Scheme
@@ -62,20 +63,36 @@ def plan(
     private: list[str] = []
     if scheme.stem:
         private += stem_of(model, example, targets[0].name, order)
-    if scheme.head or scheme.lock_head_input:
-        head = head_of(order, model)
-        if scheme.head:
-            ids = {id(p) for p in model.get_submodule(head).parameters()}
-            named = model.named_parameters(remove_duplicate=False)
-            private += [n for n, p in named if id(p) in ids and n not in private]
-        if scheme.lock_head_input:
-            target = Target(head, insert=True, before=True)
-            size = activation_sizes(model, example, [head], inputs=True)[head]
-            targets = [*targets, target]
-            sizes[site_name(target)] = _longer(size, scheme.max_length)
     taken = {f"{t.name}.{n}" for t in targets if not t.insert for n in ("weight", "bias")}
     taken |= {n.removeprefix(".") for n in taken}
+    if scheme.head is not False:
+        private += _head(model, scheme, order, {*private, *taken})
+    if scheme.lock_head_input:
+        head = head_of(order, model)
+        target = Target(head, insert=True, before=True)
+        size = activation_sizes(model, example, [head], inputs=True)[head]
+        targets = [*targets, target]
+        sizes[site_name(target)] = _longer(size, scheme.max_length)
     return Plan(targets, sizes, tuple(n for n in private if n not in taken))
+
+
+def _head(
+    model: nn.Module, scheme: Pad | OpenPad, order: Sequence[str], taken: Set[str]
+) -> list[str]:
+    """Names of the head's parameters, as far as they are not taken already.
+
+    Empty if nobody asked for a private head and it, with what is taken, is all there is to share.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    try:
+        ids = {id(p) for p in model.get_submodule(head_of(order, model)).parameters()}
+    except LockError:
+        if scheme.head:
+            raise
+        return []
+    found = [n for n, p in named if id(p) in ids and n not in taken]
+    rest = {n for n, _ in named} - taken - set(found)
+    return found if rest or scheme.head else []
 
 
 def _longer(size: Size, rows: int | None) -> Size:

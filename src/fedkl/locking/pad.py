@@ -134,7 +134,7 @@ class OpenPad(Scheme):
 
     Args:
         stem: Whether everything up to the first lock is private.
-        head: Whether the classifier is private.
+        head: Whether the classifier is private; None as in :class:`Pad`.
         lock_head_input: Whether a lock stands in front of the classifier.
         max_length: As in :class:`Pad`.
     """
@@ -143,7 +143,7 @@ class OpenPad(Scheme):
     positional: ClassVar[bool] = True
 
     stem: bool = True
-    head: bool = False
+    head: bool | None = False
     lock_head_input: bool = False
     max_length: int | None = None
 
@@ -182,7 +182,8 @@ class Pad(Scheme):
             own gradient alone, an entry of an affine that of all its n positions: a step moves
             what is learned by lr·n·gain².
         stem: Whether everything up to and including the first lock is private, drawn from the key.
-        head: Whether the classifier (the last linear layer that runs) is private as well.
+        head: Whether the classifier (the last linear layer that runs) is private as well, so that
+            no gradient gives its input away. None: yes, unless nothing would be left to share.
         lock_head_input: Whether a norm with a pad is inserted in front of the classifier.
         max_length: Rows allocated for tokens (T, D); None takes the example's length. Of shorter
             inputs the first T rows are used.
@@ -199,7 +200,7 @@ class Pad(Scheme):
     learned: str = "position"
     gain: float = 1.0
     stem: bool = True
-    head: bool = False
+    head: bool | None = None
     lock_head_input: bool = False
     max_length: int | None = None
 
