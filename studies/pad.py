@@ -3,7 +3,7 @@
 Blocks, every arm paired by seed with the same data, partition, batches and initial weights:
 
 lenet-iid, lenet-dirichlet
-    LeNet on Fashion-MNIST, 3 clients: norm, fedbn, pad, pad with a private head.
+    LeNet on Fashion-MNIST, 3 clients: norm, fedbn, pad (its head private), pad with a shared head.
 tuning, resnet20-tuning
     Learning rates, on validation images of a seed of its own.
 resnet20-iid, resnet20-dirichlet
@@ -35,7 +35,7 @@ from accuracy import interval, paired
 from cells import provenance, run_cells, say, table, write
 from thief import LABELS, label_thief, on_own_mix
 
-THIEVES = ("pad", "pad-head")
+THIEVES = ("pad", "pad-open-head")
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED = 1000
 
@@ -45,7 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "norm": {"name": "norm"},
     "fedbn": {"name": "fedbn"},
     "pad": PAD,
-    "pad-head": {**PAD, "head": True},
+    "pad-open-head": {**PAD, "head": False},
     "pad-wide": {**PAD, **WIDE},
 }
 # Rates of norm and fedbn were chosen on validation by studies/accuracy.py, the pad's here.
@@ -101,9 +101,9 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
     """The runs of a block."""
     make = {
         "tuning": _tuning,
-        "lenet-iid": lambda n: _lenet("lenet-iid", n, {}, ("norm", "pad", "pad-head")),
+        "lenet-iid": lambda n: _lenet("lenet-iid", n, {}, ("norm", "pad", "pad-open-head")),
         "lenet-dirichlet": lambda n: _lenet(
-            "lenet-dirichlet", n, DIRICHLET, ("norm", "fedbn", "pad", "pad-head")
+            "lenet-dirichlet", n, DIRICHLET, ("norm", "fedbn", "pad", "pad-open-head")
         ),
         "resnet20-tuning": _resnet_tuning,
         "resnet20-iid": lambda n: _resnet("resnet20-iid", n, {}),
@@ -161,7 +161,7 @@ def _clients(seeds: int) -> list[Cell]:
         )
         for seed in range(min(seeds, 1))
         for clients in (10, 100)
-        for arm in ("norm", "pad", "pad-head")
+        for arm in ("norm", "pad", "pad-open-head")
     ]
 
 
