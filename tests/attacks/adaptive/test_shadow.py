@@ -12,6 +12,7 @@ from adaptivehelp import Victim, fixed_key, gradients, observe
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedkl.attacks import Reconstruction
 from fedkl.attacks.adaptive import Shadow, train_secrets
 from fedkl.attacks.adaptive.shadow import Sketch
 from fedkl.attacks.adaptive.shadow_client import Public, ShadowClient
@@ -19,7 +20,8 @@ from fedkl.attacks.adaptive.shadow_decoder import Coordinates, Decoder, ridge
 from fedkl.attacks.network import Network
 from fedkl.data import load
 from fedkl.errors import AttackError, ConfigError
-from fedkl.locking import lock, lock_spec
+from fedkl.key import Key
+from fedkl.locking import lock, lock_spec, shared_state
 from fedkl.locking.rebuild import held_secrets, rebuild
 from fedkl.metrics import class_mean_floor, draw_decoys, identified
 from fedkl.observation import Observation, ThreatModel, Training
@@ -333,3 +335,28 @@ def test_too_few_victims_for_their_classes_is_said() -> None:
     assert any("as by 'global'" in note for note in few[0].notes)
     many = found.reconstruct(victims("adaptive", 80), generator=derive(0, "a"))
     assert not any("as by 'global'" in note for note in many[0].notes)
+
+
+def test_where_the_classifier_is_private_the_gradient_is_decoded() -> None:
+    x, y = digits()
+    locked = lock(network_of("model"), Key.generate(), scheme="pad", stem=False, example=x[:4])
+    public = rebuild(network_of("outsider"), lock_spec(locked))
+    own = dict(public.state_dict())
+    with torch.no_grad():
+        for name, tensor in shared_state(locked).items():
+            own[name].copy_(tensor)
+    victim = Victim(locked, public, (1, 8, 8))
+    assert "5.weight" in lock_spec(locked).private
+
+    def found(variant: str, *, labels: bool) -> list[Reconstruction]:
+        each = [(x[i : i + 1], y[i : i + 1]) for i in range(4)]
+        seen = [observe(victim, "key-shared", [one], labels=labels) for one in each]
+        attack = shadow(variant=variant, sketch=128)
+        return attack.reconstruct(seen, generator=derive(0, "attack"))
+
+    both = found("features", labels=True), found("gradient", labels=True)
+    for one, other in zip(*both, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert "shadow on gradient with the victim's secrets" in one.notes[0]
+    with pytest.raises(AttackError, match="grant the labels"):
+        found("features", labels=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import ClassVar, Final
 
 import torch
@@ -22,7 +23,7 @@ from fedkl.attacks.adaptive.shadow_decoder import (
 )
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.closed_form import penultimate_features
-from fedkl.attacks.labels import infer_labels
+from fedkl.attacks.labels import classifier, infer_labels
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError, ConfigError, unknown
 from fedkl.observation import Observation
@@ -44,7 +45,7 @@ class Shadow(Attack):
         images: Public images (M, C, H, W) in [0, 1].
         labels: Their labels (M,).
         variant: ``features``: from the classifier's input, which its gradient gives away exactly;
-            ``gradient``: from the whole shared gradient.
+            ``gradient``: from the whole shared gradient, as ever where the classifier is private.
         restandardize: None, ``global`` or ``label``: bring victims into the shadow's coordinates
             by statistics of the victims of the call (:meth:`Coordinates.align`).
         shadows: Clients of the attacker's own, each with secrets and a decoder; images are
@@ -116,10 +117,14 @@ class Shadow(Attack):
         """As :meth:`Attack.reconstruct`; the loss is nan.
 
         Raises:
-            AttackError: Updates of more than one image or step, a private classifier, too few
+            AttackError: Updates of more than one image or step, labels that nothing tells, too few
                 victims to restandardize by, or public images of another shape.
         """
         first, network = self._check(observations)
+        if self.variant == "features" and not gives_features(first, network):
+            twin = copy(self)
+            twin.variant = "gradient"
+            return twin.reconstruct(observations, generator=generator, progress=progress)
         found = each(observations, lambda o: infer_labels(o, network).reshape(-1))
         labels = torch.cat(found)
         if self.variant == "features":
@@ -224,6 +229,15 @@ class Shadow(Attack):
             few = f"no class has {MIN_PER_CLASS} victims or more: restandardized as by 'global'"
             return note, few
         return (note,)
+
+
+def gives_features(observation: Observation, network: Network) -> bool:
+    """Whether the classifier is shared, so that its gradient gives its input away."""
+    try:
+        classifier(network, observation.num_classes)
+    except AttackError:
+        return False
+    return True
 
 
 def _inputs(client: ShadowClient, images: Tensor, labels: Tensor, sketch: Sketch | None) -> Tensor:
