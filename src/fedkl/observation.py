@@ -28,6 +28,7 @@ class ThreatModel:
         steps: Batch size, local steps and learning rate are known.
         crafting: The server may send weights of its own making.
         frees_secrets: The attacker treats private tensors as unknowns to be found (Kerckhoffs).
+        ignores_block: It leaves out the gradients of the tensors at and before the first lock.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ThreatModel:
     steps: bool = True
     crafting: bool = False
     frees_secrets: bool = False
+    ignores_block: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -79,6 +81,15 @@ THREATS: Final[Mapping[str, ThreatModel]] = {
                 "unknown."
             ),
             frees_secrets=True,
+        ),
+        ThreatModel(
+            name="block-ignored",
+            words=(
+                "As adaptive, but the server leaves out the gradients up to the first lock, which "
+                "its secrets distort most."
+            ),
+            frees_secrets=True,
+            ignores_block=True,
         ),
         ThreatModel(
             name="crafting",

@@ -32,10 +32,11 @@ def victims(tmp_path: Path, defense: str, **settings: Any) -> Victims:
     [
         ("none", ["open", "crafting"]),
         ("norm", ["open", "crafting"]),
-        ("fedbn", ["key-shared", "adaptive", "crafting"]),
+        ("fedbn", ["key-shared", "adaptive", "block-ignored", "crafting"]),
+        # its stem is private: nothing stands before the first lock that could be ignored
         ("pad", ["key-shared", "adaptive", "crafting"]),
         ("channel", ["key-shared", "key-unknown", "key-regressed", "lock-gradient", "adaptive",
-                     "crafting"]),
+                     "block-ignored", "crafting"]),
     ],
 )  # fmt: skip
 def test_threats_that_make_a_difference(tmp_path: Path, defense: str, names: list[str]) -> None:
@@ -46,7 +47,8 @@ def test_threats_that_make_a_difference(tmp_path: Path, defense: str, names: lis
 @pytest.mark.parametrize(
     "threat, kind",
     [("key-shared", InvertingGradients), ("adaptive", Adaptive), ("key-unknown", Adaptive),
-     ("key-regressed", Adaptive), ("lock-gradient", Adaptive), ("crafting", Fishing)],
+     ("key-regressed", Adaptive), ("lock-gradient", Adaptive), ("block-ignored", Adaptive),
+     ("crafting", Fishing)],
 )  # fmt: skip
 def test_attacker_of_each_threat(tmp_path: Path, threat: str, kind: type) -> None:
     found = victims(tmp_path, "channel")
@@ -118,7 +120,7 @@ def test_crafting_attackers_train_secrets_at_honest_weights(
         return trained
 
     monkeypatch.setattr(arsenal, "train_secrets", train)
-    honest = made.probe(found)
+    honest = arsenal.probe(found)
     found.shared = made.crafted(found, honest)
     threat = threat_of("crafting")
     (seen,) = observe(found, [found.send(draw_victims(BUNDLE, found.audit)[0])], threat)
@@ -149,3 +151,42 @@ def test_labels_of_batches_are_counted_with_public_images(tmp_path: Path, defens
     assert not isinstance(made.attack("dlg", threat, seen), Counted)  # it searches labels
     given = replace(seen, labels=torch.zeros(1, 4, dtype=torch.int64))
     assert not isinstance(made.attack("inverting-gradients", threat, given), Counted)
+
+
+@pytest.mark.parametrize(
+    "threat, floor, ignore",
+    [("adaptive", True, "nothing"), ("block-ignored", True, "locked-block"),
+     ("key-regressed", False, "nothing")],
+)  # fmt: skip
+def test_adaptive_attackers_start_from_the_floor_too(
+    tmp_path: Path, threat: str, floor: bool, ignore: str
+) -> None:
+    found = victims(tmp_path, "channel")
+    model = threat_of(threat)
+    (seen,) = observe(found, [found.send(draw_victims(BUNDLE, found.audit)[0])], model)
+    made = Arsenal(found.audit, BUNDLE, tmp_path, lambda *_: None)
+    attack = made.attack("inverting-gradients", model, seen)
+    assert isinstance(attack, Adaptive)
+    assert (attack.floor is not None) == floor
+    assert attack.secrets.ignore == ignore
+    if attack.floor is not None:
+        x, y = BUNDLE.public.batch(torch.arange(len(BUNDLE.public)))
+        torch.testing.assert_close(attack.floor[3], x[y == 3].mean(dim=0), atol=1e-5, rtol=0)
+    without = made.attack("grnn", model, seen)  # it searches no pixels
+    assert isinstance(without, Adaptive)
+    assert without.floor is None
+
+
+@pytest.mark.usefixtures("_short")
+def test_ignoring_the_block_is_for_those_who_compare_gradients(tmp_path: Path) -> None:
+    audit = small_audit(
+        stage="initial",
+        threats=("block-ignored",),
+        defenses=("fedbn",),
+        attacks=("inverting-gradients", "shadow"),
+        images=1,
+    )
+    result = run_audit(audit, tmp_path)
+    ignoring = [row["attack"] for row in result["rows"] if row["threat"] == "block-ignored"]
+    assert ignoring == ["inverting-gradients"]
+    assert result["skipped"] == []

@@ -59,6 +59,8 @@ class GradientMatching(Attack):
     """
 
     name: ClassVar[str]
+    adopts: ClassVar[bool] = False
+    """Whether it can start from given images (:meth:`adopt`)."""
 
     def __init__(
         self,
@@ -141,8 +143,8 @@ class GradientMatching(Attack):
             generator: As there.
             progress: As there.
             secrets: What is made of the private tensors; None takes :class:`Held`.
-            guesses: Images (T, images, C, H, W) per observation that its first restart starts
-                from, such as the floor.
+            guesses: Images (T, images, C, H, W) per observation, such as the floor, from which
+                one restart more starts.
         """
         _alike(observations)
         network = Network.of(observations)
@@ -152,11 +154,12 @@ class GradientMatching(Attack):
             return self._unlabelled(observations, generator, progress, secrets, guesses)
         if self.infers:
             labels = torch.stack(each(observations, lambda o: infer_labels(o, network)))
-        jobs = [(i, r) for i in range(len(observations)) for r in range(self.restarts)]
+        more = 0 if guesses is None else 1
+        jobs = [(i, r) for i in range(len(observations)) for r in range(-more, self.restarts)]
         best: dict[int, Reconstruction] = {}
         for at in range(0, len(jobs), self.parallel):
             part = jobs[at : at + self.parallel]
-            starts = {k: guesses[i] for k, (i, r) in enumerate(part) if r == 0} if guesses else {}
+            starts = {k: guesses[i] for k, (i, r) in enumerate(part) if r < 0} if guesses else {}
             rows = [i for i, _ in part]
             trials = Trials.of(observations, network, labels, rows, held, starts)
             done = (at, len(jobs), progress)

@@ -28,6 +28,8 @@ class PixelMatching(GradientMatching):
         further: As :class:`GradientMatching`.
     """
 
+    adopts: ClassVar[bool] = True
+
     def __init__(
         self,
         *,

@@ -18,10 +18,19 @@ from fedkl.attacks import (
     cached_generator,
     make_attack,
 )
-from fedkl.attacks.adaptive import Fishing, Public, Start, adaptive_for, craft, train_secrets
+from fedkl.attacks.adaptive import (
+    Fishing,
+    FreeSecrets,
+    Public,
+    Start,
+    adaptive_for,
+    craft,
+    train_secrets,
+)
 from fedkl.attacks.labels import classifier
 from fedkl.attacks.network import Network
 from fedkl.audit.config import KEY_HOLDER, AuditConfig
+from fedkl.audit.floor import class_means
 from fedkl.audit.victims import Victims
 from fedkl.data import DataBundle
 from fedkl.errors import AttackError
@@ -52,6 +61,8 @@ def applicable(names: Sequence[str], victims: Victims) -> tuple[ThreatModel, ...
         # Lock weights are one client's; behind an aggregate there are several.
         keyed = spec.scheme == "channel" and victims.audit.aggregated == 1
         if name == KEY_HOLDER or (name in _NEED_A_KEY and not keyed):
+            continue
+        if threat_of(name).ignores_block and not _ignores_something(victims):
             continue
         found.append(threat_of(name))
     return tuple(found)
@@ -90,7 +101,7 @@ class Arsenal:
             name: Of the attack.
             threat: What the attacker knows.
             observation: A victim, for its lock spec, its secrets and its kind of update.
-            honest: Where the weights were crafted, :meth:`probe` of the honest ones.
+            honest: Where the weights were crafted, :func:`probe` of the honest ones.
 
         Raises:
             AttackError: It does not apply to this model or update.
@@ -108,7 +119,14 @@ class Arsenal:
         if frees(threat, single, observation) and (counts or honest is not None):
             secrets = self._secrets(observation if honest is None else honest)
             start = ("neutral", secrets)
-        attack = adaptive_for(threat, single, observation, public=self.public, start=start)
+        attack = adaptive_for(
+            threat,
+            single,
+            observation,
+            floor=self.floor if frees(threat, single, observation) and _adopts(single) else None,
+            public=self.public,
+            start=start,
+        )
         if threat.crafting:
             return Fishing(attack, TARGET)
         return Counted(attack, self.public[0][:COUNTED], secrets) if counts else attack
@@ -122,6 +140,11 @@ class Arsenal:
     def public(self) -> tuple[Tensor, Tensor]:
         """The public images and their labels."""
         return self.bundle.public.batch(torch.arange(len(self.bundle.public)))
+
+    @cached_property
+    def floor(self) -> Tensor:
+        """Class means of the public images, (classes, C, H, W)."""
+        return class_means(self.bundle.public, self.bundle.num_classes)[0]
 
     def _generator(self) -> nn.Module:
         images, labels = self.public
@@ -140,33 +163,47 @@ class Arsenal:
             progress=progress,
         )
 
-    def probe(self, victims: Victims) -> Observation:
-        """What every victim's observation has: model, names of secrets, lock spec; no update."""
-        model = victims.public_model()
-        # Its own parameters stand in for an observed change: only their names are looked at.
-        changes = {n: p.detach() for n, p in model.named_parameters()}
-        return Observation(
-            model=model,
-            kind="gradient",
-            changes=(changes,),
-            image_shape=self.bundle.image_shape,
-            num_classes=self.bundle.num_classes,
-            training=Training(),
-            threat=threat_of("crafting"),
-            secrets=victims.secrets(model),
-            spec=None if victims.spec is None else victims.spec.to_dict(),
-        )
-
-    def crafted(self, victims: Victims, probe: Observation) -> dict[str, Tensor]:
+    def crafted(self, victims: Victims, honest: Observation) -> dict[str, Tensor]:
         """The global state that a crafting server sends in place of the honest one.
 
         Raises:
             AttackError: The classifier is private, or has no bias.
         """
-        weight, bias = classifier(Network(probe), self.bundle.num_classes)
+        weight, bias = classifier(Network(honest), self.bundle.num_classes)
         if bias is None:
             raise AttackError(f"the classifier {weight} has no bias; class fishing needs one.")
         return craft(victims.shared, TARGET, weight=weight, bias=bias)
+
+
+def probe(victims: Victims) -> Observation:
+    """What every victim's observation has: model, names of secrets, lock spec; no update."""
+    model = victims.public_model()
+    # Its own parameters stand in for an observed change: only their names are looked at.
+    changes = {n: p.detach() for n, p in model.named_parameters()}
+    return Observation(
+        model=model,
+        kind="gradient",
+        changes=(changes,),
+        image_shape=victims.bundle.image_shape,
+        num_classes=victims.bundle.num_classes,
+        training=Training(),
+        threat=threat_of("crafting"),
+        secrets=victims.secrets(model),
+        spec=None if victims.spec is None else victims.spec.to_dict(),
+    )
+
+
+def _ignores_something(victims: Victims) -> bool:
+    """Whether a shared tensor stands at or before the first lock; not where the stem is private."""
+    seen = probe(victims)
+    try:
+        return bool(FreeSecrets(ignore="locked-block").ignored(seen, Network(seen)))
+    except AttackError:
+        return True  # nothing else is shared: the cell says so
+
+
+def _adopts(attack: Attack) -> bool:
+    return isinstance(attack, GradientMatching) and attack.adopts
 
 
 def frees(threat: ThreatModel, attack: Attack, observation: Observation) -> bool:

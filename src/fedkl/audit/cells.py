@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedkl.attacks import Attack, Progress, Reconstruction
-from fedkl.audit.arsenal import TARGET, Arsenal
+from fedkl.audit.arsenal import TARGET, Arsenal, probe
 from fedkl.audit.config import AuditConfig
 from fedkl.audit.measure import Truth, fished, guessed_rows, matched, rows_of, subset, truth_of
 from fedkl.audit.observe import observe
@@ -124,7 +124,7 @@ def _mounted(scene: Scene, cell: Cell, victims: Victims) -> dict[str, Any]:
     rows = rows.view(audit.images, audit.observations, audit.per_update)
     honest: Observation | None = None
     if cell.threat.crafting:
-        honest = arsenal.probe(victims)
+        honest = probe(victims)
         victims.shared = arsenal.crafted(victims, honest)
         shape = (audit.images, audit.observations, audit.per_update)
         mine, places = fished(truth, shape, TARGET)

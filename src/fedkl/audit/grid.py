@@ -187,4 +187,6 @@ def _cells(
         make = functools.partial(Victims, config, place, bundle, audit)
         for threat in applicable(audit.threats, make()):
             for attack in audit.attacks:
+                if threat.ignores_block and attack in FEED_FORWARD:
+                    continue  # it compares no gradients, so it is what it is under adaptive
                 yield Cell(defense, seed, threat, attack), make

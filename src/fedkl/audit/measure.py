@@ -12,6 +12,7 @@ from torch import Tensor
 from fedkl import metrics
 from fedkl.attacks import Reconstruction
 from fedkl.audit.config import AuditConfig
+from fedkl.audit.floor import floor_of
 from fedkl.data import DataBundle
 from fedkl.errors import DataError
 from fedkl.rng import derive
@@ -51,8 +52,7 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
     """
     flat = rows.flatten()
     images, labels = bundle.test.batch(flat)
-    public, public_labels = bundle.public.batch(torch.arange(len(bundle.public)))
-    floor = metrics.class_mean_floor(public, public_labels, labels)
+    floor = floor_of(bundle.public, bundle.num_classes, labels)
     pool, pool_labels = bundle.test.batch(torch.arange(len(bundle.test)))
     decoys = metrics.draw_decoys(
         labels,

@@ -27,7 +27,8 @@ ATTACKS: Final = (
     "shadow", "shadow-global", "shadow-label", "shadow-gradient",
 )  # fmt: skip
 THREATS: Final = (
-    "key-unknown", "key-regressed", "key-shared", "lock-gradient", "adaptive", "crafting",
+    "key-unknown", "key-regressed", "key-shared", "lock-gradient", "adaptive", "block-ignored",
+    "crafting",
 )  # fmt: skip
 EFFORTS: Final = ("quick", "standard", "paper")
 STAGES: Final = ("initial", "mid", "final")

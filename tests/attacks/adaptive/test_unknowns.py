@@ -14,6 +14,7 @@ from fedkl.attacks.adaptive import Adaptive, FreeAffines, FreeSecrets, adaptive_
 from fedkl.attacks.adaptive.laws import draw_affines, key_affines
 from fedkl.attacks.adaptive.unknowns import spec_of
 from fedkl.attacks.network import Network
+from fedkl.attacks.search import Trials
 from fedkl.errors import AttackError, ConfigError
 from fedkl.key import Key
 from fedkl.locking import private_state
@@ -178,23 +179,58 @@ def test_locked_block_is_left_out(small: Victim) -> None:
     assert one.loss == two.loss
 
 
-def test_first_restart_starts_from_the_floor_of_its_label(small: Victim) -> None:
+class _Lost:
+    """All starts of its own are no numbers, so that the one from the floor is the best."""
+
+    def start(self, trials: Trials, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        unknowns: dict[str, torch.Tensor] = super().start(trials, generator)  # type: ignore[misc]
+        return {**unknowns, "images": unknowns["images"] * torch.nan}
+
+
+class LostInverting(_Lost, InvertingGradients):
+    pass
+
+
+class LostDLG(_Lost, DLG):
+    pass
+
+
+def test_one_restart_more_starts_from_the_floor_of_its_label(small: Victim) -> None:
     observations = of(small, count=2)
     floor = torch.rand(10, 1, 16, 16, generator=derive(0, "floor"))
-    attack = Adaptive(quick(iterations=1), FreeAffines(), floor=floor)
+    attack = Adaptive(LostInverting(iterations=1), FreeAffines(), floor=floor)
     found = attack.reconstruct(observations, generator=derive(0))
     _, y = images(2)
     for i in range(2):  # one iteration: the best unknowns are those it started from
         assert found[i].images[0, 0].equal(floor[y[i]])
-    searching = DLG(iterations=1)
-    (mixed,) = Adaptive(searching, FreeAffines(), floor=floor).reconstruct(
-        observations[:1], generator=derive(0)
-    )
+    searching = Adaptive(LostDLG(iterations=1), FreeAffines(), floor=floor)
+    (mixed,) = searching.reconstruct(observations[:1], generator=derive(0))
     torch.testing.assert_close(mixed.images[0, 0], floor.mean(dim=0))
-    two = InvertingGradients(iterations=1, restarts=2, tv=0.0)
-    begun = Adaptive(two, FreeAffines(), floor=floor)
-    losses = [begun.reconstruct(observations[:1], generator=derive(s))[0].loss for s in range(6)]
-    assert len(set(losses)) > 1  # the second restart is a draw of its own
+
+
+def test_the_loss_chooses_between_the_floor_and_the_rest(small: Victim) -> None:
+    """Once the floor is the better start, once it is not."""
+    observations, y = of(small), images(1)[1]
+    many = InvertingGradients(iterations=1, restarts=6, tv=0.0)
+    true = FreeAffines(start=held_secrets(small.locked))  # with these the image explains all
+    plain = Adaptive(many, true).reconstruct(observations, generator=derive(0))[0]
+    x = images(1)[0][..., 8:24, 8:24]
+    for floor, wins in ((x, True), (1 - x, False)):
+        every = floor.expand(10, 1, 16, 16)
+        (found,) = Adaptive(many, true, floor=every).reconstruct(observations, generator=derive(0))
+        assert found.images[0, 0].equal(every[y[0]]) == wins
+        assert (found.loss < plain.loss) == wins
+
+
+def test_images_of_one_class_start_apart(small: Victim) -> None:
+    x, _ = images(2)
+    y = torch.tensor([3, 3])
+    seen = observe(small, "adaptive", [(x[..., 8:24, 8:24], y)], labels=True)
+    floor = torch.full((10, 1, 16, 16), 0.5)
+    attack = Adaptive(LostInverting(iterations=1), FreeAffines(), floor=floor)
+    (found,) = attack.reconstruct([seen], generator=derive(0))
+    assert not found.images[0, 0].equal(found.images[0, 1])
+    assert float((found.images - 0.5).abs().max()) < 0.15
 
 
 def test_same_generator_same_images(small: Victim) -> None:

@@ -26,10 +26,16 @@ Starts = Start | Sequence[Start]
 Make = Callable[[Observation, Starts, Public | None], AdaptiveSecrets]
 
 
-def _free(observation: Observation, start: Starts, public: Public | None) -> AdaptiveSecrets:
+def _free(observation: Observation, start: Starts, public: Public | None) -> FreeSecrets:
     """γ and β where nothing else is private, else everything."""
     affine = all(is_affine(name) for name in observation.secrets)
     return (FreeAffines if affine else FreeSecrets)(start=start, public=public)
+
+
+def _ignoring(observation: Observation, start: Starts, public: Public | None) -> AdaptiveSecrets:
+    """As :func:`_free`, without the gradients at and before the first lock."""
+    kind = type(_free(observation, "neutral", None))
+    return kind(start=start, public=public, ignore="locked-block")
 
 
 def _guessed(observation: Observation, start: Starts, public: Public | None) -> AdaptiveSecrets:
@@ -52,6 +58,7 @@ ATTACKERS: Final[Mapping[str, tuple[Make | None, Make | None]]] = {
     "key-shared": (None, None),
     "lock-gradient": (_read, None),
     "adaptive": (_free, _free),
+    "block-ignored": (_ignoring, _ignoring),
     "crafting": (_free, _free),
 }
 """By threat model: secrets for a lock with a key vector, and for any other; None: as granted."""
@@ -108,4 +115,6 @@ def _kind(threat: ThreatModel) -> str:
         return "lock-gradient"
     if threat.lock_weights:
         return "key-regressed" if threat.frees_secrets else "key-unknown"
+    if threat.ignores_block:
+        return "block-ignored"
     return "adaptive" if threat.frees_secrets else "key-shared"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from fedkl.attacks.matching import GradientMatching
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
 from fedkl.observation import Observation
+
+NOISE: Final = 0.02  # deviation, of pixels in [0, 1]
 
 
 class Adaptive(Attack):
@@ -28,9 +31,10 @@ class Adaptive(Attack):
     Args:
         attack: Any attack that searches by gradient matching.
         secrets: What is made of the private tensors.
-        floor: Best guesses without a gradient by class, (classes, C, H, W) in [0, 1]. The first
-            restart of every victim starts from the guess for its label (from their mean where
-            labels are searched).
+        floor: Best guesses without a gradient by class, (classes, C, H, W) in [0, 1]. One restart
+            more of every victim, with the last of the secrets' variants, starts from the guess for
+            its label (from their mean where labels are searched); in a batch with a little noise,
+            without which images of one class would stay alike for ever.
     """
 
     name: str  # type: ignore[misc]  # of two parts, so it belongs to the value
@@ -55,7 +59,7 @@ class Adaptive(Attack):
         Raises:
             AttackError: The observations lack what the secrets need, or the floor does not fit.
         """
-        guesses = None if self.floor is None else self._guesses(observations)
+        guesses = None if self.floor is None else self._guesses(observations, generator)
         variants = self.secrets.variants(_first(observations), generator)
         best: list[Reconstruction] = []
         for number, secrets in enumerate(variants):
@@ -64,13 +68,15 @@ class Adaptive(Attack):
                 generator=generator,
                 progress=_part(progress, number, len(variants)),
                 secrets=secrets,
-                guesses=guesses,
+                guesses=guesses if number == len(variants) - 1 else None,
             )
             best = [_better(a, b) for a, b in zip(best or found, found, strict=True)]
         note = f"{self.name}: {self.secrets.words}"
         return [replace(r, notes=(*r.notes, note)) for r in best]
 
-    def _guesses(self, observations: Sequence[Observation]) -> list[Tensor]:
+    def _guesses(
+        self, observations: Sequence[Observation], generator: torch.Generator
+    ) -> list[Tensor]:
         floor, first = self.floor, _first(observations)
         assert floor is not None
         if tuple(floor.shape) != (first.num_classes, *first.image_shape):
@@ -82,8 +88,12 @@ class Adaptive(Attack):
         if not self.attack.infers or not tells_labels(first, network):
             mean = floor.mean(dim=0)
             shape = (first.count, first.training.images, *first.image_shape)
-            return [mean.expand(shape)] * len(observations)
-        return each(observations, lambda o: floor[infer_labels(o, network)])
+            found = [mean.expand(shape)] * len(observations)
+        else:
+            found = each(observations, lambda o: floor[infer_labels(o, network)])
+        if first.training.images == 1:
+            return found
+        return [x + NOISE * torch.randn(x.shape, generator=generator) for x in found]
 
 
 def _first(observations: Sequence[Observation]) -> Observation:

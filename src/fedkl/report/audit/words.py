@@ -17,6 +17,7 @@ DEFENSES: Final = {
 }
 THREATS: Final = {
     "adaptive": "adaptive attacker",
+    "block-ignored": "locked block ignored",
     "key-shared": "key holder",
     "key-unknown": "key unknown",
     "key-regressed": "key regressed",
