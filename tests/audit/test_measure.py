@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import torch
+from audithelp import small_audit
 from torch import Tensor
 
 from fedkl import metrics
 from fedkl.attacks import Reconstruction
-from fedkl.audit.measure import Truth, identified_in_batches, matched, rows_of
+from fedkl.audit.floor import class_means
+from fedkl.audit.measure import (
+    Truth,
+    figures_of,
+    identified_in_batches,
+    matched,
+    rows_of,
+    truth_of,
+)
+from fedkl.data import DataBundle
+from fedkl.data.images import TensorImages
 from fedkl.metrics import draw_decoys
 
 SIZE, COUNT, DECOYS = 16, 480, 9
@@ -54,3 +65,55 @@ def test_reconstructions_in_any_order_are_identified() -> None:
     near = (truth.images + 0.05 * torch.randn(truth.images.shape, generator=generator)).clamp(0, 1)
     turned = torch.cat([part.flip(0) for part in near.split(SIZE)])
     assert bool(identified_in_batches(turned, truth, SIZE).all())
+
+
+def bundle_of(images: Tensor, labels: Tensor) -> DataBundle:
+    pixels = (images * 255).round().to(torch.uint8)
+    every = TensorImages(pixels, labels, channels=1, image_size=images.shape[-1])
+    return DataBundle(
+        "made up", 2, ("a", "b"), every.image_shape, every, every, every, every, "here"
+    )
+
+
+def test_floor_of_a_batch_is_matched_as_reconstructions_are() -> None:
+    """Whoever guesses the floor has no advantage over it, in batches either."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(240) % 2
+    # The classes differ little and their images a lot: another order than the labels' fits better.
+    base = torch.stack([torch.zeros(8, 8), torch.full((8, 8), 0.05)])[labels, None]
+    images = (base + 0.9 * torch.rand(240, 1, 8, 8, generator=generator)).clamp(0, 1)
+    bundle = bundle_of(images, labels)
+    audit = small_audit(images=15, batch_size=8, candidates=10)
+    truth = truth_of(bundle, torch.arange(120).view(15, 1, 8), audit)
+    means, _ = class_means(bundle.public, 2)
+    told = means[truth.labels]
+    assert not truth.floor.equal(told)
+    matched_error = float((truth.floor - truth.images).square().sum())
+    assert matched_error < float((told - truth.images).square().sum())
+    guesses = [
+        Reconstruction(images=x.flip(0)[None], labels=torch.zeros(1, 8, dtype=torch.int64))
+        for x in told.split(8)
+    ]
+    mine, found = matched(guesses, truth)
+    made = rows_of(guesses, mine, found, truth, {})
+    assert max(abs(row["advantage"]) for row in made) < 1e-6
+    for row in made:
+        assert row["identified"] == row["floor_identified"]
+    # With every guess at its own label's place the same guesser would seem to be ahead.
+    figures = figures_of(told, truth.images, truth.pool, truth.decoys)
+    assert float(figures["mse"].mean()) > sum(row["mse"] for row in made) / len(made)
+
+
+def test_pool_holds_what_is_needed_and_no_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bundle = bundle_of(torch.rand(240, 1, 8, 8, generator=generator), torch.arange(240) % 2)
+    audit = small_audit(images=2, candidates=10)
+    truth = truth_of(bundle, torch.tensor([5, 8]).view(2, 1, 1), audit)
+    assert len(truth.pool) <= 18
+    assert truth.pool_rows is not None
+    for i, places in enumerate(truth.decoys):
+        others = truth.pool_rows[places]
+        assert len(set(others.tolist())) == 9
+        assert int(truth.rows[i]) not in others.tolist()
+        assert (bundle.test.labels[others] == truth.labels[i]).all()
+        assert truth.pool[places].equal(bundle.test.batch(others)[0])

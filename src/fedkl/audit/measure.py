@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,10 @@ class Truth:
         images: (N, C, H, W).
         labels: (N,).
         floor: Class mean of the public images, (N, C, H, W).
-        decoys: Other test images of the same class, (N, candidates - 1).
+        decoys: Where in the pool other test images of the same class are, (N, candidates - 1).
+        pool: Test images that are somebody's decoys, (M, C, H, W).
         floor_figures: Metrics of the floor by name, (N,).
+        pool_rows: Which test images the pool holds, (M,); None: it begins with the first.
     """
 
     rows: Tensor
@@ -40,12 +42,15 @@ class Truth:
     decoys: Tensor
     pool: Tensor
     floor_figures: dict[str, Tensor]
+    pool_rows: Tensor | None = None
 
 
 def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
     """The truth of the victims ``rows`` (victims, T, images).
 
-    The floor is told the true label, which batch-1 gradients give away: the strongest guesser.
+    The floor is told the true labels, which batch-1 gradients give away: the strongest guesser.
+    Within an update its guesses are put in the order that fits the true images best and identified
+    as reconstructions are, for an attack is allowed both.
 
     Raises:
         DataError: A class has too few images for the candidates asked for.
@@ -53,23 +58,51 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
     flat = rows.flatten()
     images, labels = bundle.test.batch(flat)
     floor = floor_of(bundle.public, bundle.num_classes, labels)
-    pool, pool_labels = bundle.test.batch(torch.arange(len(bundle.test)))
     decoys = metrics.draw_decoys(
         labels,
-        pool_labels,
+        bundle.test.labels,
         generator=derive(audit.run.seed, "decoys"),
         own=flat,
         count=audit.candidates - 1,
     )
-    figures = figures_of(floor, images, pool, decoys)
-    return Truth(flat, images, labels, floor, decoys, pool, figures)
+    # Of the whole test set at 224 x 224 floats would take gigabytes.
+    pool_rows, places = torch.unique(decoys, return_inverse=True)
+    pool = bundle.test.batch(pool_rows)[0]
+    if (size := rows.shape[-1]) > 1:
+        floor = floor[in_order(floor, images, size)]
+    truth = Truth(flat, images, labels, floor, places, pool, {}, pool_rows)
+    return replace(truth, floor_figures=measured(floor, truth, size))
+
+
+def in_order(guesses: Tensor, images: Tensor, size: int) -> Tensor:
+    """Indices (N,) that put the guesses (N, C, H, W) of every ``size`` images in the best order."""
+    parts = []
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        parts.append(start + metrics.best_matching(guesses[part], images[part]))
+    return torch.cat(parts)
+
+
+def measured(x: Tensor, truth: Truth, size: int) -> dict[str, Tensor]:
+    """As :func:`figures_of`, of images that were put in the best order within every ``size``."""
+    figures = figures_of(x, truth.images, truth.pool, truth.decoys)
+    if size > 1:
+        figures["identified"] = identified_in_batches(x, truth, size).double()
+    return figures
 
 
 def subset(truth: Truth, index: Tensor) -> Truth:
     """The images at the flat positions ``index`` (M,)."""
     figures = {name: values[index] for name, values in truth.floor_figures.items()}
-    rows, images, labels = truth.rows[index], truth.images[index], truth.labels[index]
-    return Truth(rows, images, labels, truth.floor[index], truth.decoys[index], truth.pool, figures)
+    return replace(
+        truth,
+        rows=truth.rows[index],
+        images=truth.images[index],
+        labels=truth.labels[index],
+        floor=truth.floor[index],
+        decoys=truth.decoys[index],
+        floor_figures=figures,
+    )
 
 
 def fished(truth: Truth, shape: tuple[int, int, int], target: int) -> tuple[Tensor, Tensor]:
@@ -120,18 +153,13 @@ def _perceptual(x: Tensor, truth: Tensor) -> dict[str, Tensor]:
 def matched(found: Sequence[Reconstruction], truth: Truth) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) and labels (N,), each update's put in the order that fits best.
 
-    A gradient does not tell the order within a batch; the floor needs no matching, for it knows
-    every image's label.
+    A gradient does not tell the order within a batch; the floor's guesses are matched alike.
     """
     images = torch.cat([one.images.flatten(0, 1) for one in found]).to(truth.images.dtype)
     labels = torch.cat([one.labels.flatten() for one in found])
-    per_update = found[0].images.shape[1]
-    if per_update == 1:
-        return images, labels
-    for start in range(0, len(images), per_update):
-        part = slice(start, start + per_update)
-        order = metrics.best_matching(images[part], truth.images[part])
-        images[part], labels[part] = images[part][order], labels[part][order]
+    if (per_update := found[0].images.shape[1]) > 1:
+        order = in_order(images, truth.images, per_update)
+        images, labels = images[order], labels[order]
     return images, labels
 
 
@@ -151,7 +179,8 @@ def identified_in_batches(images: Tensor, truth: Truth, size: int) -> Tensor:
         start = i - i % size
         mine = images[start : start + size].double().flatten(1)
         # Others of the same batch are no decoys: their own reconstructions are among these.
-        decoys = decoys[~torch.isin(decoys, truth.rows[start : start + size])]
+        test_rows = decoys if truth.pool_rows is None else truth.pool_rows[decoys]
+        decoys = decoys[~torch.isin(test_rows, truth.rows[start : start + size])]
         candidates = torch.cat([truth.images[i][None], truth.pool[decoys]]).double().flatten(1)
         near = torch.cdist(candidates, mine).amin(dim=1)
         nearer = near[0] * (1 + 1e-9) < near[1:]
@@ -177,9 +206,7 @@ def rows_of(
         facts: In every row (attack, defense, ...).
         victims: Their numbers; 0, 1, ... if None.
     """
-    figures = figures_of(images, truth.images, truth.pool, truth.decoys)
-    if (size := found[0].images.shape[1]) > 1:
-        figures["identified"] = identified_in_batches(images, truth, size).double()
+    figures = measured(images, truth, found[0].images.shape[1])
     per_victim = len(images) // len(found)
     numbers = range(len(found)) if victims is None else victims
     rows = []
