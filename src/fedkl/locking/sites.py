@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fedkl.errors import ConfigError, LockError, SecretError, unknown
+from fedkl.locking.positions import positioned
 from fedkl.locking.sources import PICKLE_REMEDY, AffineSource
 
 LOCK_NAME: Final = "keylock"
@@ -107,43 +108,19 @@ def _positional_class(base: type[nn.Module]) -> type[nn.Module]:
     if base in _POSITIONAL:
         return _POSITIONAL[base]
     members = _guarded(base)
+    channels_first = not issubclass(base, nn.LayerNorm | nn.RMSNorm)
 
     def normalized(self: nn.Module, x: Tensor) -> Tensor:
         out: Tensor = base.forward(self, x)
         return out
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return positioned(source_of(self), normalized(self, x))
+        return positioned(source_of(self), normalized(self, x), channels_first=channels_first)
 
     # The norm's own forward finds no affine.
     members |= {"weight": None, "bias": None, "normalized": normalized, "forward": forward}
     _POSITIONAL[base] = type(f"Locked{base.__name__}", (PositionalNorm, base), members)
     return _POSITIONAL[base]
-
-
-def positioned(source: AffineSource, x: Tensor) -> Tensor:
-    """γ ⊙ x + β for ``x`` (N, *positions), in the dtype of ``x``.
-
-    Of a pad over tokens (T, D) the first rows are used for shorter inputs.
-
-    Raises:
-        LockError: The positions are others than those of the lock.
-    """
-    scale, shift = source.scale(), source.shift()
-    if x.shape[1:] != scale.shape:
-        if x.ndim != 3 or x.shape[2:] != scale.shape[1:] or x.shape[1] > scale.shape[0]:
-            raise LockError(_misfit(tuple(scale.shape), tuple(x.shape)))
-        scale, shift = scale[: x.shape[1]], shift[: x.shape[1]]
-    out = torch.addcmul(shift, x, scale)
-    return out if out.dtype == x.dtype else out.to(x.dtype)
-
-
-def _misfit(pad: tuple[int, ...], called: tuple[int, ...]) -> str:
-    return (
-        f"this lock has one scale per position, {pad}, and was called with {called[1:]} for each "
-        "of a batch; keep to the size of the example, or for token sequences lock with "
-        "max_length=<the longest>."
-    )
 
 
 def _normed_class(base: type[nn.Module]) -> type[nn.Module]:
