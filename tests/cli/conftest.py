@@ -26,8 +26,8 @@ def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="session")
 def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    words = ["train", *SMALL, "--method", "fedkl", "--rounds", "2", "--out", str(folder)]
-    assert main(words) == 0
+    words = ["train", *SMALL, "--method", "fedkl", "--defense", "channel", "--rounds", "2"]
+    assert main([*words, "--out", str(folder)]) == 0
     return folder
 
 

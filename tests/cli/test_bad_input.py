@@ -26,6 +26,7 @@ def flat(num_classes, channels, image_size):
 
 TRAIN = ["train", *SMALL, "--rounds", "1", "--out", "{tmp}/new"]
 KL = [*TRAIN, "--method", "fedkl"]
+CHANNEL = ["--defense", "channel"]
 RESUME = ["train", "--out", "{tmp}/run", "--resume"]
 
 
@@ -76,8 +77,8 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("partition", [*TRAIN, "--partition", "dirichle"], ["'dirichle'", "'dirichlet'"]),
     ("preset", [*TRAIN, "--preset", "papper"], ["'papper'", "'paper'"]),
     ("lock preset", [*KL, "--lock-preset", "papr"], ["'papr'", "'paper'"]),
-    ("activation", [*KL, "--activation", "relou"], ["'relou'", "'relu'"]),
-    ("key law", [*KL, "--key-law", "signs"], ["'signs'", "'sign'"]),
+    ("activation", [*KL, *CHANNEL, "--activation", "relou"], ["'relou'", "'relu'"]),
+    ("key law", [*KL, *CHANNEL, "--key-law", "signs"], ["'signs'", "'sign'"]),
     ("zero clients", [*TRAIN, "--clients", "0"], ["clients", "at least 1", "got 0", "--clients"]),
     ("zero rounds", [*TRAIN, "--rounds", "0"], ["rounds", "at least 1", "--rounds"]),
     ("negative rate", [*TRAIN, "--lr", "-1"], ["lr must be a positive number", "--lr"]),
@@ -89,7 +90,7 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("negative seed", [*TRAIN, "--seed", "-1"], ["seed", "at least 0"]),
     ("two channels", [*TRAIN, "--channels", "2"], ["channels must be 1 or 3", "--channels"]),
     ("spread", [*KL, "--spread", "-1"], ["spread must be a positive number", "--spread"]),
-    ("key length", [*KL, "--key-length", "0"], ["length", "at least 1"]),
+    ("key length", [*KL, *CHANNEL, "--key-length", "0"], ["length", "at least 1"]),
     ("milestones", [*TRAIN, "--milestones", "ten"], ["--milestones", "'ten'", "60,120,160"]),
     ("too many wanted", [*TRAIN, "--min-clients", "9"], ["min_clients is 9", "only 3"]),
     ("no such layer", [*KL, "--layers", "conv9"], ["conv9"]),

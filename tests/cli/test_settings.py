@@ -143,9 +143,12 @@ def test_every_preset_builds(name: str) -> None:
     assert build_config(flags={}, preset=name) != RunConfig()
 
 
-def test_method_fedkl_is_fedavg_with_channel(tmp_path: Path) -> None:
+def test_method_fedkl_is_fedavg_with_a_pad_unless_another_lock_is_asked_for(tmp_path: Path) -> None:
     config = build_config(flags={"federation.method": "fedkl"})
-    assert (config.federation.method, config.defense.name) == ("fedavg", "channel")
+    assert (config.federation.method, config.defense.name) == ("fedavg", "pad")
+    for flags in ({"defense.name": "channel"}, {"defense.preset": "paper"}):
+        other = build_config(flags={"federation.method": "fedkl", **flags})
+        assert (other.federation.method, other.defense.name) == ("fedavg", "channel")
     file = tmp_path / "run.toml"
     file.write_text('[federation]\nmethod = "fedkl"\n')
     assert build_config(flags={}, file=file) == config

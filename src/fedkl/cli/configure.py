@@ -138,12 +138,14 @@ def _spelled_out(data: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any
     if isinstance(method, str) and method not in METHODS:
         raise ConfigError(unknown("method", method, METHODS))
     if method == SHORT:
-        if asked is not None and "channel" not in str(asked).split("+"):
+        if asked is not None and not {"pad", "channel"} & set(str(asked).split("+")):
             raise ConfigError(
-                f"--method fedkl is fedavg with defense channel, got defense {asked!r}; "
+                f"--method fedkl is fedavg with defense pad or channel, got defense {asked!r}; "
                 "give --method fedavg, or leave --defense out."
             )
-        extra = {"federation": {"method": "fedavg"}, "defense": {"name": asked or "channel"}}
+        # The presets are of the channel lock, as published.
+        usual = "channel" if defense.get("preset") else "pad"
+        extra = {"federation": {"method": "fedavg"}, "defense": {"name": asked or usual}}
         data = merged(data, extra)
         defense = data["defense"]
     locked = "channel" in str(defense.get("name", "none"))

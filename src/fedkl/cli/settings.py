@@ -89,7 +89,7 @@ PANELS: Final = {
 
 SETTINGS: Final = (
     Setting("federation.method", "--method", str, "fedavg",
-            "How the federation runs; fedkl is short for fedavg with --defense channel.", METHODS),
+            "How the federation runs; fedkl is short for fedavg with --defense pad.", METHODS),
     Setting("federation.clients", "--clients", int, 3, "Number of clients."),
     Setting("federation.rounds", "--rounds", int, 20, "Rounds (epochs, for centralized)."),
     Setting("federation.fraction", "--fraction", float, 1.0, "Share of clients asked per round."),
