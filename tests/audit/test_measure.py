@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from audithelp import small_audit
 from torch import Tensor
@@ -117,3 +118,13 @@ def test_pool_holds_what_is_needed_and_no_more() -> None:
         assert int(truth.rows[i]) not in others.tolist()
         assert (bundle.test.labels[others] == truth.labels[i]).all()
         assert truth.pool[places].equal(bundle.test.batch(others)[0])
+
+
+def test_exact_images_count_in_the_mean() -> None:
+    """Of infinity there is no mean, and leaving the best out would make an attack look worse."""
+    truth = truth_of_noise(torch.Generator().manual_seed(0))
+    figures = figures_of(truth.images, truth.images, truth.pool, truth.decoys)
+    assert float(figures["psnr"].min()) == float(figures["psnr"].max()) == 100
+    assert float(figures["paper_psnr"].max()) == pytest.approx(74.0654, abs=1e-3)
+    off = (truth.images + 0.1).clamp(0, 1)
+    assert float(figures_of(off, truth.images, truth.pool, truth.decoys)["psnr"].max()) < 40

@@ -43,6 +43,7 @@ def write_fake_audit(folder: Path, **changes: Any) -> dict[str, Any]:
             "dataset": "fashion-mnist",
             "model": "lenet",
             "effort": "standard",
+            "candidates": 40,
             "images": 20,
             "training": {"lr": 0.05, "momentum": None, "augment": False},
             "attacks": list(STRENGTH),
@@ -65,6 +66,7 @@ def write_fake_audit(folder: Path, **changes: Any) -> dict[str, Any]:
         "rows": rows,
         "pictures": copy.deepcopy(pictures),
         "skipped": [{"cell": "final_pad_ggl", "reason": "no generator for 1 channel"}],
+        "caveats": ["The undefended control is nearly untrained."],
         "left_out": [{"cell": "final_pad_peel", "victim": 3, "reason": "a gradient of zero"}],
         "certificate": {
             "pixels": 3072,

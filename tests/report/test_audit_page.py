@@ -30,7 +30,7 @@ DRAWN = {"svg", "path", "line", "circle", "text", "td"}
 VOID = {"meta", "link", "input", "br", "img", "line", "path", "use", "image", "circle"}
 PARTS = (
     *("config", "command", "versions", "data", "cost", "verdict", "threats", "controls"),
-    *("accuracy", "summary", "rows", "pictures", "skipped", "left_out", "certificate"),
+    *("accuracy", "summary", "rows", "pictures", "skipped", "left_out", "caveats", "certificate"),
 )
 NOTHING = re.compile(r"\b(None|NaN|nan|undefined|Undefined|inf|Infinity)\b|\[\]|\{\}")
 
@@ -271,6 +271,24 @@ def test_nothing_but_the_format_is_enough(tmp_path: Path) -> None:
 def test_without_accuracy_no_section_about_it(tmp_path: Path) -> None:
     text = build(tmp_path, accuracy={"channel": None, "pad": {"own_key": None}}).text
     assert "What the protection costs" not in text
+
+
+@pytest.mark.parametrize(
+    "candidates, chance, bound", [(100, "1.0 %", "2.0 %"), (10, "10 %", "20 %")]
+)
+def test_words_go_by_the_number_of_candidates(
+    tmp_path: Path, candidates: int, chance: str, bound: str
+) -> None:
+    text = build(tmp_path, config={"candidates": candidates}).text
+    assert f"the nearest of {candidates} of its class" in text
+    assert f"Among {candidates} images of the same class" in text
+    assert f"Chance alone reaches {chance}." in text
+    assert f"or that of identification above {bound}." in text
+
+
+def test_caveats_stand_under_the_verdict(tmp_path: Path) -> None:
+    text = build(tmp_path, caveats=["The control is <b>nearly</b> untrained."]).text
+    assert "Note. The control is <b>nearly</b> untrained." in text
 
 
 def test_what_was_left_out_is_told(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkl.audit.arsenal import FEED_FORWARD, applicable
+from fedkl.audit.caveats import caveats
 from fedkl.audit.cells import Cell, Event, Listener, Scene, attacked
 from fedkl.audit.certified import certify_audit
 from fedkl.audit.config import AuditConfig
@@ -84,6 +85,7 @@ def run_audit(
         "verdict": overall(found["summary"], audit.judged, found["skipped"]),
         "controls": [d for d in audit.grid if d not in audit.judged] + ["key-shared", "floor"],
         "accuracy": {d: accuracy[d, 0] for d in audit.grid},
+        "caveats": caveats(audit, {d: accuracy[d, 0] for d in audit.grid}, bundle.num_classes),
         **found,
         "certificate": _certificate(audit, folder, given, bundle) if audit.certificate else None,
     }

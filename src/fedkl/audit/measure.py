@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ from fedkl.audit.floor import floor_of
 from fedkl.data import DataBundle
 from fedkl.errors import DataError
 from fedkl.rng import derive
+
+PSNR_CEILING: Final = 100.0
+"""In dB: an error below 1e-10 is rounding, and infinity would drop out of every mean."""
+PAPER_PSNR_CEILING: Final = 10 * math.log10(255**2 / (255 * 1e-5))
+"""The paper's figure at the same error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,17 +130,20 @@ def fished(truth: Truth, shape: tuple[int, int, int], target: int) -> tuple[Tens
 
 
 def figures_of(x: Tensor, truth: Tensor, pool: Tensor, decoys: Tensor) -> dict[str, Tensor]:
-    """Every metric of reconstructions ``x`` (N, C, H, W) by name, each (N,) float64."""
+    """Every metric of reconstructions ``x`` (N, C, H, W) by name, each (N,) float64.
+
+    PSNR ends at :data:`PSNR_CEILING`, the paper's at :data:`PAPER_PSNR_CEILING`.
+    """
     ssim = metrics.ssim(x, truth)
     figures = {
         "mse": metrics.mse(x, truth),
-        "psnr": metrics.psnr(x, truth),
+        "psnr": metrics.psnr(x, truth).clamp(max=PSNR_CEILING),
         "ssim": ssim,
         "ssim_aligned": metrics.ssim_aligned(x, truth),
         "identified": metrics.identified(x, truth, pool, decoys).double(),
         "success": metrics.success(ssim).double(),
         "paper_mse": metrics.paper_mse(x, truth),
-        "paper_psnr": metrics.paper_psnr(x, truth),
+        "paper_psnr": metrics.paper_psnr(x, truth).clamp(max=PAPER_PSNR_CEILING),
     }
     if min(truth.shape[-2:]) >= 7:
         figures["ssim_uniform"] = metrics.ssim_uniform(x, truth)
@@ -258,5 +267,5 @@ def _row(
 
 
 def number(value: float) -> float | None:
-    """``value`` for JSON: infinity (an exact image's PSNR) and nan become None."""
+    """``value`` for JSON: infinity and nan become None."""
     return value if abs(value) < float("inf") else None

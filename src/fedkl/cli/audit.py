@@ -237,6 +237,8 @@ def show_audit(result: Mapping[str, Any]) -> None:
         )
     )
     print("Controls in brackets: the verdict is not about them.")
+    for line in result["caveats"]:
+        print(plain(f"note: {line}"))
     for line in result["skipped"]:
         print(plain(f"left out: {line['cell']}: {line['reason']}"))
     for line in result["left_out"]:

@@ -106,6 +106,8 @@ class Audit:
 
     Attributes:
         advantages: One number an image, for the cells that have rows.
+        caveats: What weakens the audit, in sentences.
+        candidates: Images of a class among which the true one was to be found.
         skipped: What was asked for and not done (cells, and single victims of others), and why.
     """
 
@@ -117,6 +119,8 @@ class Audit:
     threats: Mapping[str, Mapping[str, Any]]
     accuracy: Mapping[str, Mapping[str, float | None]]
     skipped: Sequence[tuple[str, str]]
+    caveats: Sequence[str]
+    candidates: int
     controls: Sequence[str]
     config: Mapping[str, Any]
     versions: Mapping[str, Any]

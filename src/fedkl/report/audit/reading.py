@@ -16,7 +16,9 @@ _GREATEST: Final = 1e30
 VERDICTS: Final = ("leaks", "holds", "inconclusive")
 _SECTIONS: Final = {
     **dict.fromkeys(("config", "versions", "verdict", "threats", "accuracy"), Mapping),
-    **dict.fromkeys(("controls", "summary", "rows", "pictures", "skipped", "left_out"), list),
+    **dict.fromkeys(
+        ("controls", "summary", "rows", "pictures", "skipped", "left_out", "caveats"), list
+    ),
 }
 
 
@@ -90,6 +92,8 @@ def _audit(found: Mapping[str, Any]) -> Audit:
             if isinstance(figures, Mapping)
         },
         skipped=tuple(_absent(part)),
+        caveats=tuple(filter(None, map(text, part["caveats"]))),
+        candidates=max(2, _whole(part["config"].get("candidates")) or 100),
         controls=tuple(text(name) for name in part["controls"]),
         config=part["config"],
         versions=part["versions"],

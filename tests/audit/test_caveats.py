@@ -1,0 +1,26 @@
+"""What is said beside the figures."""
+
+from __future__ import annotations
+
+import pytest
+from audithelp import small_audit
+
+from fedkl.audit.caveats import caveats
+
+
+@pytest.mark.parametrize(
+    "own, classes, said",
+    [(0.11, 10, True), (0.199, 10, True), (0.21, 10, False), (0.015, 100, True), (0.9, 10, False)],
+)
+def test_untrained_control_is_called_so(own: float, classes: int, said: bool) -> None:
+    accuracy = {"none": {"own_key": own}, "channel": {"own_key": 0.05}}
+    found = caveats(small_audit(), accuracy, classes)
+    assert len(found) == said
+    if said:
+        assert f"{own:.1%}" in found[0]
+        assert "nearly untrained" in found[0]
+
+
+@pytest.mark.parametrize("accuracy", [{}, {"none": None}, {"none": {"own_key": None}}])
+def test_nothing_is_said_of_what_was_not_trained(accuracy: dict[str, None]) -> None:
+    assert caveats(small_audit(), accuracy, 10) == []
