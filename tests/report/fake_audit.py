@@ -43,7 +43,6 @@ def write_fake_audit(folder: Path, **changes: Any) -> dict[str, Any]:
             "dataset": "fashion-mnist",
             "model": "lenet",
             "effort": "standard",
-            "candidates": 40,
             "images": 20,
             "training": {"lr": 0.05, "momentum": None, "augment": False},
             "attacks": list(STRENGTH),
