@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
-from fedkl.attacks import ATTACKS, NEED_PUBLIC, make_attack
-from fedkl.errors import AttackError
+import pytest
+import torch
+
+from fedkl.attacks import (
+    ATTACKS,
+    NEED_PUBLIC,
+    SEARCHING,
+    Attack,
+    ConditionalGenerator,
+    GradientMatching,
+    make_attack,
+)
+from fedkl.errors import AttackError, ConfigError
+
+
+def made(name: str, effort: str = "quick", **budget: int) -> Attack:
+    generator = ConditionalGenerator(latent=2, width=4, image_shape=(1, 8, 8), num_classes=4)
+    public = (torch.rand(20, 1, 8, 8), torch.arange(20) % 4)
+    return make_attack(name, effort, generator_model=generator, public=public, **budget)
 
 
 def test_who_needs_public_images_is_who_fails_without_them() -> None:
@@ -14,3 +31,25 @@ def test_who_needs_public_images_is_who_fails_without_them() -> None:
             assert name in NEED_PUBLIC
         else:
             assert name not in NEED_PUBLIC
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_iterations_and_parallel_are_for_those_who_search(name: str) -> None:
+    attack = made(name, iterations=7, parallel=2)
+    assert isinstance(attack, GradientMatching) == (name in SEARCHING)
+    if isinstance(attack, GradientMatching):
+        assert (attack.iterations, attack.parallel) == (7, 2)
+        assert "iterations=7" in repr(attack)
+        assert "parallel=2" in repr(attack)
+        usual = made(name)
+        assert isinstance(usual, GradientMatching)
+        assert usual.iterations >= 150
+        with pytest.raises(ConfigError, match="iterations 0"):
+            made(name, iterations=0)
+
+
+def test_ggl_as_published_is_the_papers_effort() -> None:
+    for effort in ("quick", "standard"):
+        assert made("ggl", effort).settings["search"] == "gradient"
+    settings = made("ggl", "paper").settings
+    assert (settings["search"], settings["distance"]) == ("cma-es", "squared")

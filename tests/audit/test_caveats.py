@@ -24,3 +24,11 @@ def test_untrained_control_is_called_so(own: float, classes: int, said: bool) ->
 @pytest.mark.parametrize("accuracy", [{}, {"none": None}, {"none": {"own_key": None}}])
 def test_nothing_is_said_of_what_was_not_trained(accuracy: dict[str, None]) -> None:
     assert caveats(small_audit(), accuracy, 10) == []
+
+
+def test_other_iterations_than_those_of_the_effort_are_told() -> None:
+    (line,) = caveats(small_audit(iterations=5), {}, 10)
+    assert "5 iterations" in line
+    assert "'quick'" in line
+    assert "5 iterations" in small_audit(iterations=5).cost
+    assert "iterations" not in small_audit().cost

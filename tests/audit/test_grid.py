@@ -166,6 +166,9 @@ def test_audit_of_its_own_runs_is_not_resumed_with_one_given(tmp_path: Path) -> 
         ({"attacks": ()}, "no attack"),
         ({"defenses": ()}, "no defense"),
         ({"candidates": 1}, "at least 2"),
+        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"parallel": 0}, "parallel must be at least 1"),
+        ({"iterations": 5, "attacks": ("peel", "shadow")}, "none of the attacks searches"),
         ({"run": small_run_with("adam"), "local_steps": 2}, "unrolled as SGD"),
     ],
 )

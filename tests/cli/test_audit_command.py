@@ -333,11 +333,13 @@ def test_flags_reach_the_audit(call: Call, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("fedkl.audit.run_audit", look)
     words = [word.replace("{tmp}", str(tmp_path)) for word in AUDIT]
-    flags = ["--certificate", "--aggregated", "2", "--batch-size", "3", "--local-steps", "4"]
+    flags = ["--iterations", "7", "--parallel", "8"]
+    flags += ["--certificate", "--aggregated", "2", "--batch-size", "3", "--local-steps", "4"]
     call(*words, *flags, "--observations", "5", "--seeds", "6", "--stage", "mid")
     (config,) = seen
     assert config.certificate
     assert (config.aggregated, config.batch_size, config.local_steps) == (2, 3, 4)
+    assert (config.iterations, config.parallel) == (7, 8)
     assert (config.observations, config.seeds, config.stage) == (5, 6, "mid")
     assert (config.images, config.candidates, config.effort) == (2, 10, "quick")
 

@@ -21,6 +21,7 @@ from fedkl.attacks.registry import (
     EFFORTS,
     NEED_MANY,
     NEED_PUBLIC,
+    SEARCHING,
     Resources,
     make_attack,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "IDLG",
     "NEED_MANY",
     "NEED_PUBLIC",
+    "SEARCHING",
     "Attack",
     "ClosedForm",
     "ConditionalGenerator",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Self
 
 import torch
 from torch import Tensor
@@ -80,17 +81,26 @@ class GradientMatching(Attack):
             parallel=parallel,
             **settings,
         )
-        if min(iterations, restarts, parallel) < 1:
-            raise ConfigError(
-                f"got iterations {iterations}, restarts {restarts}, parallel {parallel}; "
-                "expected 1 or more of each."
-            )
+        _check_budget(iterations, restarts, parallel)
         if distance not in DISTANCES:
             raise ConfigError(unknown("distance of gradients", distance, DISTANCES))
         if labels not in LABEL_RULES:
             raise ConfigError(unknown("label rule", labels, LABEL_RULES))
         self.iterations, self.restarts, self.parallel = iterations, restarts, parallel
         self.distance, self.labels = DISTANCES[distance], labels
+
+    def budgeted(self, *, iterations: int | None = None, parallel: int | None = None) -> Self:
+        """This attack with other iterations, or another number of trials that run as one batch.
+
+        Raises:
+            ConfigError: A number below 1.
+        """
+        twin = copy(self)
+        twin.iterations = self.iterations if iterations is None else iterations
+        twin.parallel = self.parallel if parallel is None else parallel
+        _check_budget(twin.iterations, twin.restarts, twin.parallel)
+        twin.settings = self.settings | {"iterations": twin.iterations, "parallel": twin.parallel}
+        return twin
 
     @property
     def infers(self) -> bool:
@@ -327,6 +337,14 @@ class Record:
             )
             for i in range(self.trials.count)
         ]
+
+
+def _check_budget(iterations: int, restarts: int, parallel: int) -> None:
+    if min(iterations, restarts, parallel) < 1:
+        raise ConfigError(
+            f"got iterations {iterations}, restarts {restarts}, parallel {parallel}; expected 1 or "
+            "more of each."
+        )
 
 
 def _alike(observations: Sequence[Observation]) -> None:

@@ -13,6 +13,7 @@ from fedkl.attacks.base import Attack
 from fedkl.attacks.closed_form import ClosedForm
 from fedkl.attacks.ggl import GGL
 from fedkl.attacks.grnn import GRNN
+from fedkl.attacks.matching import GradientMatching
 from fedkl.attacks.peel import Peel
 from fedkl.attacks.pixels import DLG, IDLG, InvertingGradients
 from fedkl.errors import AttackError, ConfigError, unknown
@@ -104,7 +105,10 @@ ATTACKS: Final[Mapping[str, Mapping[str, Callable[[Resources], Attack]]]] = {
     "ggl": {
         "quick": lambda given: GGL(given.image_generator(), iterations=150),
         "standard": lambda given: GGL(given.image_generator(), iterations=200, restarts=4),
-        "paper": lambda given: GGL(given.image_generator(), iterations=1000, search="cma-es"),
+        # As published: no gradient of the generator, squared distance.
+        "paper": lambda given: GGL(
+            given.image_generator(), iterations=1000, search="cma-es", distance="squared"
+        ),
     },
     # Solved, not searched: no effort makes it better.
     "closed-form": dict.fromkeys(EFFORTS, lambda _: ClosedForm()),
@@ -121,6 +125,8 @@ ATTACKS: Final[Mapping[str, Mapping[str, Callable[[Resources], Attack]]]] = {
 
 NEED_PUBLIC: Final = ("ggl", "shadow", "shadow-global", "shadow-label", "shadow-gradient")
 """Attacks that learn from public images first."""
+SEARCHING: Final = ("dlg", "idlg", "inverting-gradients", "grnn", "ggl")
+"""Attacks that go through iterations; all others solve or learn."""
 NEED_MANY: Final = ("shadow-global", "shadow-label")
 """Attacks that compare many updates under one lock, 20 or more."""
 
@@ -132,6 +138,8 @@ def make_attack(
     generator_model: nn.Module | None = None,
     public: tuple[Tensor, Tensor] | None = None,
     honest: Observation | None = None,
+    iterations: int | None = None,
+    parallel: int | None = None,
 ) -> Attack:
     """The attack called ``name`` with the settings of ``effort``.
 
@@ -141,6 +149,9 @@ def make_attack(
         generator_model: The image generator that ``ggl`` searches; others ignore it.
         public: Public images (M, C, H, W) and labels (M,) that ``shadow`` trains on.
         honest: Where it trains secrets if the victims' weights were crafted.
+        iterations: In place of those of the effort; for attacks that search.
+        parallel: Trials that run as one batch, in place of the attack's own number, for memory; for
+            attacks that search.
 
     Raises:
         ConfigError: Unknown name or effort, with the nearest names.
@@ -150,4 +161,7 @@ def make_attack(
         raise ConfigError(unknown("attack", name, ATTACKS))
     if effort not in EFFORTS:
         raise ConfigError(unknown("effort", effort, EFFORTS))
-    return ATTACKS[name][effort](Resources(generator_model, public, honest))
+    attack = ATTACKS[name][effort](Resources(generator_model, public, honest))
+    if isinstance(attack, GradientMatching):
+        return attack.budgeted(iterations=iterations, parallel=parallel)
+    return attack

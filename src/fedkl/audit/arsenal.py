@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-import torch
 from torch import Tensor, nn
 
 from fedkl.attacks import (
@@ -30,7 +29,7 @@ from fedkl.attacks.adaptive import (
 from fedkl.attacks.labels import classifier
 from fedkl.attacks.network import Network
 from fedkl.audit.config import KEY_HOLDER, AuditConfig
-from fedkl.audit.floor import class_means
+from fedkl.audit.floor import class_means, few_enough
 from fedkl.audit.victims import Victims
 from fedkl.data import DataBundle
 from fedkl.errors import AttackError
@@ -112,6 +111,8 @@ class Arsenal:
             generator_model=self._generator() if name == "ggl" else None,
             public=self.public if name in NEED_PUBLIC else None,
             honest=honest,
+            iterations=self.audit.iterations,
+            parallel=self.audit.parallel,
         )
         counts = _counts(single, observation)
         start: tuple[Start, ...] | None = None
@@ -138,8 +139,8 @@ class Arsenal:
 
     @cached_property
     def public(self) -> tuple[Tensor, Tensor]:
-        """The public images and their labels."""
-        return self.bundle.public.batch(torch.arange(len(self.bundle.public)))
+        """Public images and their labels: all of them, unless they are many and large."""
+        return self.bundle.public.batch(few_enough(self.bundle.public))
 
     @cached_property
     def floor(self) -> Tensor:

@@ -26,4 +26,9 @@ def caveats(
             f"{1 / num_classes:.1%}. Attacks on it are attacks on random weights, so compare with "
             "the ordinary norm instead, or train it longer or at another learning rate."
         )
+    if audit.iterations is not None:
+        found.append(
+            f"Attacks that search made {audit.iterations} iterations, as the command asked, "
+            f"instead of those of effort {audit.effort!r}."
+        )
     return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from fedkl.attacks import ATTACKS, EFFORTS
+from fedkl.attacks import ATTACKS, EFFORTS, SEARCHING
 from fedkl.defenses import DEFENSES
 from fedkl.errors import ConfigError, unknown
 from fedkl.federation import RunConfig
@@ -36,6 +36,9 @@ class AuditConfig:
             aggregation does it.
         seeds: Federations, each with keys and attacks of its own.
         effort: ``quick``, ``standard`` or ``paper``.
+        iterations: Of attacks that search, in place of those of the effort.
+        parallel: Trials of such attacks that run as one batch, in place of the attack's own number:
+            fewer take less memory.
         candidates: Images of the same class among which the true one is to be found.
         pictured: Victims of the first seed whose pictures are kept.
         certificate: Whether directions and bits are counted for one image per defense.
@@ -53,6 +56,8 @@ class AuditConfig:
     aggregated: int = 1
     seeds: int = 1
     effort: str = "standard"
+    iterations: int | None = None
+    parallel: int | None = None
     candidates: int = 100
     pictured: int = 6
     certificate: bool = False
@@ -76,6 +81,7 @@ class AuditConfig:
         for name in ("images", "batch_size", "local_steps", "observations", "aggregated", "seeds"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
+        self._check_budget()
         if self.local_steps > 1 and self.run.training.optimizer != "sgd":
             raise ConfigError(
                 f"updates of {self.local_steps} steps are unrolled as SGD, but the run trains with "
@@ -83,6 +89,19 @@ class AuditConfig:
             )
         if self.candidates < 2:
             raise ConfigError(f"candidates must be at least 2, got {self.candidates}.")
+
+    def _check_budget(self) -> None:
+        for name in ("iterations", "parallel"):
+            if (number := getattr(self, name)) is None:
+                continue
+            if number < 1:
+                raise ConfigError(f"{name} must be at least 1, got {number}.")
+            if not any(attack in SEARCHING for attack in self.attacks):
+                raise ConfigError(
+                    f"{name} is {number}, but none of the attacks searches: "
+                    f"{', '.join(self.attacks)}; leave it out, or add one of: "
+                    f"{', '.join(SEARCHING)}."
+                )
 
     @property
     def judged(self) -> tuple[str, ...]:
@@ -111,6 +130,7 @@ class AuditConfig:
             f"{len(self.grid)} defenses x {self.seeds} seed(s) are trained where needed; then "
             f"{len(self.attacks)} attack(s) under up to {len(self.threats) + 1} threat models each "
             f"on {self.images} victims of {self.per_victim} image(s), effort {self.effort}"
+            + ("" if self.iterations is None else f", {self.iterations} iterations")
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -61,6 +61,14 @@ def audit(
         int, typer.Option(help="Images of a class among which the true one is to be found.")
     ] = 100,
     effort: Annotated[str, typer.Option(help=f"One of: {', '.join(EFFORTS)}.")] = "standard",
+    iterations: Annotated[
+        int | None,
+        typer.Option(help="Of attacks that search, in place of those of the effort."),
+    ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(help="Trials that run as one batch; fewer take less memory."),
+    ] = None,
     certificate: Annotated[
         bool,
         typer.Option("--certificate", help="Also count the directions and bits given away."),
@@ -86,6 +94,9 @@ def audit(
 
       fedkl audit --run runs/kl --attacks all --images 100 --out runs/kl-audit
 
+      fedkl audit --model resnet18 --image-size 224 --stage initial --images 1
+        --attacks inverting-gradients --iterations 5 --out runs/large
+
       fedkl audit --batch-size 8 --local-steps 5 --effort quick --out runs/updates
     """
     from fedkl.audit import EXIT_CODES, AuditConfig, run_audit
@@ -106,6 +117,8 @@ def audit(
         aggregated=aggregated,
         seeds=seeds,
         effort=effort,
+        iterations=iterations,
+        parallel=parallel,
         candidates=candidates,
         certificate=certificate,
     )
