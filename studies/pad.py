@@ -4,8 +4,10 @@ Blocks, every arm paired by seed with the same data, partition, batches and init
 
 lenet-iid, lenet-dirichlet
     LeNet on Fashion-MNIST, 3 clients: norm, fedbn, pad (its head private), pad with a shared head.
-tuning, resnet20-tuning
-    Learning rates, on validation images of a seed of its own.
+tuning
+    LeNet's learning rate, on validation images of a seed of its own.
+resnet20-frontier
+    The same for ResNet-20 after 4 rounds, and what each setting of the pad does there.
 resnet20-iid, resnet20-dirichlet
     ResNet-20 at 16x16, 3 clients x 4,000 images, 10 rounds.
 clients
@@ -61,6 +63,26 @@ RESNET: dict[str, Any] = {
     "data": {"samples": 4_000, "image_size": 16},
     "training": {"lr": 0.03},
 }
+SHARED = {"head": False}
+SIGNS = {"inner_scale_law": "sign", "inner_spread": 0.1}
+FRONTIER: dict[str, tuple[dict[str, Any], float]] = {
+    "norm": ({"name": "norm"}, 0.03),
+    "pad": (PAD, 0.03),
+    "pad, lr 0.05": (PAD, 0.05),
+    "shared head": ({**PAD, **SHARED}, 0.03),
+    "shared head, lr 0.1": ({**PAD, **SHARED}, 0.1),
+    "wide throughout, shared head": ({**PAD, **WIDE, **SHARED}, 0.03),
+    "wide throughout, shared head, lr 0.1": ({**PAD, **WIDE, **SHARED}, 0.1),
+    "first block only, shared head": ({**PAD, **SHARED, "layers": "first"}, 0.03),
+    "inner signs, shared head": ({**PAD, **SIGNS, **SHARED}, 0.03),
+    "inner signs, lr 0.05": ({**PAD, **SIGNS}, 0.05),
+    "inner signs, spread 1, lr 0.05": ({**PAD, **SIGNS, "spread": 1.0}, 0.05),
+    "spread 1": ({**PAD, "spread": 1.0}, 0.03),
+    "near-one throughout": ({**PAD, "scale_law": "near-one"}, 0.03),
+    "gain 3": ({**PAD, "gain": 3.0}, 0.03),
+    "gain 0.3, lr 0.05": ({**PAD, "gain": 0.3}, 0.05),
+    "learned per channel, lr 0.05": ({**PAD, "learned": "channel"}, 0.05),
+}
 DIRICHLET = {"data": {"partition": "dirichlet"}}
 RENEWALS: dict[str, dict[str, Any]] = {
     "never": {},
@@ -105,7 +127,7 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
         "lenet-dirichlet": lambda n: _lenet(
             "lenet-dirichlet", n, DIRICHLET, ("norm", "fedbn", "pad", "pad-open-head")
         ),
-        "resnet20-tuning": _resnet_tuning,
+        "resnet20-frontier": _frontier,
         "resnet20-iid": lambda n: _resnet("resnet20-iid", n, {}),
         "resnet20-dirichlet": lambda n: _resnet("resnet20-dirichlet", n, DIRICHLET),
         "clients": _clients,
@@ -116,7 +138,7 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
 
 BLOCKS = (
     "tuning", "lenet-iid", "lenet-dirichlet", "clients", "renewal",
-    "resnet20-tuning", "resnet20-iid", "resnet20-dirichlet",
+    "resnet20-frontier", "resnet20-iid", "resnet20-dirichlet",
 )  # fmt: skip
 
 
@@ -178,25 +200,24 @@ def _renewal(seeds: int) -> list[Cell]:
     ]
 
 
-def _resnet_tuning(seeds: int) -> list[Cell]:
+def _frontier(seeds: int) -> list[Cell]:
     return [
         Cell(
-            "resnet20-tuning",
-            f"{arm}, lr {lr:g}",
+            "resnet20-frontier",
+            arm,
             TUNING_SEED,
             merged(
                 merged(LENET, RESNET),
                 {
-                    "defense": ARMS[arm],
+                    "defense": lock,
                     "training": {"lr": lr},
                     "federation": {"rounds": 4},
-                    "evaluation": {"every": 4},
+                    "evaluation": {"every": 4, "images": 5_000, "wrong_keys": 1},
                 },
             ),
             100.0,
         )
-        for arm in ("pad", "pad-wide")
-        for lr in (0.01, 0.03, 0.1)
+        for arm, (lock, lr) in FRONTIER.items()
     ]
 
 
