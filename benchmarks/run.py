@@ -10,7 +10,7 @@ pairs with a bootstrap 95 % interval. Writes ``benchmark.json`` (raw samples too
 ``benchmark.md``; a missed target is reported as missed, and parts that were not run keep their rows
 from before.
 
-Cost: about 20 minutes and 3 GB of memory on two quiet cores.
+Cost: about 25 minutes and 3 GB of memory on two quiet cores.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PARTS = {
     "d": memory.measure,
     "e": attacks.measure,
 }
-COST = {"a": 4, "b": 3, "c": 5, "d": 1, "e": 7}  # minutes on a quiet machine
+COST = {"a": 9, "b": 3, "c": 5, "d": 1, "e": 7}  # minutes on a quiet machine
 PACKAGES = ("fedkl", "torch", "torchvision", "numpy")
 
 

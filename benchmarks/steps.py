@@ -1,7 +1,9 @@
 """(a) A training step of a locked model against the same model unlocked: time and memory.
 
-Time: three copies of one model (unlocked, lock at the first norm, locks at all) take a step on the
-same batch in turns, in one process on one thread. Memory: the most bytes that torch holds at once.
+Time: copies of one model (unlocked, lock at the first norm, locks at all, a pad at all) take a step
+on the same batch in turns, in one process on one thread. The pad stands at ResNet-20 only, where it
+is also compiled and taken against the compiled unlocked network. Memory: the most bytes that torch
+holds at once.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common import Note, Row, ask, ratio_row
@@ -18,6 +20,9 @@ from common import Note, Row, ask, ratio_row
 # model, batch, image size; ResNet-18 also at a batch where its 22 million weights weigh more
 SHAPES = (("resnet20", 64, 32), ("resnet18", 64, 64), ("resnet18", 16, 64))
 LAYERS = {"first": "<= 1.02", "all": "<= 1.05"}
+# model, batch, image size; every arm's name with "compiled" runs under torch.compile
+PAD_SHAPES = (("resnet20", 64, 32), ("resnet20", 64, 16))
+PAD = {("pad", "unlocked"): "<= 1.20", ("pad, compiled", "unlocked, compiled"): "<= 1.08"}
 WARM_UP = 3
 
 
@@ -30,6 +35,10 @@ def measure(repeats: int, quick: bool, note: Note) -> list[Row]:
         rows += _time_rows(shape, ask("steps.py", {**shape, "role": "time", "repeats": repeats}))
         note(f"(a) {model}, batch of {batch}, {size}×{size}: peak memory")
         rows += _memory_rows(shape, ask("steps.py", {**shape, "role": "memory"}))
+    for model, batch, size in PAD_SHAPES[-1:] if quick else PAD_SHAPES:
+        shape = {"model": model, "batch": batch, "size": size}
+        note(f"(a) pad: {_title(shape)}: compiling (minutes), then {repeats} steps in turns")
+        rows += _pad_rows(shape, ask("steps.py", {**shape, "role": "pad", "repeats": repeats}))
     return rows
 
 
@@ -50,6 +59,22 @@ def _time_rows(shape: Mapping[str, Any], found: Mapping[str, Any]) -> list[Row]:
             note=f"{sizes[layers]:,} against {sizes['unlocked']:,} parameters",
         )
         for layers, target in LAYERS.items()
+    ]
+
+
+def _pad_rows(shape: Mapping[str, Any], found: Mapping[str, Any]) -> list[Row]:
+    sizes = found["parameters"]
+    return [
+        ratio_row(
+            "a",
+            f"step with {over} / {under}, {_title(shape)}",
+            (over, under),
+            found["wall"],
+            cpu=found["cpu"],
+            target=target,
+            note=f"{sizes[over]:,} against {sizes[under]:,} parameters",
+        )
+        for (over, under), target in PAD.items()
     ]
 
 
@@ -81,22 +106,34 @@ def _arm(settings: Mapping[str, Any], arm: str) -> Any:
     x = torch.rand(batch, 3, size, size, generator=generator)
     y = torch.randint(10, (batch,), generator=generator)
     model = build(settings["model"], num_classes=10, image_size=size, generator=derive(0, "model"))
-    if arm != "unlocked":
-        model = lock(model, Key.generate(), layers=arm, example=x[:2])
+    name, _, compiled = arm.partition(", ")
+    if name == "pad":
+        model = lock(model, Key.generate(), scheme="pad", example=x[:2])
+    elif name != "unlocked":
+        model = lock(model, Key.generate(), layers=name, example=x[:2])
     model.train()
+    forward = torch.compile(model, fullgraph=True) if compiled else model
     # The optimizer that the federation's clients use, so that the lock pays for its momentum too.
     optimizer = make_optimizer(model.parameters(), 0.01, TrainingConfig())
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(model(x), y).backward()
+        nn.functional.cross_entropy(forward(x), y).backward()
         optimizer.step()
 
     return step, model, optimizer
 
 
 def _time(settings: Mapping[str, Any]) -> dict[str, Any]:
-    arms = {arm: _arm(settings, arm) for arm in ("unlocked", *LAYERS)}
+    return _in_turns(settings, ("unlocked", *LAYERS))
+
+
+def _time_pad(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return _in_turns(settings, tuple(arm for pair in PAD for arm in pair))
+
+
+def _in_turns(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    arms = {arm: _arm(settings, arm) for arm in names}
     wall: dict[str, list[float]] = {arm: [] for arm in arms}
     cpu: dict[str, list[float]] = {arm: [] for arm in arms}
     for number in range(WARM_UP + settings["repeats"]):
@@ -142,4 +179,5 @@ def _memory(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    print(json.dumps({"time": _time, "memory": _memory}[given["role"]](given)))
+    roles = {"time": _time, "memory": _memory, "pad": _time_pad}
+    print(json.dumps(roles[given["role"]](given)))
