@@ -63,7 +63,7 @@ def _throughput(shape: Mapping[str, Any], repeats: int, target: str, note: Note)
     wall = {name: [one["wall"] for one in found] for name, found in answers.items()}
     cpu = {name: [one["cpu"] for one in found] for name, found in answers.items()}
     work = shape["trials"] * (shape["iterations"] - 1)
-    pace = ", ".join(f"{name} {work / sorted(w)[len(w) // 2]:.0f}" for name, w in wall.items())
+    pace = ", ".join(f"{name} {work / sorted(c)[len(c) // 2]:.0f}" for name, c in cpu.items())
     return ratio_row(
         "e",
         f"breaching / FedKL, Inverting Gradients, {shape['model']} {shape['size']}², "
@@ -72,7 +72,7 @@ def _throughput(shape: Mapping[str, Any], repeats: int, target: str, note: Note)
         wall,
         cpu=cpu,
         target=target,
-        note=f"trial-iterations a second: {pace}",
+        note=f"trial-iterations a processor second: {pace}",
     )
 
 
