@@ -26,14 +26,18 @@ from typing import Any
 from cells import provenance, run_cells, table, write
 
 ROOT = Path(__file__).resolve().parent.parent
+# What a pad was by default when most cells were made; their names go on.
+WIDE: dict[str, Any] = {
+    "name": "pad", "inner_scale_law": "wide", "inner_spread": 1.0, "head": False,
+}  # fmt: skip
 DEFENSES: dict[str, dict[str, Any]] = {
     "norm": {"name": "norm"},
     "channel": {"name": "channel"},
     "channel-first": {"name": "channel", "layers": "first"},
-    "pad": {"name": "pad"},
-    "pad-first": {"name": "pad", "layers": "first"},
-    "pad-shared-stem": {"name": "pad", "stem": False},
-    "pad-head": {"name": "pad", "head": True},
+    "pad": WIDE,
+    "pad-first": {**WIDE, "layers": "first"},
+    "pad-shared-stem": {**WIDE, "stem": False},
+    "pad-head": {**WIDE, "head": True},
 }
 CURVE_8, CURVE_16 = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64), (1, 2, 3, 4, 6, 8)
 # Private layers and pads of a default lock; the laws of both are in the JSON, under "prior".
@@ -52,13 +56,15 @@ def cells() -> dict[str, dict[str, Any]]:
         found[f"curve-8-{name}"] = _cell(defense, 8, CURVE_8)
     for name in ("channel", "pad"):
         found[f"curve-16-{name}"] = _cell(DEFENSES[name], 16, CURVE_16)
+    found["curve-8-pad-default"] = _cell({"name": "pad"}, 8, CURVE_8[:7])
+    found["curve-16-pad-default"] = _cell({"name": "pad"}, 16, CURVE_16[:4])
     for size in (2, 4):
         found[f"batch-8-pad-{size}"] = _cell(DEFENSES["pad"], 8, (1, 2), batch=size)
     for spread in SPREADS:
-        defense = {"name": "pad", "spread": spread}
+        defense = {**WIDE, "spread": spread}
         found[f"spread-16-{spread:g}"] = _cell(defense, 16, (1,))
     for law in LAWS:
-        defense = {"name": "pad", "scale_law": law}
+        defense = {**WIDE, "scale_law": law}
         found[f"law-16-{law}"] = _cell(defense, 16, (1,))
     for name in ("norm", "channel", "channel-first"):
         found[f"full-32-{name}"] = _cell(DEFENSES[name], 32, (1,))
@@ -136,6 +142,9 @@ def text(found: dict[str, Any]) -> str:
         "law and a noise of 1 % of the gradient's size: more than images have, to be compared with "
         "each other only. See [docs/theory.md](../docs/theory.md).",
         "",
+        "Pads have scales by the law `wide` and spread 1 behind the first lock, and a shared head "
+        "unless the name says otherwise. `pad-default` is what `--defense pad` is.",
+        "",
         "## Presentations under one lock",
         "",
         _curves(found, "curve-8-", CURVE_8, "8x8, 64 pixels an image"),
@@ -172,9 +181,10 @@ def _curves(found: dict[str, Any], prefix: str, counts: tuple[int, ...], what: s
         ones = found[name]["certificates"]
         label = name.removeprefix(prefix)
         shares = [f"{one['directions']} of {one['known']}" for one in ones]
+        shares += ["–"] * (len(counts) - len(ones))
         rows.append([f"{label}: directions", str(ones[0]["secrets"]), *shares])
         bits = [f"{one['bits']:.0f} of {one['bits_known']:.0f}" for one in ones]
-        rows.append([f"{label}: bits", "", *bits])
+        rows.append([f"{label}: bits", "", *bits, *["–"] * (len(counts) - len(ones))])
     return table(header, rows)
 
 
