@@ -3,7 +3,8 @@
 Blocks, every arm paired by seed with the same data, partition, batches and initial weights:
 
 lenet-iid, lenet-dirichlet
-    LeNet on Fashion-MNIST, 3 clients: norm, fedbn, pad (its head private), pad with a shared head.
+    LeNet on Fashion-MNIST, 3 clients: norm, fedbn, channel, pad (its head private), pad with a
+    shared head.
 tuning
     LeNet's learning rate, on validation images of a seed of its own.
 resnet20-frontier
@@ -46,6 +47,7 @@ WIDE = {"inner_scale_law": "wide", "inner_spread": 1.0}
 ARMS: dict[str, dict[str, Any]] = {
     "norm": {"name": "norm"},
     "fedbn": {"name": "fedbn"},
+    "channel": {"name": "channel"},
     "pad": PAD,
     "pad-open-head": {**PAD, "head": False},
     "pad-wide": {**PAD, **WIDE},
@@ -123,7 +125,9 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
     """The runs of a block."""
     make = {
         "tuning": _tuning,
-        "lenet-iid": lambda n: _lenet("lenet-iid", n, {}, ("norm", "pad", "pad-open-head")),
+        "lenet-iid": lambda n: _lenet(
+            "lenet-iid", n, {}, ("norm", "fedbn", "channel", "pad", "pad-open-head")
+        ),
         "lenet-dirichlet": lambda n: _lenet(
             "lenet-dirichlet", n, DIRICHLET, ("norm", "fedbn", "pad", "pad-open-head")
         ),
