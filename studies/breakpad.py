@@ -231,7 +231,8 @@ def markdown(document: dict[str, Any]) -> str:
     """The tables."""
     found = {part: document["parts"][part]["arms"] for part in PARTS if part in document["parts"]}
     about = [
-        f"- {part}: `{one['command']}` at commit {one['commit']}, {one['date']}{one.get('note', '')}"
+        f"- {part}: `{one['command']}` at commit {one['commit']}, {one['date']}"
+        f"{one.get('note', '')}"
         for part, one in document["parts"].items()
     ]
     parts = [

@@ -285,7 +285,8 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
 def markdown(document: dict[str, Any]) -> str:
     """The tables."""
     about = [
-        f"- {name}: `{block['command']}` at commit {block['commit']}, {block['date']}{block.get('note', '')}"
+        f"- {name}: `{block['command']}` at commit {block['commit']}, {block['date']}"
+        f"{block.get('note', '')}"
         for name, block in document["blocks"].items()
     ]
     parts = [
