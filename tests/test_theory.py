@@ -247,7 +247,7 @@ def test_without_signs_smooth_features_are_denoised() -> None:
 
 
 def padded() -> nn.Module:
-    return lock(plain(), KEY, example=torch.rand(4, 1, 6, 6), scheme="pad").train()
+    return lock(plain(), KEY, example=torch.rand(4, 1, 6, 6), scheme="pad", head=False).train()
 
 
 def test_a_pad_hides_neither_label_nor_confidence() -> None:

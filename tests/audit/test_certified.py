@@ -80,7 +80,8 @@ def test_a_batch_is_one_update(tmp_path: Path) -> None:
 def unattacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """An audit whose attacks are left out."""
     nothing = {"attack": "", "notes": [], "rows": [], "pictures": [], "skipped": "not now"}
-    monkeypatch.setattr(grid, "_attacked", lambda *_: nothing)
+    nothing["left_out"] = []
+    monkeypatch.setattr(grid, "attacked", lambda *_: nothing)
 
 
 @pytest.mark.usefixtures("unattacked")

@@ -227,8 +227,11 @@ def test_demo_falls_back_resumes_and_reports(
     assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert 'href="audit/report.html"' in page
     leaks = json.loads((tmp_path / "demo" / "audit" / "audit.json").read_text())
-    assert {row["defense"] for row in leaks["rows"]} == {"none", "norm", "fedbn", "channel"}
-    assert f"channel: {leaks['verdict']['overall']}" in answer.out
+    attacked = {row["defense"] for row in leaks["rows"]}
+    assert attacked == {"none", "norm", "fedbn", "channel", "pad"}
+    for name, verdict in leaks["verdict"]["defenses"].items():
+        assert f"{name}: {verdict['verdict']}" in answer.out
+    assert set(leaks["verdict"]["defenses"]) == {"channel", "pad"}
     summaries = {}
     for name, arm in demo_module.DEMO_ARMS.items():
         assert name in page
