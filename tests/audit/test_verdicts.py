@@ -51,7 +51,8 @@ IDLE = rows("none", "open", 200, 0.0)
         (rows("channel", "adaptive", 200, -0.1, 0), HOLDER, "holds", "succeeds where it should"),
         (rows("channel", "adaptive", 200, -0.1, 0), IDLE, "inconclusive", "says nothing"),
         (rows("channel", "adaptive", 200, -0.1, 0), [], "inconclusive", "says nothing"),
-        (rows("channel", "adaptive", 20, -0.1, 0), WORKING, "inconclusive", "more of them"),
+        # Only what is too wide is named.
+        (rows("channel", "adaptive", 20, -0.1, 0), WORKING, "inconclusive", "room for identific"),
         (rows("channel", "adaptive", 200, 0.03, 0), WORKING, "inconclusive", "up to 0.03"),
         (rows("channel", "adaptive", 200, 0.0, 6, 0.01), WORKING, "inconclusive", "6."),
         (rows("channel", "adaptive", 1, -0.1), WORKING, "inconclusive", "1 victims"),

@@ -145,10 +145,14 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str,
             f"advantage at most {high:.3f} and identification at most {found:.1%} "
             "(95 %), while the same attack succeeds where it should."
         )
-    above = "–" if high is None else f"{high:.3f}"
+    room = []
+    if high is None or high > ADVANTAGE_HOLDS:
+        room.append(f"an advantage up to {'–' if high is None else f'{high:.3f}'}")
+    if found > bound * chance:
+        room.append(f"identification up to {found:.1%}")
     return INCONCLUSIVE, (
-        f"{entry['n']} victims leave room for an advantage up to {above} and identification up to "
-        f"{found:.1%} (95 %); more of them would narrow it."
+        f"{entry['n']} victims leave room for {' and '.join(room)} (95 %); "
+        "more of them would narrow it."
     )
 
 
