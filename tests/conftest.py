@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -17,8 +20,24 @@ import pytest
 import torch
 from hypothesis import settings
 
+import fedkl.key
 from fedkl.rng import derive
 
+
+def _key_of_the_place() -> SimpleNamespace:
+    """Randomness of keys that test modules generate when they are imported: that of the line."""
+    used: Counter[str] = Counter()
+
+    def token_bytes(length: int) -> bytes:
+        frame = sys._getframe(2)  # whoever called Key.generate
+        place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        used[place] += 1
+        return hashlib.shake_256(f"{place} {used[place]}".encode()).digest(length)
+
+    return SimpleNamespace(token_bytes=token_bytes)
+
+
+fedkl.key.secrets = _key_of_the_place()
 torch.set_num_threads(1)
 settings.register_profile("fedkl", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("fedkl")
