@@ -101,6 +101,8 @@ SETTINGS: Final = (
             "Updates below which a round fails."),
     Setting("federation.join_steps", "--join-steps", int, 10,
             "Lock-only steps of a client before it takes part for the first time."),
+    Setting("federation.settle_steps", "--settle-steps", int, 50,
+            "Slow lock-only steps before a client uses a global model."),
     Setting("data.dataset", "--dataset", str, "fashion-mnist", "Data set.", DATASETS),
     Setting("data.root", "--data-root", str, None, "Folder of the data set's files."),
     Setting("data.image_size", "--image-size", int, 32, "Height and width in pixels."),

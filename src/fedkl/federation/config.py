@@ -126,6 +126,9 @@ class FederationConfig:
         min_clients: Updates below which a round fails.
         join_steps: Lock-only steps on a client's own data before it takes part for the first time;
             after an absence as many, but no more than an epoch.
+        settle_steps: Lock-only steps, at a tenth of the learning rate, before a client uses a
+            global model: what it has in private belongs to the weights that it sent, not to
+            everybody's mean. No more than an epoch.
     """
 
     method: str = "fedavg"
@@ -136,6 +139,7 @@ class FederationConfig:
     dropout: float = 0.0
     min_clients: int = 1
     join_steps: int = 10
+    settle_steps: int = 50
 
     def __post_init__(self) -> None:
         _choice("method", self.method, METHODS)
@@ -143,6 +147,7 @@ class FederationConfig:
         _at_least("rounds", self.rounds, 1)
         _at_least("min_clients", self.min_clients, 1)
         _at_least("join_steps", self.join_steps, 0)
+        _at_least("settle_steps", self.settle_steps, 0)
         _share("fraction", self.fraction, zero=False)
         _share("dropout", self.dropout, zero=True)
         if self.min_clients > self.sampled:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from fedkl.key import Key
 from fedkl.locking import LockSpec, Pad, is_locked, lock_spec
 from fedkl.models import build
 from fedkl.rng import derive
+
+SETTLE_RATE: Final = 0.1  # of the learning rate, for a client's private part after the last round
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,8 @@ class Session:
             generator = derive(config.seed, "examine", job.client, job.round)
             first = state.private is None
             self.workspace.join(shared, self.parts[job.client], generator, lr, first=first)
+        if job.round > 0:
+            self._settle(job, shared)
         found = examine(
             self.workspace,
             self._exam(job.split),
@@ -214,6 +219,16 @@ class Session:
             self.parts[job.client][: self.config.evaluation.calibration_images],
         )
         return Result(job, dataclasses.asdict(found), {})
+
+    def _settle(self, job: Job, shared: Mapping[str, Tensor]) -> None:
+        """A few slow lock-only steps, after the aggregation and before the model is used."""
+        config, mine = self.config, self.parts[job.client]
+        if config.federation.method == "centralized":
+            return  # nobody else has moved the weights
+        epoch = math.ceil(len(mine) / config.training.batch_size)
+        steps = min(config.federation.settle_steps, epoch)
+        generator = derive(config.seed, "settle", job.client, job.round)
+        self.workspace.join(shared, mine, generator, SETTLE_RATE * config.training.lr, steps=steps)
 
     def _others(self, client: int, round_: int) -> list[tuple[Key | None, Mapping[str, Tensor]]]:
         if not self.workspace.private:
