@@ -38,7 +38,7 @@ from fedkl.rng import derive
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")  # in scikit-image's wheel
 COUNT, SIZE, CLASSES = 20, 32, 10
-DLG_STEPS = {"photos": 2500, "fashion": 600}  # evaluations of L-BFGS
+DLG_STEPS = {"photos": (2500, 6), "fashion": (600, 2)}  # evaluations of L-BFGS, restarts
 EPOCHS, IMAGES, RATE = 8, 18_000, 0.05  # of the trained victim
 
 
@@ -58,7 +58,8 @@ class Cell:
 
 
 def _dlg(kind: type[DLG] | type[IDLG], data: str) -> Callable[[Path], Attack]:
-    return lambda _: kind(iterations=DLG_STEPS[data], restarts=2)
+    iterations, restarts = DLG_STEPS[data]
+    return lambda _: kind(iterations=iterations, restarts=restarts)
 
 
 def _adam(iterations: int, restarts: int = 1, tv: float = 1e-6) -> Callable[[Path], Attack]:

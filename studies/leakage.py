@@ -97,21 +97,20 @@ class Audit:
 
 ADAPTIVE = ("adaptive",)
 SETTINGS = ("key-unknown", "key-regressed", "lock-gradient", "adaptive")  # the paper's, and ours
-DLG, IG, GRNN = ("dlg",), ("inverting-gradients",), ("grnn",)
+DLG, IG, GRNN, GGL = ("dlg",), ("inverting-gradients",), ("grnn",), ("ggl",)
 SHADOW = ("shadow-label",)
 CHANNEL, PAD = {"channel": ADAPTIVE}, {"pad": ADAPTIVE}
 PAPER = {"paper-sigmoid": SETTINGS, "paper": ("key-unknown", "adaptive")}
 FEW = {"paper-sigmoid": ("key-unknown", "adaptive")}
 LOCKS = {**CHANNEL, "paper-sigmoid": ADAPTIVE}
 AUDITS: dict[str, Audit] = {
-    "lenet-initial": Audit("lenet", "initial", DLG, "quick", 20, {**CHANNEL, **PAPER, **PAD}, 15),
+    "lenet-initial": Audit("lenet", "initial", DLG, "quick", 20, {**CHANNEL, **PAPER, **PAD}, 30),
     "lenet-initial-grnn": Audit("lenet", "initial", GRNN, "standard", 5, FEW, 90),
     "lenet-initial-paper-effort": Audit("lenet", "initial", DLG, "paper", 1, FEW, 40),
-    "lenet-final": Audit("lenet", "final", IG, "quick", 20, {**CHANNEL, **PAPER, **PAD}, 10),
+    "lenet-final": Audit("lenet", "final", IG, "standard", 20, {**CHANNEL, **PAPER, **PAD}, 50),
     "lenet-final-shadow": Audit("lenet", "final", SHADOW, "quick", 200, {**LOCKS, **PAD}, 8),
     "lenet-16-final-peel": Audit("lenet-16", "final", ("peel",), "quick", 5, {**LOCKS, **PAD}, 20),
-    "resnet20-initial-grnn": Audit("resnet20", "initial", GRNN, "quick", 5, FEW, 50),
-    "resnet20-final": Audit("resnet20", "final", IG, "quick", 5, {**CHANNEL, **FEW, **PAD}, 25),
+    "resnet20-final": Audit("resnet20", "final", GGL, "quick", 20, {**LOCKS, **PAD}, 80),
     "resnet20-final-shadow": Audit("resnet20", "final", SHADOW, "quick", 200, {**LOCKS, **PAD}, 60),
 }
 

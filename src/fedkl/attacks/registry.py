@@ -82,12 +82,12 @@ def _shadow(**settings: Any) -> Mapping[str, Callable[[Resources], Attack]]:
 # Evaluations and restarts per effort; "paper" is the published budget.
 ATTACKS: Final[Mapping[str, Mapping[str, Callable[[Resources], Attack]]]] = {
     "dlg": {
-        "quick": lambda _: DLG(iterations=300, restarts=2),
+        "quick": lambda _: DLG(iterations=600, restarts=2),
         "standard": lambda _: DLG(iterations=1000, restarts=4),
         "paper": lambda _: DLG(iterations=6000, restarts=4),
     },
     "idlg": {
-        "quick": lambda _: IDLG(iterations=300, restarts=2),
+        "quick": lambda _: IDLG(iterations=600, restarts=2),
         "standard": lambda _: IDLG(iterations=1000, restarts=4),
         "paper": lambda _: IDLG(iterations=6000, restarts=4),
     },
