@@ -12,6 +12,9 @@ curves, resnet20
     private by default; here it is shared.
 gradient
     The same on a sketch of the whole shared gradient: with a private head there are no features.
+matching
+    The same by an attacker who is given the candidates and learns which of them a gradient fits
+    (studies/matcher.py), instead of drawing an image: the strongest of these attackers.
 renewals
     The same over pads that are renewed every 16 presentations, statistics pooled over all of them.
 likelihood
@@ -48,11 +51,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 STRONG = "pad, shared head, more public images"
 GRADIENT = {"channel": CHANNEL, "pad": PAD, "pad, shared head": OPEN_HEAD}
 MODELS: dict[str, dict[str, Any]] = {"lenet": LENET, "resnet20": merged(LENET, RESNET)}
-PARTS = ("curves", "resnet20", "gradient", "renewals", "likelihood", "optimizers")
+PARTS = ("curves", "resnet20", "gradient", "matching", "renewals", "likelihood", "optimizers")
 POOLED = {1: 100, 4: 25, 16: 7, 64: 2}  # updates under one lock: victims' locks
 COSTS = {
-    "curves": 110.0, "resnet20": 450.0, "gradient": 300.0, "renewals": 200.0, "likelihood": 200.0,
-    "optimizers": 600.0,
+    "curves": 110.0, "resnet20": 450.0, "gradient": 300.0, "matching": 500.0, "renewals": 200.0,
+    "likelihood": 200.0, "optimizers": 600.0,
 }  # fmt: skip
 EVERY, STEPS = 16, 10
 PRESENTATIONS = (16, 64, 256, 1000, 2000)
@@ -92,12 +95,15 @@ def cells_of(part: str, victims: int) -> list[Cell]:
             Cell(part, arm, VARIANTS[arm], victims, model=part)
             for arm in ("channel", "pad, shared head")
         ]
-    if part == "gradient":
+    if part in ("gradient", "matching"):
+        strong = part == "matching"
+        public = 6_000 if strong else 2_000
         return [
             # Twice the victims where the claim is: narrower intervals.
-            Cell(part, f"{model}, {arm}", lock, (1 + (arm == "pad")) * victims, model=model)
+            Cell(part, f"{model}, {arm}", lock, n, public=public, model=model)
             for model in MODELS
             for arm, lock in GRADIENT.items()
+            for n in (2 * victims if strong or arm == "pad" else victims,)
         ]
     if part == "renewals":
         arms = {"pad": PAD, "pad, shared head": OPEN_HEAD}
@@ -137,6 +143,7 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
         "curves": _features,
         "resnet20": _features,
         "gradient": _gradients,
+        "matching": _gradients,
         "renewals": _renewals,
         "likelihood": _likelihood,
         "optimizers": _audit,
@@ -166,7 +173,11 @@ def _gradients(cell: Cell, scratch: Path) -> dict[str, Any]:
     from intruders import Bench
 
     config, folder = trained(cell, scratch)
-    bench = Bench(config, folder, cell.victims, public=cell.public, sketch=1024)
+    matching = cell.part == "matching"
+    sketch = 2048 if matching else 1024
+    bench = Bench(
+        config, folder, cell.victims, public=cell.public, sketch=sketch, matching=matching
+    )
     counts = [n for n in PRESENTATIONS if n <= cell.victims]
     return {
         "own_key": json.loads((folder / "summary.json").read_text())["accuracy"]["own_key"],
@@ -182,8 +193,10 @@ def _renewals(cell: Cell, scratch: Path) -> dict[str, Any]:
     from intruders import Bench
 
     config, folder = trained(cell, scratch)
-    sketch = 1024 if cell.lock.get("head") is None else None
-    bench = Bench(config, folder, cell.victims, public=cell.public, sketch=sketch)
+    sketch = 2048 if cell.lock.get("head") is None else None
+    bench = Bench(
+        config, folder, cell.victims, public=cell.public, sketch=sketch, matching=sketch is not None
+    )
     return {
         "victims": cell.victims,
         "floor": bench.floor(),
@@ -248,7 +261,7 @@ def markdown(document: dict[str, Any]) -> str:
         "figures; ≤: upper end of its 95 % interval as if it were one. *key*: the same attack "
         "holding the key, the positive control.\n",
     ]
-    for part in ("curves", "resnet20", "gradient"):
+    for part in ("curves", "resnet20", "gradient", "matching"):
         if part in found:
             parts.append(f"## {part}\n\n{_curve_table(found[part])}\n")
     if "renewals" in found:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matcher import Matcher
 from torch import Tensor
 from torch.nn.functional import conv2d, instance_norm
 
@@ -27,14 +28,16 @@ from fedkl.observation import threat_of
 from fedkl.rng import derive
 
 WAYS = ("global", "label", "average", "transport")
+MATCHER_EPOCHS = 30
 
 
 @dataclass
 class Trained:
-    """A client the attacker can look into, and a decoder learned on it."""
+    """A client the attacker can look into, and what was learned on it."""
 
     inputs: Tensor
     decoder: Decoder
+    matcher: Matcher | None = None
 
 
 class Bench:
@@ -45,11 +48,21 @@ class Bench:
         victims: Test images, each in an update of its own.
         public: Images the attacker trains on.
         sketch: Length of a gradient's sketch; None: the classifier's input.
+        matching: Whether the attacker picks among the candidates itself, instead of drawing an
+            image that is compared with them.
     """
 
     def __init__(
-        self, config: Any, folder: Path, victims: int, *, public: int, sketch: int | None = None
+        self,
+        config: Any,
+        folder: Path,
+        victims: int,
+        *,
+        public: int,
+        sketch: int | None = None,
+        matching: bool = False,
     ) -> None:
+        self.matching = matching
         self.config, self.folder = config, folder
         self.bundle = load_data(config)
         self.audit = AuditConfig(run=config, images=victims)
@@ -101,20 +114,14 @@ class Bench:
             private = {name: tensor.clone() for name, tensor in space.private.items()}
             self.owner.owners[0] = key, private
             seen.append(self._given_away(rows))
-        pooled, labels = torch.cat(seen), self.public.labels
-        best = min(
-            clients, key=lambda c: distance_of_means(c.inputs, labels, pooled, self.labels, 10)
-        )
-        found = {"plain": self.identified(self._decode(best, pooled, self.labels, "plain"))}
-        for way in WAYS:
-            used = clients if way == "average" else [best]
-            drawn = [self._decode(client, pooled, self.labels, way) for client in used]
-            found[way] = self.identified(torch.stack(drawn).mean(dim=0))
-        return found
+        everyone, pooled = torch.arange(len(self.rows)), torch.cat(seen)
+        found = {"plain": self._hits([self._closest(clients, pooled, everyone)], pooled, everyone)}
+        found |= self._every_way(clients, pooled, everyone)
+        return {way: _share(hits) for way, hits in found.items()}
 
     def identified(self, images: Tensor) -> float:
         """Share of victims found among 100 of their class."""
-        return float(metrics.identified(images, self.truth, self.pool, self.decoys).double().mean())
+        return _share(metrics.identified(images, self.truth, self.pool, self.decoys))
 
     def floor(self) -> float:
         """The same for the class mean of all public images."""
@@ -123,8 +130,8 @@ class Bench:
 
     def holding_the_key(self) -> float:
         """The positive control: the decoder learned with the victim's own secrets."""
-        own = self._trained(self.held, 0)
-        return self.identified(self._decode(own, self.seen, self.labels, "plain"))
+        own, everyone = self._trained(self.held, 0), torch.arange(len(self.seen))
+        return _share(self._hits([own], self.seen, everyone))
 
     def shadows(self, count: int, epochs: int) -> list[Trained]:
         """Clients of the attacker's own."""
@@ -156,41 +163,70 @@ class Bench:
         The victims are dealt into groups of that number; each group is attacked by its own
         statistics alone. ``1`` takes none.
         """
-        labels = self.public.labels
-        found = {"1": {"plain": max(self._rate(c) for c in clients)}}
+        everyone = torch.arange(len(self.seen))
+        alone = [_share(self._hits([client], self.seen, everyone)) for client in clients]
+        found = {"1": {"plain": max(alone)}}
         for count in counts:
-            images: dict[str, list[Tensor]] = {way: [] for way in WAYS}
-            for part in torch.split(torch.arange(len(self.seen)), count):
-                seen, own = self.seen[part], self.labels[part]
-                best = min(
-                    clients, key=lambda c: distance_of_means(c.inputs, labels, seen, own, 10)
-                )
-                for way in WAYS:
-                    used = clients if way == "average" else [best]
-                    drawn = [self._decode(client, seen, own, way) for client in used]
-                    images[way].append(torch.stack(drawn).mean(dim=0))
-            found[str(count)] = {w: self.identified(torch.cat(x)) for w, x in images.items()}
+            parts = [
+                self._every_way(clients, self.seen[part], part)
+                for part in torch.split(everyone, count)
+            ]
+            found[str(count)] = {way: _share(torch.cat([p[way] for p in parts])) for way in WAYS}
         return found
 
-    def _rate(self, client: Trained) -> float:
-        return self.identified(self._decode(client, self.seen, self.labels, "plain"))
+    def _every_way(
+        self, clients: Sequence[Trained], seen: Tensor, who: Tensor
+    ) -> dict[str, Tensor]:
+        """Hits by way; ``seen`` is what the victims ``who`` gave away under one lock."""
+        best = self._closest(clients, seen, who)
+        return {
+            way: self._hits(clients if way == "average" else [best], seen, who, way) for way in WAYS
+        }
+
+    def _closest(self, clients: Sequence[Trained], seen: Tensor, who: Tensor) -> Trained:
+        mine, labels = self.public.labels, self.labels[who]
+        return min(clients, key=lambda c: distance_of_means(c.inputs, mine, seen, labels, 10))
+
+    def _hits(
+        self, clients: Sequence[Trained], seen: Tensor, who: Tensor, way: str | None = None
+    ) -> Tensor:
+        """Which of the victims ``who`` are found, by all ``clients`` together: bool (N,)."""
+        labels, shape = self.labels[who], self.first.image_shape
+        moved = [self._moved(client, seen, labels, way) for client in clients]
+        if not self.matching:
+            drawn = [
+                c.decoder.decode(x, labels, shape) for c, x in zip(clients, moved, strict=True)
+            ]
+            mean = torch.stack(drawn).mean(dim=0)
+            return metrics.identified(mean, self.truth[who], self.pool, self.decoys[who])
+        candidates = torch.cat([self.rows[who].reshape(-1, 1), self.decoys[who]], dim=1)
+        scores = [
+            matcher_of(c).scores(x, labels, self.pool, candidates)
+            for c, x in zip(clients, moved, strict=True)
+        ]
+        mean = torch.stack(scores).mean(dim=0)
+        return mean[:, 0] > mean[:, 1:].amax(dim=1)
 
     def _trained(self, secrets: dict[str, Tensor], seed: int) -> Trained:
         client = ShadowClient(self.network, secrets, self.first.num_classes)
         images, labels = self.public.images, self.public.labels
         inputs = _inputs(client, images, labels, self.sketch)
-        decoder = Decoder(Coordinates.of(inputs, labels, 10), 10, hidden=512, epochs=8)
-        decoder.fit(inputs, labels, images, derive(seed, "decoder"))
-        return Trained(inputs, decoder)
+        coordinates = Coordinates.of(inputs, labels, 10)
+        generator = derive(seed, "decoder")
+        decoder = Decoder(coordinates, 10, hidden=512, epochs=8)
+        if not self.matching:
+            decoder.fit(inputs, labels, images, generator)
+            return Trained(inputs, decoder)
+        matcher = Matcher(inputs.shape[1], self.first.image_shape, 10, generator)
+        matcher.fit(coordinates.enter(inputs), labels, images, MATCHER_EPOCHS)
+        return Trained(inputs, decoder, matcher)
 
-    def _decode(self, client: Trained, seen: Tensor, labels: Tensor, way: str) -> Tensor:
+    def _moved(self, client: Trained, seen: Tensor, labels: Tensor, way: str | None) -> Tensor:
+        """What victims gave away, in the client's coordinates."""
         coordinates = client.decoder.coordinates
         if way == "transport":
-            moved = self._transported(client, coordinates.align(seen, labels, "global"), labels)
-        else:
-            how = {"plain": None, "average": "label"}.get(way, way)
-            moved = coordinates.align(seen, labels, how)
-        return client.decoder.decode(moved, labels, self.first.image_shape)
+            return self._transported(client, coordinates.align(seen, labels, "global"), labels)
+        return coordinates.align(seen, labels, "label" if way == "average" else way)
 
     def _transported(self, client: Trained, seen: Tensor, labels: Tensor) -> Tensor:
         """Victims rotated onto the shadow: class means first, then neighbours matched in turn.
@@ -212,6 +248,16 @@ class Bench:
                 match[labels == c] = near[torch.cdist(moved[labels == c], near).argmin(dim=1)]
             rotation = _procrustes(theirs, match)
         return lift(theirs @ rotation)
+
+
+def matcher_of(client: Trained) -> Matcher:
+    """The client's matcher."""
+    assert client.matcher is not None
+    return client.matcher
+
+
+def _share(hits: Tensor) -> float:
+    return float(hits.double().mean())
 
 
 def _whitened(x: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor, Any]:
