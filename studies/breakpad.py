@@ -95,15 +95,18 @@ def cells_of(part: str, victims: int) -> list[Cell]:
             Cell(part, arm, VARIANTS[arm], victims, model=part)
             for arm in ("channel", "pad, shared head")
         ]
-    if part in ("gradient", "matching"):
-        strong = part == "matching"
-        public = 6_000 if strong else 2_000
+    if part == "gradient":
         return [
             # Twice the victims where the claim is: narrower intervals.
-            Cell(part, f"{model}, {arm}", lock, n, public=public, model=model)
+            Cell(part, f"{model}, {arm}", lock, (1 + (arm == "pad")) * victims, model=model)
             for model in MODELS
             for arm, lock in GRADIENT.items()
-            for n in (2 * victims if strong or arm == "pad" else victims,)
+        ]
+    if part == "matching":
+        return [
+            Cell(part, f"{m}, {a}", lock, 2 * victims, public=4_000, shadows=2, model=m)
+            for a, lock in (("pad", PAD), ("channel", CHANNEL))
+            for m in MODELS
         ]
     if part == "renewals":
         arms = {"pad": PAD, "pad, shared head": OPEN_HEAD}
