@@ -169,6 +169,33 @@ def test_bounds_rise_with_chance() -> None:
     assert overall(entries, ["channel"])["overall"] == "holds"
 
 
+@pytest.mark.parametrize(
+    "n, hits, candidates, verdict",
+    [
+        (100, 100, 2, "leaks"),  # a guesser is right half of the time, and never always
+        (100, 25, 10, "leaks"),  # from 16.9 %: chance is 10 %
+        (400, 40, 10, "holds"),  # up to 13.4 %, at most 15 %
+        (400, 180, 2, "holds"),  # up to 50.0 %
+        (100, 50, 2, "inconclusive"),  # up to 60 %
+        (400, 0, 1000, "holds"),
+        (400, 20, 1000, "leaks"),  # from 3.1 %: never below the bounds of 100 candidates
+    ],
+)
+def test_bounds_are_an_excess_over_chance(n: int, hits: int, candidates: int, verdict: str) -> None:
+    found = [*WORKING, *rows("channel", "adaptive", n, -0.1, hits)]
+    entries = summarize(found, judged=["channel"], candidates=candidates)
+    entry = next(e for e in entries if e["role"] == "defense")
+    assert entry["verdict"] == verdict, entry["reason"]
+
+
+def test_bound_in_the_reason_is_the_one_that_counted() -> None:
+    found = [*WORKING, *rows("channel", "adaptive", 100, -0.1, 90)]
+    (entry,) = summarize(found, judged=["channel"], candidates=30)[1:]
+    assert "more than 4.33%." in entry["reason"]
+    (entry,) = summarize(found, judged=["channel"])[1:]
+    assert "more than 2%." in entry["reason"]
+
+
 def test_attacks_that_were_not_mounted_are_named() -> None:
     entries = summarize([*WORKING, *rows("channel", "adaptive", 200, -0.1)], judged=["channel"])
     skipped = [{"defense": "channel", "attack": "peel"}, {"defense": "norm", "attack": "ggl"}]

@@ -18,6 +18,7 @@ EXIT_CODES: Final = {HOLDS: 0, LEAKS: 1, INCONCLUSIVE: 3}
 ADVANTAGE_LEAKS, ADVANTAGE_HOLDS = 0.05, 0.02
 IDENTIFIED_LEAKS, IDENTIFIED_HOLDS = 0.02, 0.02
 IDENTIFIED_HOLDS_FEW, FEW = 0.06, 100
+CHANCE = 0.01  # among 100 candidates, which the bounds on identification are for
 WORKS = 0.10
 
 CELL: Final = (
@@ -46,7 +47,7 @@ def summarize(
         feed_forward: Attacks without an optimizer, which are cheap: their ``holds`` needs the
             identification bound of 2 % whatever the number of images.
         candidates: Images among which the true one was to be found. The bounds are for 100, where
-            chance is 1 %; with fewer they rise as chance does.
+            chance is 1 %; with fewer they rise by as much as chance does.
     """
     cells: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -67,7 +68,7 @@ def summarize(
         entry["verdict"], entry["reason"] = judge(
             entry,
             cheap=str(entry["attack"]) in feed_forward,
-            chance=max(1.0, 100 / candidates),
+            chance=1 / candidates,
         )
         if absent := entry["left_out"]:
             entry["reason"] += (
@@ -106,7 +107,7 @@ def _crafted(entry: Row) -> bool:
     return str(entry["threat"]) in THREATS and THREATS[str(entry["threat"])].crafting
 
 
-def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str, str]:
+def judge(entry: Row, *, cheap: bool = False, chance: float = CHANCE) -> tuple[str, str]:
     """Verdict and one sentence. A missing bound counts as the worst it could be.
 
     So does a victim that was left out: a leak is found among the others, with that one guessed; but
@@ -115,8 +116,10 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str,
     Args:
         entry: Means and intervals of one attack.
         cheap: Whether the attack is feed-forward.
-        chance: Of a guesser to identify, in percent: the bounds grow with it.
+        chance: Of a guesser to identify: bounds are an excess over it, so they rise by what it is
+            above :data:`CHANCE`. Multiplied, they would pass 1 with two candidates.
     """
+    rise = max(0.0, chance - CHANCE)
     advantage, identified = entry["advantage"], entry["identified"]
     low, high = advantage["low"], entry["ceiling"]["advantage"]
     found = entry["ceiling"]["identified"]
@@ -125,10 +128,11 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str,
             f"aligned SSIM beats the floor by {advantage['mean']:.3f} "
             f"(95 % from {low:.3f}), more than {ADVANTAGE_LEAKS}."
         )
-    if identified["low"] > IDENTIFIED_LEAKS * chance:
+    if identified["low"] > IDENTIFIED_LEAKS + rise:
         return LEAKS, (
             f"{identified['mean']:.0%} of the images are identified among others of their class "
-            f"(95 % from {identified['low']:.1%}), more than {IDENTIFIED_LEAKS * chance:.0%}."
+            f"(95 % from {identified['low']:.1%}), more than "
+            f"{100 * (IDENTIFIED_LEAKS + rise):.3g}%."
         )
     if missing := [name for name, fine in entry["works"].items() if not fine]:
         what = {"advantage": "aligned SSIM", "identified": "identification"}
@@ -137,10 +141,9 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str,
             f"{' or '.join(what[name] for name in missing)} undefended or with the key either, so "
             "its failure says nothing."
         )
-    bound = IDENTIFIED_HOLDS
-    if not cheap and entry["n"] >= FEW:
-        bound = IDENTIFIED_HOLDS_FEW
-    if high is not None and high <= ADVANTAGE_HOLDS and found <= bound * chance:
+    few = not cheap and entry["n"] >= FEW
+    bound = rise + (IDENTIFIED_HOLDS_FEW if few else IDENTIFIED_HOLDS)
+    if high is not None and high <= ADVANTAGE_HOLDS and found <= bound:
         return HOLDS, (
             f"advantage at most {high:.3f} and identification at most {found:.1%} "
             "(95 %), while the same attack succeeds where it should."
@@ -148,7 +151,7 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str,
     room = []
     if high is None or high > ADVANTAGE_HOLDS:
         room.append(f"an advantage up to {'–' if high is None else f'{high:.3f}'}")
-    if found > bound * chance:
+    if found > bound:
         room.append(f"identification up to {found:.1%}")
     return INCONCLUSIVE, (
         f"{entry['n']} victims leave room for {' and '.join(room)} (95 %); "
