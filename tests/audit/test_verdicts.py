@@ -139,6 +139,14 @@ def test_crafted_control_does_not_vouch_for_an_honest_servers_attack() -> None:
     assert next(e for e in entries if e["role"] == "defense")["verdict"] == "holds"
 
 
+def test_honest_key_holder_does_not_vouch_for_a_crafting_servers_attack() -> None:
+    found = [*HOLDER, *rows("channel", "crafting", 200, -0.1)]
+    entries = summarize(found, judged=["channel"])
+    entry = next(e for e in entries if e["role"] == "defense")
+    assert entry["works"] == {"advantage": False, "identified": False}
+    assert entry["verdict"] == "inconclusive"
+
+
 def test_images_and_seeds_of_one_victim_count_once() -> None:
     """Five looks at twenty victims are twenty trials: no interval narrows by repetition."""
     once = rows("channel", "adaptive", 20, 0.1, 4, noise=0.02)

@@ -81,7 +81,8 @@ def summarize(
 def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
     """Whether the same attack succeeds undefended or holding the key, per metric.
 
-    What a server gets by crafting weights does not show that an honest one's attack works.
+    What a server gets by crafting weights does not show that an honest one's attack works, nor the
+    other way round.
     """
     same = [
         other
@@ -90,8 +91,9 @@ def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
             other[name] == entry[name]
             for name in ("attack", "stage", "batch", "steps", "observations", "aggregated")
         )
+        and _crafted(other) == _crafted(entry)
         and (
-            (other["defense"] == "none" and _crafted(other) == _crafted(entry))
+            other["defense"] == "none"
             or (other["defense"] == entry["defense"] and other["threat"] == KEY_HOLDER)
         )
     ]
