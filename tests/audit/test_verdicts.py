@@ -55,7 +55,10 @@ IDLE = rows("none", "open", 200, 0.0)
         (rows("channel", "adaptive", 20, -0.1, 0), WORKING, "inconclusive", "room for identific"),
         (rows("channel", "adaptive", 200, 0.03, 0), WORKING, "inconclusive", "up to 0.03"),
         (rows("channel", "adaptive", 200, 0.0, 6, 0.01), WORKING, "inconclusive", "6."),
-        (rows("channel", "adaptive", 1, -0.1), WORKING, "inconclusive", "1 victims"),
+        (rows("channel", "adaptive", 1, -0.1), WORKING, "inconclusive", "there are 1:"),
+        (rows("channel", "adaptive", 1, -0.1, 1), WORKING, "inconclusive", "takes 5 victims"),
+        (rows("channel", "adaptive", 4, 0.2, 4), WORKING, "inconclusive", "takes 5 victims"),
+        (rows("channel", "adaptive", 5, 0.2, 5), WORKING, "leaks", "beats the floor by 0.200"),
     ],
 )
 def test_rule(

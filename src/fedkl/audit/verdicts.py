@@ -18,6 +18,7 @@ EXIT_CODES: Final = {HOLDS: 0, LEAKS: 1, INCONCLUSIVE: 3}
 ADVANTAGE_LEAKS, ADVANTAGE_HOLDS = 0.05, 0.02
 IDENTIFIED_LEAKS, IDENTIFIED_HOLDS = 0.02, 0.02
 IDENTIFIED_HOLDS_FEW, FEW = 0.06, 100
+FEWEST = 5  # victims: below, one lucky hit is a leak with 95 % confidence
 CHANCE = 0.01  # among 100 candidates, which the bounds on identification are for
 WORKS = 0.10
 
@@ -125,6 +126,11 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = CHANCE) -> tuple[s
     advantage, identified = entry["advantage"], entry["identified"]
     low, high = advantage["low"], entry["ceiling"]["advantage"]
     found = entry["ceiling"]["identified"]
+    if entry["n"] < FEWEST:
+        return INCONCLUSIVE, (
+            f"a verdict takes {FEWEST} victims, and there are {entry['n']}: of so few, one that is "
+            "found by luck would be a leak. Attack more."
+        )
     if low is not None and low > ADVANTAGE_LEAKS:
         return LEAKS, (
             f"aligned SSIM beats the floor by {advantage['mean']:.3f} "
