@@ -85,6 +85,7 @@ def test_attack_that_does_not_apply_is_left_out_and_said(tmp_path: Path) -> None
     assert result["rows"] == []
     assert {line["cell"].split("_")[1] for line in result["skipped"]} == {"none", "norm", "fedbn"}
     assert all("linear" in line["reason"] for line in result["skipped"])
+    assert {line["threat"] for line in result["skipped"]} == {"open", "key-shared", "adaptive"}
     assert result["verdict"]["overall"] == "inconclusive"
 
 

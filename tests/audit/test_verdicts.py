@@ -207,12 +207,57 @@ def test_bound_in_the_reason_is_the_one_that_counted() -> None:
     assert "more than 2%." in entry["reason"]
 
 
-def test_attacks_that_were_not_mounted_are_named() -> None:
-    entries = summarize([*WORKING, *rows("channel", "adaptive", 200, -0.1)], judged=["channel"])
-    skipped = [{"defense": "channel", "attack": "peel"}, {"defense": "norm", "attack": "ggl"}]
-    verdict = overall(entries, ["channel"], skipped)["defenses"]["channel"]
-    assert verdict["left_out"] == ["peel"]
-    assert "nothing is said of: peel" in verdict["reason"]
+def absent(attack: str, threat: str, defense: str = "channel") -> dict[str, str]:
+    return {"defense": defense, "attack": attack, "threat": threat}
+
+
+def judged(*skipped: dict[str, str], threats: tuple[str, ...] = ("adaptive",)) -> dict[str, Any]:
+    """The verdict on a defense that holds against ``a`` under ``threats``."""
+    found = [row for threat in threats for row in rows("channel", threat, 200, -0.1)]
+    crafted = rows("none", "crafting", 200, 0.3, 150)
+    entries = summarize([*WORKING, *crafted, *found], judged=["channel"])
+    verdict: dict[str, Any] = overall(entries, ["channel"], skipped)["defenses"]["channel"]
+    return verdict
+
+
+def test_attacks_that_were_not_mounted_are_named_with_their_threat() -> None:
+    verdict = judged(absent("peel", "adaptive"), absent("ggl", "adaptive", defense="norm"))
+    assert verdict["verdict"] == "holds"
+    assert verdict["left_out"] == [{"attack": "peel", "threat": "adaptive"}]
+    assert "nothing is said of: peel (adaptive)." in verdict["reason"]
+
+
+def test_attack_that_was_mounted_under_another_threat_is_not_contradicted() -> None:
+    verdict = judged(absent("a", "crafting"), threats=("adaptive",))
+    assert verdict["verdict"] == "inconclusive"
+    assert verdict["worst"] is None  # no cell decided
+    assert "no attack could be mounted under crafting." in verdict["reason"]
+    assert "a (adaptive): advantage at most" in verdict["reason"]
+    assert "nothing is said of: a (crafting)." in verdict["reason"]
+    # With another attack under that threat something is said of it.
+    verdict = judged(absent("b", "crafting"), threats=("adaptive", "crafting"))
+    assert verdict["verdict"] == "holds"
+    assert "nothing is said of: b (crafting)." in verdict["reason"]
+
+
+def test_leak_stays_one_whatever_was_not_mounted() -> None:
+    entries = summarize([*WORKING, *rows("channel", "adaptive", 50, 0.2)], judged=["channel"])
+    verdict = overall(entries, ["channel"], [absent("a", "crafting")])["defenses"]["channel"]
+    assert verdict["verdict"] == "leaks"
+    assert "nothing is said of: a (crafting)." in verdict["reason"]
+
+
+def test_key_holder_that_was_not_mounted_is_no_gap_of_the_verdict() -> None:
+    verdict = judged(absent("a", "key-shared"))
+    assert (verdict["verdict"], verdict["left_out"]) == ("holds", [])
+    assert "Not mounted" not in verdict["reason"]
+
+
+def test_attack_that_was_mounted_with_some_seeds_is_said_to_be() -> None:
+    verdict = judged(absent("a", "adaptive"))
+    assert verdict["verdict"] == "holds"
+    assert "Mounted with some of the seeds alone: a (adaptive)." in verdict["reason"]
+    assert "nothing is said" not in verdict["reason"]
 
 
 def without(found: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def _all_cells(scene: Scene, given: Mapping[str, Path]) -> dict[str, Any]:
         pictures += found["pictures"]
         what = {"cell": name, "defense": cell.defense, "attack": cell.attack}
         if found["skipped"] is not None:
-            skipped.append({**what, "reason": found["skipped"]})
+            skipped.append({**what, "threat": cell.threat.name, "reason": found["skipped"]})
         left_out += [{**what, **one} for one in found["left_out"]]
         threats[cell.threat.name] = cell.threat.to_dict()
     summary = summarize(

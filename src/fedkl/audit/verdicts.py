@@ -172,24 +172,55 @@ def overall(
 ) -> dict[str, Any]:
     """The verdict on every judged defense, and the worst of them.
 
-    One leak is a leak. ``holds`` needs at least one attack that was able to fail, and no attack
-    that is inconclusive. Attacks that could not be mounted (``skipped``, with ``defense`` and
-    ``attack``) are named in the reason: a defense is not said to withstand them.
+    One leak is a leak. ``holds`` needs at least one attack that was able to fail, no attack that is
+    inconclusive, and under every threat model an attack that could be mounted. Those that could not
+    (``skipped``, with ``defense``, ``attack`` and ``threat``) are named in the reason and under
+    ``left_out``: a defense is not said to withstand them.
     """
     defenses = {}
     for name in judged:
         mine = [
             (i, e) for i, e in enumerate(entries) if e["defense"] == name and e["role"] == "defense"
         ]
-        defenses[name] = _worst(mine)
-        absent = sorted({s["attack"] for s in skipped if s["defense"] == name})
-        defenses[name]["left_out"] = absent
-        if absent:
-            defenses[name]["reason"] += f" Not mounted, so nothing is said of: {', '.join(absent)}."
+        # Key holders are controls: one that could not attack shows in what `works`.
+        absent = {
+            (str(s["attack"]), str(s["threat"]))
+            for s in skipped
+            if s["defense"] == name and s["threat"] != KEY_HOLDER
+        }
+        defenses[name] = _without(_worst(mine), mine, sorted(absent))
     order = (LEAKS, INCONCLUSIVE, HOLDS)
     found = {verdict["verdict"] for verdict in defenses.values()}
     worst = next((v for v in order if v in found), INCONCLUSIVE)
     return {"overall": worst, "defenses": defenses}
+
+
+def _without(
+    found: dict[str, Any], mine: Sequence[tuple[int, Row]], absent: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """The verdict ``found`` where the attacks ``absent``, with their threats, were not mounted."""
+    mounted = {(entry["attack"], entry["threat"]) for _, entry in mine}
+    unmounted = [pair for pair in absent if pair not in mounted]
+    threats = {threat for _, threat in mounted}
+    bare = list(dict.fromkeys(threat for _, threat in unmounted if threat not in threats))
+    if bare and found["verdict"] == HOLDS:
+        found = {
+            "verdict": INCONCLUSIVE,
+            "worst": None,
+            "reason": f"no attack could be mounted under {', '.join(bare)}. As far as others go, "
+            f"it holds; {found['reason']}",
+        }
+    reason = found["reason"]
+    if unmounted:
+        reason += f" Not mounted, so nothing is said of: {_pairs(unmounted)}."
+    if parts := [pair for pair in absent if pair in mounted]:
+        reason += f" Mounted with some of the seeds alone: {_pairs(parts)}."
+    names = [{"attack": attack, "threat": threat} for attack, threat in absent]
+    return {**found, "reason": reason, "left_out": names}
+
+
+def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{attack} ({threat})" for attack, threat in pairs)
 
 
 def _worst(entries: Sequence[tuple[int, Row]]) -> dict[str, Any]:
