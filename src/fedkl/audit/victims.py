@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkl.audit.config import AuditConfig
 from fedkl.data import DataBundle
-from fedkl.errors import CheckpointError, ConfigError
+from fedkl.errors import CheckpointError, ConfigError, DataError
 from fedkl.federation import ClientTask, RunConfig, client_update
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.session import Session
@@ -222,16 +222,27 @@ def _stage(session: Session, folder: Path, stage: str) -> tuple[int, Mapping[str
 def draw_victims(bundle: DataBundle, audit: AuditConfig) -> Tensor:
     """Rows of test images (victims, T, images): classes as evenly as possible, fixed by the seed.
 
-    Batch 1 goes through the classes in turn; the images of a larger batch are drawn at random.
+    Batch 1 goes through the classes in turn; the images of a larger batch are drawn at random. No
+    image is drawn twice: victims that share one are not independent, and intervals of them would be
+    too narrow.
+
+    Raises:
+        DataError: There are fewer test images.
     """
-    count = audit.images * audit.per_victim
+    count, there = audit.images * audit.per_victim, len(bundle.test)
+    if count > there:
+        most = there // audit.per_victim
+        raise DataError(
+            f"{audit.images} victims of {audit.per_victim} image(s) take {count} test images, but "
+            f"{bundle.name} has {there}; ask for "
+            + (f"{most} victims or fewer" if most else "updates of fewer images")
+            + (", or for updates of fewer images." if most and audit.per_victim > 1 else ".")
+        )
     generator = derive(audit.run.seed, "victims")
     labels = bundle.test.labels
     order = torch.randperm(len(labels), generator=generator)
     if audit.per_victim == 1:
         order = _in_turn(order, labels)
-    while len(order) < count:  # digits has few images; a batch may then hold one twice
-        order = torch.cat([order, order])
     return order[:count].view(audit.images, audit.observations, -1)
 
 
