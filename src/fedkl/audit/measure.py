@@ -37,8 +37,8 @@ class Truth:
         floor: Class mean of the public images, (N, C, H, W).
         decoys: Where in the pool other test images of the same class are, (N, candidates - 1).
         pool: Test images that are somebody's decoys, (M, C, H, W).
+        pool_rows: Which test images the pool holds, (M,).
         floor_figures: Metrics of the floor by name, (N,).
-        pool_rows: Which test images the pool holds, (M,); None: it begins with the first.
     """
 
     rows: Tensor
@@ -47,8 +47,8 @@ class Truth:
     floor: Tensor
     decoys: Tensor
     pool: Tensor
+    pool_rows: Tensor
     floor_figures: dict[str, Tensor]
-    pool_rows: Tensor | None = None
 
 
 def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
@@ -56,7 +56,8 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
 
     The floor is told the true labels, which batch-1 gradients give away: the strongest guesser.
     Within an update its guesses are put in the order that fits the true images best and identified
-    as reconstructions are, for an attack is allowed both.
+    as reconstructions are, for an attack is allowed both. Decoys are from outside the image's own
+    update, whose other images have reconstructions of their own among those it is compared with.
 
     Raises:
         DataError: A class has too few images for the candidates asked for.
@@ -64,19 +65,20 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
     flat = rows.flatten()
     images, labels = bundle.test.batch(flat)
     floor = floor_of(bundle.public, bundle.num_classes, labels)
+    size = rows.shape[-1]
     decoys = metrics.draw_decoys(
         labels,
         bundle.test.labels,
         generator=derive(audit.run.seed, "decoys"),
-        own=flat,
+        own=rows.flatten(0, -2).repeat_interleave(size, dim=0),
         count=audit.candidates - 1,
     )
     # Of the whole test set at 224 x 224 floats would take gigabytes.
     pool_rows, places = torch.unique(decoys, return_inverse=True)
     pool = bundle.test.batch(pool_rows)[0]
-    if (size := rows.shape[-1]) > 1:
+    if size > 1:
         floor = floor[in_order(floor, images, size)]
-    truth = Truth(flat, images, labels, floor, places, pool, {}, pool_rows)
+    truth = Truth(flat, images, labels, floor, places, pool, pool_rows, {})
     return replace(truth, floor_figures=measured(floor, truth, size))
 
 
@@ -187,13 +189,9 @@ def identified_in_batches(images: Tensor, truth: Truth, size: int) -> Tensor:
     for i, decoys in enumerate(truth.decoys):
         start = i - i % size
         mine = images[start : start + size].double().flatten(1)
-        # Others of the same batch are no decoys: their own reconstructions are among these.
-        test_rows = decoys if truth.pool_rows is None else truth.pool_rows[decoys]
-        decoys = decoys[~torch.isin(test_rows, truth.rows[start : start + size])]
         candidates = torch.cat([truth.images[i][None], truth.pool[decoys]]).double().flatten(1)
         near = torch.cdist(candidates, mine).amin(dim=1)
-        nearer = near[0] * (1 + 1e-9) < near[1:]
-        hits.append(nearer.all() & nearer.any())  # without a decoy nothing is identified
+        hits.append((near[0] * (1 + 1e-9) < near[1:]).all())
     return torch.stack(hits)
 
 
