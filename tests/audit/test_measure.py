@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from audithelp import small_audit
@@ -20,6 +22,7 @@ from fedkl.audit.measure import (
 )
 from fedkl.data import DataBundle
 from fedkl.data.images import TensorImages
+from fedkl.errors import DataError
 from fedkl.metrics import draw_decoys
 from fedkl.rng import derive
 
@@ -162,3 +165,24 @@ def test_exact_images_count_in_the_mean() -> None:
     assert float(figures["paper_psnr"].max()) == pytest.approx(74.0654, abs=1e-3)
     off = (truth.images + 0.1).clamp(0, 1)
     assert float(figures_of(off, truth.images, truth.pool, truth.decoys)["psnr"].max()) < 40
+
+
+@pytest.mark.parametrize("side", [8, 30, 31, 32])
+def test_damaged_weights_of_lpips_are_an_error_and_small_images_are_none(
+    side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column that is there on one machine must not vanish on another without a word."""
+    from torchvision.models import AlexNet_Weights
+
+    weights = tmp_path / "checkpoints" / AlexNet_Weights.DEFAULT.url.rpartition("/")[2]
+    weights.parent.mkdir()
+    weights.write_bytes(b"cut")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    x = torch.rand(40, 1, side, side, generator=torch.Generator().manual_seed(0))
+    bundle = bundle_of(x, torch.arange(40) % 2)
+    rows, audit = torch.tensor([5, 8]).view(2, 1, 1), small_audit(images=2, candidates=10)
+    if side < 31:
+        assert "lpips" not in truth_of(bundle, rows, audit).floor_figures
+        return
+    with pytest.raises(DataError, match=r"cannot be read .* get it anew, or remove it"):
+        truth_of(bundle, rows, audit)

@@ -15,13 +15,14 @@ from fedkl.attacks import Reconstruction
 from fedkl.audit.config import AuditConfig
 from fedkl.audit.floor import floor_of
 from fedkl.data import DataBundle
-from fedkl.errors import DataError
 from fedkl.rng import derive
 
 PSNR_CEILING: Final = 100.0
 """In dB: an error below 1e-10 is rounding, and infinity would drop out of every mean."""
 PAPER_PSNR_CEILING: Final = 10 * math.log10(255**2 / (255 * 1e-5))
 """The paper's figure at the same error."""
+
+LPIPS: Final = "alex"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,8 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
     update, whose other images have reconstructions of their own among those it is compared with.
 
     Raises:
-        DataError: A class has too few images for the candidates asked for.
+        DataError: A class has too few images for the candidates asked for, or the weights of LPIPS
+            cannot be read.
     """
     flat = rows.flatten()
     images, labels = bundle.test.batch(flat)
@@ -154,10 +156,14 @@ def figures_of(x: Tensor, truth: Tensor, pool: Tensor, decoys: Tensor) -> dict[s
 
 
 def _perceptual(x: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    try:
-        value = metrics.lpips(x, truth)
-    except DataError:  # images too small for the network
+    """LPIPS where its weights are and the images are large enough for its network.
+
+    Raises:
+        DataError: The weights are there and cannot be read: the column must not vanish unsaid.
+    """
+    if min(truth.shape[-2:]) < metrics.LPIPS_BACKBONES[LPIPS][1]:
         return {}
+    value = metrics.lpips(x, truth, LPIPS)
     return {"lpips": value} if isinstance(value, Tensor) else {}
 
 
