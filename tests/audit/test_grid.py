@@ -166,6 +166,7 @@ def test_audit_of_its_own_runs_is_not_resumed_with_one_given(tmp_path: Path) -> 
         ({"attacks": ()}, "no attack"),
         ({"defenses": ()}, "no defense"),
         ({"candidates": 1}, "at least 2"),
+        ({"certificate": True, "aggregated": 2}, "one client's update, but aggregated is 2"),
         ({"iterations": 0}, "iterations must be at least 1"),
         ({"parallel": 0}, "parallel must be at least 1"),
         ({"iterations": 5, "attacks": ("peel", "shadow")}, "none of the attacks searches"),

@@ -12,7 +12,7 @@ from fedkl.audit.arsenal import FEED_FORWARD, applicable
 from fedkl.audit.caveats import caveats
 from fedkl.audit.cells import Cell, Event, Listener, Scene, attacked
 from fedkl.audit.certified import certify_audit
-from fedkl.audit.config import AuditConfig
+from fedkl.audit.config import KEY_HOLDER, AuditConfig
 from fedkl.audit.measure import truth_of
 from fedkl.audit.sources import claim, federations
 from fedkl.audit.verdicts import overall, summarize
@@ -75,22 +75,37 @@ def run_audit(
             for defense, seed, config, place in federations(audit, folder, given)
         }
         found = _all_cells(Scene(audit, folder, bundle, truth, tell), given)
-    result = {
+    result = _result(audit, bundle, {d: accuracy[d, 0] for d in audit.grid}, found, facts or {})
+    # What the attacks found is on disk before anything else can go wrong.
+    write_json(folder / "audit.json", result)
+    if audit.certificate:
+        result["certificate"] = _certificate(audit, folder, given, bundle)
+        write_json(folder / "audit.json", result)
+    return result
+
+
+def _result(
+    audit: AuditConfig,
+    bundle: DataBundle,
+    accuracy: Mapping[str, dict[str, Any] | None],
+    found: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The JSON, without a certificate yet."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         "config": audit.to_dict(),
         "data": bundle.name,
         "cost": audit.cost,
-        **(facts or {}),
+        **facts,
         "verdict": overall(found["summary"], audit.judged, found["skipped"]),
-        "controls": [d for d in audit.grid if d not in audit.judged] + ["key-shared", "floor"],
-        "accuracy": {d: accuracy[d, 0] for d in audit.grid},
-        "caveats": caveats(audit, {d: accuracy[d, 0] for d in audit.grid}, bundle.num_classes),
+        "controls": [d for d in audit.grid if d not in audit.judged] + [KEY_HOLDER, "floor"],
+        "accuracy": dict(accuracy),
+        "caveats": caveats(audit, accuracy, bundle.num_classes),
         **found,
-        "certificate": _certificate(audit, folder, given, bundle) if audit.certificate else None,
+        "certificate": None,
     }
-    write_json(folder / "audit.json", result)
-    return result
 
 
 def _all_cells(scene: Scene, given: Mapping[str, Path]) -> dict[str, Any]:
