@@ -12,6 +12,7 @@ from fedkl.attacks import InvertingGradients
 from fedkl.audit import Event, arsenal, run_audit
 from fedkl.errors import ConfigError, DataError
 from fedkl.federation import run
+from fedkl.report import write_audit_page
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +98,18 @@ def test_json_has_what_the_page_and_people_need(tmp_path: Path) -> None:
     assert result["accuracy"]["channel"]["own_key"] is not None
     parsed = json.loads(whole(tmp_path))
     assert parsed["rows"] == json.loads(json.dumps(result["rows"]))
+
+
+def test_labels_are_said_to_be_found_only_where_the_update_tells_them(tmp_path: Path) -> None:
+    """The pad's classifier is private: its attackers are granted the label."""
+    result = run_audit(small_audit(stage="initial", defenses=("pad",), images=1), tmp_path)
+    for row in result["rows"]:
+        granted = row["defense"] == "pad"
+        assert row["labels_granted"] == granted
+        assert (row["label_found"] is None) == granted
+    for entry in result["summary"]:
+        assert (entry["labels_right"]["mean"] is None) == (entry["defense"] == "pad")
+    write_audit_page(tmp_path)
 
 
 def test_finished_run_is_audited_with_its_own_keys(tmp_path: Path) -> None:

@@ -160,6 +160,21 @@ def test_images_and_seeds_of_one_victim_count_once() -> None:
         assert repeated[name] == pytest.approx(alone[name])
 
 
+def test_labels_that_were_granted_are_not_found() -> None:
+    """Of labels that an attacker was given nobody can say that it is right about them."""
+    nothing = {"mean": None, "low": None, "high": None}
+    found = [
+        {**row, "labels_granted": True, "label_found": None}
+        for row in rows("pad", "adaptive", 20, 0.1)
+    ]
+    (entry,) = summarize(found, judged=["pad"])
+    assert entry["labels_right"] == nothing
+    assert entry["identified"]["mean"] == 0
+    # An attack that finds none by itself is wrong, not excused.
+    missed = [{**row, "labels_granted": False, "label_found": None} for row in found]
+    assert summarize(missed, judged=["pad"])[0]["labels_right"]["mean"] == 0
+
+
 def test_part_of_a_victim_widens_the_interval() -> None:
     found = rows("channel", "adaptive", 10, 0.1, 10)
     mixed = [

@@ -286,6 +286,19 @@ def test_words_go_by_the_number_of_candidates(
     assert f"or that of identification above {bound}." in text
 
 
+def test_labels_that_were_granted_are_a_dash(tmp_path: Path) -> None:
+    audit = write_fake_audit(tmp_path)
+    for one in audit["summary"]:
+        granted = one["defense"] == "pad"
+        half = None if granted else 0.5
+        one["labels_right"] = {"mean": half, "low": half, "high": half}
+    rewrite(tmp_path, audit)
+    text = read(write_audit_page(tmp_path)).text
+    assert "labels right" in text
+    assert "50 % (50 % to 50 %)" in text
+    assert "None" not in text
+
+
 def test_caveats_stand_under_the_verdict(tmp_path: Path) -> None:
     text = build(tmp_path, caveats=["The control is <b>nearly</b> untrained."]).text
     assert "Note. The control is <b>nearly</b> untrained." in text

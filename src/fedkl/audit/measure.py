@@ -216,7 +216,7 @@ def rows_of(
         found: A reconstruction per victim.
         images, labels: What :func:`matched` made of them.
         truth: Of the same victims.
-        facts: In every row (attack, defense, ...).
+        facts: In every row (attack, defense, ...). Where ``labels_granted``, none was found.
         victims: Their numbers; 0, 1, ... if None.
     """
     figures = measured(images, truth, found[0].images.shape[1])
@@ -225,7 +225,8 @@ def rows_of(
     rows = []
     for i in range(len(images)):
         place = i // per_victim
-        own = {"victim": numbers[place], "label_found": int(labels[i]), "left_out": None}
+        label = None if facts.get("labels_granted") else int(labels[i])
+        own = {"victim": numbers[place], "label_found": label, "left_out": None}
         rows.append(_row(i, truth, figures, {**facts, **own, "loss": number(found[place].loss)}))
     return rows
 

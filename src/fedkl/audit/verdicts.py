@@ -276,13 +276,15 @@ def _mean(rows: Sequence[Row], name: str) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def _rate(rows: Sequence[Row], name: str) -> dict[str, float]:
-    """Rate over victims with the interval of Clopper and Pearson.
+def _rate(rows: Sequence[Row], name: str) -> dict[str, float | None]:
+    """Rate over victims with the interval of Clopper and Pearson; of labels that were granted none.
 
     A victim with several images or seeds counts as one trial, by its share: to the next victim
     up for the upper bound and down for the lower one, so the interval is never too narrow.
     """
     if name == "labels_right":
+        if any(row.get("labels_granted") for row in rows):
+            return {"mean": None, "low": None, "high": None}
         hits = [float(row["label"] == row["label_found"]) for row in rows]
     else:
         hits = [float(row[name]) for row in rows]
