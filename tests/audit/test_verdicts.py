@@ -255,6 +255,19 @@ def test_attack_that_was_mounted_under_another_threat_is_not_contradicted() -> N
     assert "nothing is said of: b (crafting)." in verdict["reason"]
 
 
+def test_attack_without_an_optimizer_stands_for_all_threats_that_are_alike_to_it() -> None:
+    """It is mounted once, so another that fails under its twin leaves no threat bare."""
+    entries = summarize([*WORKING, *rows("channel", "adaptive", 200, -0.1)], judged=["channel"])
+    skipped = [absent("b", "key-unknown")]
+    alone = overall(entries, ["channel"], skipped)["defenses"]["channel"]
+    assert alone["verdict"] == "inconclusive"
+    found = overall(entries, ["channel"], skipped, feed_forward=["a"])["defenses"]["channel"]
+    assert found["verdict"] == "holds"
+    assert "nothing is said of: b (key-unknown)." in found["reason"]
+    crafting = overall(entries, ["channel"], [absent("b", "crafting")], feed_forward=["a"])
+    assert crafting["overall"] == "inconclusive"
+
+
 def test_leak_stays_one_whatever_was_not_mounted() -> None:
     entries = summarize([*WORKING, *rows("channel", "adaptive", 50, 0.2)], judged=["channel"])
     verdict = overall(entries, ["channel"], [absent("a", "crafting")])["defenses"]["channel"]

@@ -16,6 +16,9 @@ from fedkl.observation import THREATS
 STAGES: Final = ("initial", "mid", "final")
 CONTROLS: Final = ("none", "norm", "fedbn")
 KEY_HOLDER: Final = "key-shared"
+ALIKE: Final = ("adaptive", "key-unknown", "key-regressed", "lock-gradient", "block-ignored")
+"""Threat models that are one to attacks without an optimizer: these take neither lock weights nor
+lock gradients, and compare no gradients of which some could be left out."""
 
 
 @dataclass(frozen=True, kw_only=True)

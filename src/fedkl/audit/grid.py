@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkl.audit.arsenal import FEED_FORWARD, applicable
+from fedkl.audit.arsenal import FEED_FORWARD, applicable, repeats
 from fedkl.audit.caveats import caveats
 from fedkl.audit.cells import Cell, Event, Listener, Scene, attacked
 from fedkl.audit.certified import certify_audit
@@ -99,7 +99,9 @@ def _result(
         "data": bundle.name,
         "cost": audit.cost,
         **facts,
-        "verdict": overall(found["summary"], audit.judged, found["skipped"]),
+        "verdict": overall(
+            found["summary"], audit.judged, found["skipped"], feed_forward=FEED_FORWARD
+        ),
         "controls": [d for d in audit.grid if d not in audit.judged] + [KEY_HOLDER, "floor"],
         "accuracy": dict(accuracy),
         "caveats": caveats(audit, accuracy, bundle.num_classes),
@@ -202,8 +204,8 @@ def _cells(
     """Every cell with what makes its victims: of them only one cell's are in memory at a time."""
     for defense, seed, config, place in federations(audit, folder, given):
         make = functools.partial(Victims, config, place, bundle, audit)
-        for threat in applicable(audit.threats, make()):
+        threats = applicable(audit.threats, make())
+        for threat in threats:
             for attack in audit.attacks:
-                if threat.ignores_block and attack in FEED_FORWARD:
-                    continue  # it compares no gradients, so it is what it is under adaptive
-                yield Cell(defense, seed, threat, attack), make
+                if not repeats(attack, threat, threats):
+                    yield Cell(defense, seed, threat, attack), make

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
-from fedkl.audit.config import KEY_HOLDER
+from fedkl.audit.config import ALIKE, KEY_HOLDER
 from fedkl.metrics import mean_interval, proportion_interval
 from fedkl.observation import THREATS
 
@@ -168,14 +168,19 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = CHANCE) -> tuple[s
 
 
 def overall(
-    entries: Sequence[Row], judged: Sequence[str], skipped: Sequence[Row] = ()
+    entries: Sequence[Row],
+    judged: Sequence[str],
+    skipped: Sequence[Row] = (),
+    *,
+    feed_forward: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The verdict on every judged defense, and the worst of them.
 
     One leak is a leak. ``holds`` needs at least one attack that was able to fail, no attack that is
     inconclusive, and under every threat model an attack that could be mounted. Those that could not
     (``skipped``, with ``defense``, ``attack`` and ``threat``) are named in the reason and under
-    ``left_out``: a defense is not said to withstand them.
+    ``left_out``: a defense is not said to withstand them. Attacks without an optimizer
+    (``feed_forward``) are mounted under one of :data:`fedkl.audit.config.ALIKE` for all of them.
     """
     defenses = {}
     for name in judged:
@@ -188,7 +193,11 @@ def overall(
             for s in skipped
             if s["defense"] == name and s["threat"] != KEY_HOLDER
         }
-        defenses[name] = _without(_worst(mine), mine, sorted(absent))
+        mounted = {(str(e["attack"]), str(e["threat"])) for _, e in mine}
+        threats = {threat for _, threat in mounted}
+        if any(attack in feed_forward and threat in ALIKE for attack, threat in mounted):
+            threats |= set(ALIKE)
+        defenses[name] = _without(_worst(mine), sorted(absent), mounted, threats)
     order = (LEAKS, INCONCLUSIVE, HOLDS)
     found = {verdict["verdict"] for verdict in defenses.values()}
     worst = next((v for v in order if v in found), INCONCLUSIVE)
@@ -196,12 +205,16 @@ def overall(
 
 
 def _without(
-    found: dict[str, Any], mine: Sequence[tuple[int, Row]], absent: Sequence[tuple[str, str]]
+    found: dict[str, Any],
+    absent: Sequence[tuple[str, str]],
+    mounted: Collection[tuple[str, str]],
+    threats: Collection[str],
 ) -> dict[str, Any]:
-    """The verdict ``found`` where the attacks ``absent``, with their threats, were not mounted."""
-    mounted = {(entry["attack"], entry["threat"]) for _, entry in mine}
+    """The verdict ``found`` where the attacks ``absent``, with their threats, were not mounted.
+
+    Others were ``mounted``, under ``threats``.
+    """
     unmounted = [pair for pair in absent if pair not in mounted]
-    threats = {threat for _, threat in mounted}
     bare = list(dict.fromkeys(threat for _, threat in unmounted if threat not in threats))
     if bare and found["verdict"] == HOLDS:
         found = {
