@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,9 +192,14 @@ def test_settings_are_checked(settings: dict[str, object], message: str) -> None
         small_audit(**settings)
 
 
-def test_nothing_is_written_before_all_is_checked(tmp_path: Path) -> None:
+def test_nothing_is_written_before_all_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(DataError, match="decoys"):
         run_audit(small_audit(candidates=5000), tmp_path / "new")
     with pytest.raises(DataError, match="359 victims or fewer"):
         run_audit(small_audit(images=360), tmp_path / "new")
+    monkeypatch.setitem(sys.modules, "cma", None)
+    with pytest.raises(ConfigError, match=r"fedkl\[audit\]"):
+        run_audit(small_audit(attacks=("dlg", "ggl"), effort="paper"), tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,16 @@ def test_bad_input(call: Call, place: Path, words: Sequence[str], fragments: Seq
     for fragment in fragments:
         assert fragment in answer.err
     assert snapshot(place) == before
+
+
+def test_missing_cma_is_told_before_a_generator_is_trained(
+    call: Call, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cma", None)
+    words = with_(TEN, "--attacks", "ggl,idlg", "--effort", "paper")
+    answer = call(*(word.replace("{tmp}", str(place)) for word in words))
+    assert (answer.code, "pip install 'fedkl[audit]'" in answer.err) == (2, True), answer
+    assert not (place / "new").exists()
 
 
 def test_the_table_is_long_enough() -> None:

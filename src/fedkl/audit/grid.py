@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedkl.attacks import check_installed
 from fedkl.audit.arsenal import FEED_FORWARD, applicable, repeats
 from fedkl.audit.caveats import caveats
 from fedkl.audit.cells import Cell, Event, Listener, Scene, attacked
@@ -151,6 +152,7 @@ def _certificate(
 
 def _check(audit: AuditConfig, folder: Path, given: Mapping[str, Path], bundle: DataBundle) -> None:
     """Everything that can be known to go wrong, before anything is written."""
+    check_installed(audit.attacks, audit.effort)
     if given and audit.stage == "mid":
         raise ConfigError(
             "a finished run keeps no model from its middle; audit --stage initial or final, or let "
