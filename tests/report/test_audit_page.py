@@ -286,6 +286,23 @@ def test_words_go_by_the_number_of_candidates(
     assert f"or that of identification above {bound}." in text
 
 
+@pytest.mark.parametrize("decided", [True, False])
+def test_leakage_beside_accuracy_is_of_the_cell_that_decided(tmp_path: Path, decided: bool) -> None:
+    """A leak by identification alone decides, however great the advantage of others is."""
+    audit = write_fake_audit(tmp_path)
+    cells = [(i, x) for i, x in enumerate(audit["summary"]) if x["defense"] == "pad"]
+    i, cell = next((i, x) for i, x in cells if (x["threat"], x["attack"]) == ("adaptive", "dlg"))
+    cell["advantage"] = {"mean": -0.31, "low": -0.4, "high": -0.2}
+    cell["identified"] = {"mean": 0.77, "low": 0.6, "high": 0.9}
+    audit["verdict"]["defenses"]["pad"]["worst"] = i if decided else None
+    rewrite(tmp_path, audit)
+    text = read(write_audit_page(tmp_path)).text
+    section = text[text.index("What the protection costs") :]
+    row = section[section.index(" pad 85 %") :][:60]
+    assert ("−0.31 dlg 77 %" in row) == decided, row
+    assert ("– –" in row) == (not decided), row
+
+
 def test_labels_that_were_granted_are_a_dash(tmp_path: Path) -> None:
     audit = write_fake_audit(tmp_path)
     for one in audit["summary"]:
