@@ -123,25 +123,13 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = CHANCE) -> tuple[s
             above :data:`CHANCE`. Multiplied, they would pass 1 with two candidates.
     """
     rise = max(0.0, chance - CHANCE)
-    advantage, identified = entry["advantage"], entry["identified"]
-    low, high = advantage["low"], entry["ceiling"]["advantage"]
-    found = entry["ceiling"]["identified"]
     if entry["n"] < FEWEST:
         return INCONCLUSIVE, (
             f"a verdict takes {FEWEST} victims, and there are {entry['n']}: of so few, one that is "
             "found by luck would be a leak. Attack more."
         )
-    if low is not None and low > ADVANTAGE_LEAKS:
-        return LEAKS, (
-            f"aligned SSIM beats the floor by {advantage['mean']:.3f} "
-            f"(95 % from {low:.3f}), more than {ADVANTAGE_LEAKS}."
-        )
-    if identified["low"] > IDENTIFIED_LEAKS + rise:
-        return LEAKS, (
-            f"{identified['mean']:.0%} of the images are identified among others of their class "
-            f"(95 % from {identified['low']:.1%}), more than "
-            f"{100 * (IDENTIFIED_LEAKS + rise):.3g}%."
-        )
+    if leak := _leak(entry, IDENTIFIED_LEAKS + rise):
+        return LEAKS, leak
     if missing := [name for name, fine in entry["works"].items() if not fine]:
         what = {"advantage": "aligned SSIM", "identified": "identification"}
         return INCONCLUSIVE, (
@@ -150,17 +138,39 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = CHANCE) -> tuple[s
             "its failure says nothing."
         )
     few = not cheap and entry["n"] >= FEW
-    bound = rise + (IDENTIFIED_HOLDS_FEW if few else IDENTIFIED_HOLDS)
-    if high is not None and high <= ADVANTAGE_HOLDS and found <= bound:
-        return HOLDS, (
-            f"advantage at most {high:.3f} and identification at most {found:.1%} "
-            "(95 %), while the same attack succeeds where it should."
+    return _held(entry, rise + (IDENTIFIED_HOLDS_FEW if few else IDENTIFIED_HOLDS))
+
+
+def _leak(entry: Row, bound: float) -> str:
+    """What shows that it leaks, ``bound`` being that on identification; "" if nothing does."""
+    advantage, identified = entry["advantage"], entry["identified"]
+    low = advantage["low"]
+    if low is not None and low > ADVANTAGE_LEAKS:
+        return (
+            f"aligned SSIM beats the floor by {advantage['mean']:.3f} "
+            f"(95 % from {low:.3f}), more than {ADVANTAGE_LEAKS}."
         )
+    if identified["low"] > bound:
+        return (
+            f"{identified['mean']:.0%} of the images are identified among others of their class "
+            f"(95 % from {identified['low']:.1%}), more than {100 * bound:.3g}%."
+        )
+    return ""
+
+
+def _held(entry: Row, bound: float) -> tuple[str, str]:
+    """Whether the upper bounds are low enough, ``bound`` being that on identification."""
+    high, found = entry["ceiling"]["advantage"], entry["ceiling"]["identified"]
     room = []
     if high is None or high > ADVANTAGE_HOLDS:
         room.append(f"an advantage up to {'–' if high is None else f'{high:.3f}'}")
     if found > bound:
         room.append(f"identification up to {found:.1%}")
+    if not room:
+        return HOLDS, (
+            f"advantage at most {high:.3f} and identification at most {found:.1%} "
+            "(95 %), while the same attack succeeds where it should."
+        )
     return INCONCLUSIVE, (
         f"{entry['n']} victims leave room for {' and '.join(room)} (95 %); "
         "more of them would narrow it."

@@ -63,23 +63,7 @@ class Victims:
         shared: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.audit, self.bundle = audit, bundle
-        one_gradient = audit.local_steps == 1
-        training = dataclasses.replace(
-            config.training,
-            batch_size=audit.batch_size,
-            local_steps=audit.local_steps,
-            keep_momentum=False,
-        )
-        method = "fedsgd" if one_gradient else "fedavg"
-        federation = dataclasses.replace(config.federation, method=method)
-        self.config = dataclasses.replace(
-            config,
-            training=training,
-            federation=federation,
-            # What is measured is the image as it is; and attacks are computed on the CPU.
-            data=dataclasses.replace(config.data, augment=False),
-            device="cpu",
-        )
+        self.config = _attacked(config, audit)
         self.session = Session(self.config, folder, bundle)
         self.workspace = self.session.workspace
         self.workspace.images = bundle.test
@@ -98,15 +82,7 @@ class Victims:
             for client in range(audit.aggregated)
         ]
         self.key, self.private = self.owners[CLIENT]
-        self.training = Training(
-            batch_size=audit.batch_size,
-            local_steps=audit.local_steps,
-            lr=training.lr,
-            momentum=training.momentum if not one_gradient else 0.0,
-            nesterov=training.nesterov and not one_gradient,
-            weight_decay=training.weight_decay if not one_gradient else 0.0,
-            clients=audit.aggregated,
-        )
+        self.training = _known(self.config, audit)
 
     @property
     def spec(self) -> LockSpec | None:
@@ -205,6 +181,39 @@ class Victims:
         }
         workspace.model.zero_grad(set_to_none=True)
         return found
+
+
+def _attacked(config: RunConfig, audit: AuditConfig) -> RunConfig:
+    """The federation's settings, with updates made as the audit has them."""
+    training = dataclasses.replace(
+        config.training,
+        batch_size=audit.batch_size,
+        local_steps=audit.local_steps,
+        keep_momentum=False,
+    )
+    method = "fedsgd" if audit.local_steps == 1 else "fedavg"
+    return dataclasses.replace(
+        config,
+        training=training,
+        federation=dataclasses.replace(config.federation, method=method),
+        # What is measured is the image as it is; and attacks are computed on the CPU.
+        data=dataclasses.replace(config.data, augment=False),
+        device="cpu",
+    )
+
+
+def _known(config: RunConfig, audit: AuditConfig) -> Training:
+    """How updates are made, as far as the attacker knows: one gradient has no momentum or decay."""
+    training, one_gradient = config.training, audit.local_steps == 1
+    return Training(
+        batch_size=audit.batch_size,
+        local_steps=audit.local_steps,
+        lr=training.lr,
+        momentum=training.momentum if not one_gradient else 0.0,
+        nesterov=training.nesterov and not one_gradient,
+        weight_decay=training.weight_decay if not one_gradient else 0.0,
+        clients=audit.aggregated,
+    )
 
 
 def _stage(session: Session, folder: Path, stage: str) -> tuple[int, Mapping[str, Tensor]]:
