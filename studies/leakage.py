@@ -304,7 +304,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
                 _number(row["psnr"], 1),
                 _number(row["paper_mse"], 1),
                 _number(row["paper_psnr"], 1),
-                f"{100 * row['labels_right']['mean']:.0f} %",
+                _whole_percent(row["labels_right"]),
                 row["verdict"] if row["role"] == "defense" else f"({row['verdict']})",
             ]
             for row in rows
@@ -314,6 +314,10 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _number(value: dict[str, Any], digits: int = 3) -> str:
     return "–" if value["mean"] is None else f"{value['mean']:.{digits}f}"
+
+
+def _whole_percent(value: dict[str, Any]) -> str:
+    return "–" if value["mean"] is None else f"{100 * value['mean']:.0f} %"
 
 
 def _interval(value: dict[str, Any]) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from fedkl.attacks import (
     ATTACKS,
+    EFFORTS,
     NEED_PUBLIC,
     SEARCHING,
     Attack,
     ConditionalGenerator,
     GradientMatching,
+    check_installed,
     make_attack,
 )
 from fedkl.errors import AttackError, ConfigError
@@ -53,3 +57,17 @@ def test_ggl_as_published_is_the_papers_effort() -> None:
         assert made("ggl", effort).settings["search"] == "gradient"
     settings = made("ggl", "paper").settings
     assert (settings["search"], settings["distance"]) == ("cma-es", "squared")
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_who_needs_cma_is_told_before_it_searches(
+    effort: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_installed(ATTACKS, effort)
+    monkeypatch.setitem(sys.modules, "cma", None)
+    for name in ATTACKS:
+        if made(name, effort).settings.get("search") == "cma-es":
+            with pytest.raises(ConfigError, match=r"'ggl' at effort 'paper'.*fedkl\[audit\]"):
+                check_installed([name], effort)
+        else:
+            check_installed([name], effort)

@@ -11,13 +11,14 @@ import torch
 from audithelp import small_audit, small_run
 
 from fedkl.attacks import ATTACKS, Counted, InvertingGradients, Resources
-from fedkl.attacks.adaptive import Adaptive, Fishing
+from fedkl.attacks.adaptive import Adaptive, Fishing, adaptive_for
 from fedkl.audit import arsenal, run_audit
-from fedkl.audit.arsenal import Arsenal, applicable
+from fedkl.audit.arsenal import Arsenal, applicable, repeats
 from fedkl.audit.observe import observe
 from fedkl.audit.victims import Victims, draw_victims
 from fedkl.federation.session import load_data
 from fedkl.observation import OPEN, THREATS, Observation, threat_of
+from fedkl.rng import derive
 
 BUNDLE = load_data(small_run())
 
@@ -85,6 +86,7 @@ def test_attack_that_does_not_apply_is_left_out_and_said(tmp_path: Path) -> None
     assert result["rows"] == []
     assert {line["cell"].split("_")[1] for line in result["skipped"]} == {"none", "norm", "fedbn"}
     assert all("linear" in line["reason"] for line in result["skipped"])
+    assert {line["threat"] for line in result["skipped"]} == {"open", "key-shared", "adaptive"}
     assert result["verdict"]["overall"] == "inconclusive"
 
 
@@ -177,11 +179,53 @@ def test_adaptive_attackers_start_from_the_floor_too(
     assert without.floor is None
 
 
+OTHERS = ("key-unknown", "key-regressed", "lock-gradient", "block-ignored")
+
+
+@pytest.mark.parametrize(
+    "asked, solved",
+    [
+        (("adaptive", *OTHERS), ["adaptive"]),
+        ((*OTHERS, "adaptive"), ["adaptive"]),
+        (OTHERS, ["key-unknown"]),  # nothing vanishes
+        (("block-ignored",), ["block-ignored"]),
+        (("lock-gradient", "crafting"), ["lock-gradient", "crafting"]),
+    ],
+)
+def test_attack_that_needs_no_lock_weights_is_mounted_once(
+    tmp_path: Path, asked: tuple[str, ...], solved: list[str]
+) -> None:
+    threats = applicable(asked, victims(tmp_path, "channel"))
+    for attack in arsenal.FEED_FORWARD:
+        once = [one.name for one in threats if not repeats(attack, one, threats)]
+        assert once == ["key-shared", *solved]
+    every = [one for one in threats if not repeats("inverting-gradients", one, threats)]
+    assert every == list(threats)
+
+
+@pytest.mark.parametrize("threat", OTHERS)
+def test_attack_that_needs_no_lock_weights_finds_the_same_without(
+    tmp_path: Path, threat: str
+) -> None:
+    found = victims(tmp_path, "channel")
+    rows = draw_victims(BUNDLE, found.audit)
+    images = []
+    for model in (threat_of("adaptive"), threat_of(threat)):
+        seen = observe(found, [found.send(r, lock_gradients=True) for r in rows], model)
+        shadow = Resources(public=BUNDLE.public.batch(torch.arange(60))).shadow(
+            60, secret_epochs=1, epochs=1, hidden=0
+        )
+        attack = adaptive_for(model, shadow, seen[0], public=BUNDLE.public.batch(torch.arange(60)))
+        made = attack.reconstruct(seen, generator=derive(0, "attack"))
+        images.append(torch.cat([one.images for one in made]))
+    assert torch.equal(*images)
+
+
 @pytest.mark.usefixtures("_short")
 def test_ignoring_the_block_is_for_those_who_compare_gradients(tmp_path: Path) -> None:
     audit = small_audit(
         stage="initial",
-        threats=("block-ignored",),
+        threats=("block-ignored", "adaptive"),
         defenses=("fedbn",),
         attacks=("inverting-gradients", "shadow"),
         images=1,

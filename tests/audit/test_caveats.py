@@ -10,8 +10,9 @@ from fedkl.audit.caveats import caveats
 
 @pytest.mark.parametrize(
     "own, classes, said",
-    [(0.11, 10, True), (0.199, 10, True), (0.21, 10, False), (0.015, 100, True), (0.9, 10, False)],
-)
+    [(0.11, 10, True), (0.199, 10, True), (0.21, 10, False), (0.015, 100, True), (0.9, 10, False),
+     (0.74, 2, True), (0.76, 2, False), (0.99, 2, False), (0.66, 3, True), (0.67, 3, False)],
+)  # fmt: skip
 def test_untrained_control_is_called_so(own: float, classes: int, said: bool) -> None:
     accuracy = {"none": {"own_key": own}, "channel": {"own_key": 0.05}}
     found = caveats(small_audit(), accuracy, classes)

@@ -118,3 +118,21 @@ def test_an_image_without_a_gradient_does_not_end_the_audit(
     audit = small_audit(run=RUN, stage="initial", images=1, certificate=True)
     lines = run_audit(audit, tmp_path)["certificate"]["defenses"]
     assert [line["directions"] for line in lines] == [None] * 4
+
+
+@pytest.mark.usefixtures("unattacked")
+def test_what_the_attacks_found_outlives_a_certificate_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    audit = small_audit(run=RUN, stage="initial", images=1, certificate=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(grid, "certify_audit", fail)
+        with pytest.raises(MemoryError):
+            run_audit(audit, tmp_path)
+    found = json.loads((tmp_path / "audit.json").read_text())
+    assert found["certificate"] is None
+    assert found["skipped"]
+    assert run_audit(audit, tmp_path, resume=True)["certificate"] is not None

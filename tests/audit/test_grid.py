@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fedkl.attacks import InvertingGradients
 from fedkl.audit import Event, arsenal, run_audit
 from fedkl.errors import ConfigError, DataError
 from fedkl.federation import run
+from fedkl.report import write_audit_page
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +101,18 @@ def test_json_has_what_the_page_and_people_need(tmp_path: Path) -> None:
     assert parsed["rows"] == json.loads(json.dumps(result["rows"]))
 
 
+def test_labels_are_said_to_be_found_only_where_the_update_tells_them(tmp_path: Path) -> None:
+    """The pad's classifier is private: its attackers are granted the label."""
+    result = run_audit(small_audit(stage="initial", defenses=("pad",), images=1), tmp_path)
+    for row in result["rows"]:
+        granted = row["defense"] == "pad"
+        assert row["labels_granted"] == granted
+        assert (row["label_found"] is None) == granted
+    for entry in result["summary"]:
+        assert (entry["labels_right"]["mean"] is None) == (entry["defense"] == "pad")
+    write_audit_page(tmp_path)
+
+
 def test_finished_run_is_audited_with_its_own_keys(tmp_path: Path) -> None:
     config = small_run(name="channel")
     run(config, tmp_path / "run")
@@ -166,6 +180,7 @@ def test_audit_of_its_own_runs_is_not_resumed_with_one_given(tmp_path: Path) -> 
         ({"attacks": ()}, "no attack"),
         ({"defenses": ()}, "no defense"),
         ({"candidates": 1}, "at least 2"),
+        ({"certificate": True, "aggregated": 2}, "one client's update, but aggregated is 2"),
         ({"iterations": 0}, "iterations must be at least 1"),
         ({"parallel": 0}, "parallel must be at least 1"),
         ({"iterations": 5, "attacks": ("peel", "shadow")}, "none of the attacks searches"),
@@ -177,7 +192,14 @@ def test_settings_are_checked(settings: dict[str, object], message: str) -> None
         small_audit(**settings)
 
 
-def test_nothing_is_written_before_all_is_checked(tmp_path: Path) -> None:
+def test_nothing_is_written_before_all_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(DataError, match="decoys"):
         run_audit(small_audit(candidates=5000), tmp_path / "new")
+    with pytest.raises(DataError, match="359 victims or fewer"):
+        run_audit(small_audit(images=360), tmp_path / "new")
+    monkeypatch.setitem(sys.modules, "cma", None)
+    with pytest.raises(ConfigError, match=r"fedkl\[audit\]"):
+        run_audit(small_audit(attacks=("dlg", "ggl"), effort="paper"), tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from audithelp import small_audit
@@ -20,7 +22,9 @@ from fedkl.audit.measure import (
 )
 from fedkl.data import DataBundle
 from fedkl.data.images import TensorImages
+from fedkl.errors import DataError
 from fedkl.metrics import draw_decoys
+from fedkl.rng import derive
 
 SIZE, COUNT, DECOYS = 16, 480, 9
 
@@ -31,11 +35,12 @@ def truth_of_noise(generator: torch.Generator) -> Truth:
     labels = torch.zeros(COUNT, dtype=torch.int64)
     own = torch.arange(COUNT)
     everyone = torch.zeros(len(pool), dtype=torch.int64)
-    decoys = draw_decoys(labels, everyone, generator=generator, own=own, count=DECOYS)
+    updates = own.view(-1, SIZE).repeat_interleave(SIZE, dim=0)
+    decoys = draw_decoys(labels, everyone, generator=generator, own=updates, count=DECOYS)
     x = pool[:COUNT]
     names = ("mse", "ssim", "ssim_aligned", "identified", "success")
     zeros = {name: torch.zeros(COUNT) for name in names}
-    return Truth(own, x, labels, x * 0, decoys, pool, zeros)
+    return Truth(own, x, labels, x * 0, decoys, pool, torch.arange(len(pool)), zeros)
 
 
 def rows(x: Tensor, truth: Truth) -> tuple[list[Reconstruction], Tensor]:
@@ -111,13 +116,45 @@ def test_pool_holds_what_is_needed_and_no_more() -> None:
     audit = small_audit(images=2, candidates=10)
     truth = truth_of(bundle, torch.tensor([5, 8]).view(2, 1, 1), audit)
     assert len(truth.pool) <= 18
-    assert truth.pool_rows is not None
     for i, places in enumerate(truth.decoys):
         others = truth.pool_rows[places]
         assert len(set(others.tolist())) == 9
         assert int(truth.rows[i]) not in others.tolist()
         assert (bundle.test.labels[others] == truth.labels[i]).all()
         assert truth.pool[places].equal(bundle.test.batch(others)[0])
+
+
+def test_no_candidate_is_lost_to_the_batch() -> None:
+    """Among K candidates is among K: those of the same update are replaced, not dropped."""
+    generator = torch.Generator().manual_seed(0)
+    bundle = bundle_of(torch.rand(240, 1, 8, 8, generator=generator), torch.arange(240) % 2)
+    audit = small_audit(images=3, batch_size=8, observations=2, candidates=100)
+    rows = torch.randperm(240, generator=generator)[:48].view(3, 2, 8)
+    truth = truth_of(bundle, rows, audit)
+    assert truth.decoys.shape == (48, 99)
+    for i, places in enumerate(truth.decoys):
+        others = truth.pool_rows[places]
+        update = rows.view(6, 8)[i // 8]
+        assert len(others.unique()) == 99
+        assert not torch.isin(others, update).any()
+        assert (bundle.test.labels[others] == truth.labels[i]).all()
+
+
+def test_decoys_of_single_images_are_drawn_as_ever() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bundle = bundle_of(torch.rand(240, 1, 8, 8, generator=generator), torch.arange(240) % 2)
+    audit, rows = small_audit(images=6, candidates=10), torch.tensor([3, 9, 8, 200, 41, 0])
+    truth = truth_of(bundle, rows.view(3, 2, 1), audit)
+    plain = draw_decoys(
+        bundle.test.labels[rows],
+        bundle.test.labels,
+        generator=derive(0, "decoys"),
+        own=rows,
+        count=9,
+    )
+    assert truth.pool_rows[truth.decoys].equal(plain)
+    # As committed results have them.
+    assert plain[0].tolist() == [191, 93, 97, 15, 39, 135, 141, 5, 33]
 
 
 def test_exact_images_count_in_the_mean() -> None:
@@ -128,3 +165,24 @@ def test_exact_images_count_in_the_mean() -> None:
     assert float(figures["paper_psnr"].max()) == pytest.approx(74.0654, abs=1e-3)
     off = (truth.images + 0.1).clamp(0, 1)
     assert float(figures_of(off, truth.images, truth.pool, truth.decoys)["psnr"].max()) < 40
+
+
+@pytest.mark.parametrize("side", [8, 30, 31, 32])
+def test_damaged_weights_of_lpips_are_an_error_and_small_images_are_none(
+    side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column that is there on one machine must not vanish on another without a word."""
+    from torchvision.models import AlexNet_Weights
+
+    weights = tmp_path / "checkpoints" / AlexNet_Weights.DEFAULT.url.rpartition("/")[2]
+    weights.parent.mkdir()
+    weights.write_bytes(b"cut")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    x = torch.rand(40, 1, side, side, generator=torch.Generator().manual_seed(0))
+    bundle = bundle_of(x, torch.arange(40) % 2)
+    rows, audit = torch.tensor([5, 8]).view(2, 1, 1), small_audit(images=2, candidates=10)
+    if side < 31:
+        assert "lpips" not in truth_of(bundle, rows, audit).floor_figures
+        return
+    with pytest.raises(DataError, match=r"cannot be read .* get it anew, or remove it"):
+        truth_of(bundle, rows, audit)

@@ -18,7 +18,7 @@ def pictured(folder: Path, order: list[int]) -> dict[str, object]:
     found = Reconstruction(
         images=x[None], labels=torch.zeros(1, 2), frames=frames, iterations=(0, 9), losses=(1, 0)
     )
-    truth = Truth(torch.arange(2), x, torch.zeros(2), x, torch.zeros(2, 1), x, {})
+    truth = Truth(torch.arange(2), x, torch.zeros(2), x, torch.zeros(2, 1), x, torch.arange(2), {})
     facts = {"attack": "a", "defense": "none", "threat": "open", "stage": "final", "seed": 0}
     rows = [{**facts, "image": i, "label": 0, "ssim": 1.0, "identified": True} for i in range(2)]
     (entry,) = save_pictures(

@@ -55,7 +55,10 @@ IDLE = rows("none", "open", 200, 0.0)
         (rows("channel", "adaptive", 20, -0.1, 0), WORKING, "inconclusive", "room for identific"),
         (rows("channel", "adaptive", 200, 0.03, 0), WORKING, "inconclusive", "up to 0.03"),
         (rows("channel", "adaptive", 200, 0.0, 6, 0.01), WORKING, "inconclusive", "6."),
-        (rows("channel", "adaptive", 1, -0.1), WORKING, "inconclusive", "1 victims"),
+        (rows("channel", "adaptive", 1, -0.1), WORKING, "inconclusive", "there are 1:"),
+        (rows("channel", "adaptive", 1, -0.1, 1), WORKING, "inconclusive", "takes 5 victims"),
+        (rows("channel", "adaptive", 4, 0.2, 4), WORKING, "inconclusive", "takes 5 victims"),
+        (rows("channel", "adaptive", 5, 0.2, 5), WORKING, "leaks", "beats the floor by 0.200"),
     ],
 )
 def test_rule(
@@ -139,6 +142,14 @@ def test_crafted_control_does_not_vouch_for_an_honest_servers_attack() -> None:
     assert next(e for e in entries if e["role"] == "defense")["verdict"] == "holds"
 
 
+def test_honest_key_holder_does_not_vouch_for_a_crafting_servers_attack() -> None:
+    found = [*HOLDER, *rows("channel", "crafting", 200, -0.1)]
+    entries = summarize(found, judged=["channel"])
+    entry = next(e for e in entries if e["role"] == "defense")
+    assert entry["works"] == {"advantage": False, "identified": False}
+    assert entry["verdict"] == "inconclusive"
+
+
 def test_images_and_seeds_of_one_victim_count_once() -> None:
     """Five looks at twenty victims are twenty trials: no interval narrows by repetition."""
     once = rows("channel", "adaptive", 20, 0.1, 4, noise=0.02)
@@ -147,6 +158,21 @@ def test_images_and_seeds_of_one_victim_count_once() -> None:
     assert (repeated["n"], repeated["images"]) == (20, 100)
     for name in ("advantage", "identified"):
         assert repeated[name] == pytest.approx(alone[name])
+
+
+def test_labels_that_were_granted_are_not_found() -> None:
+    """Of labels that an attacker was given nobody can say that it is right about them."""
+    nothing = {"mean": None, "low": None, "high": None}
+    found = [
+        {**row, "labels_granted": True, "label_found": None}
+        for row in rows("pad", "adaptive", 20, 0.1)
+    ]
+    (entry,) = summarize(found, judged=["pad"])
+    assert entry["labels_right"] == nothing
+    assert entry["identified"]["mean"] == 0
+    # An attack that finds none by itself is wrong, not excused.
+    missed = [{**row, "labels_granted": False, "label_found": None} for row in found]
+    assert summarize(missed, judged=["pad"])[0]["labels_right"]["mean"] == 0
 
 
 def test_part_of_a_victim_widens_the_interval() -> None:
@@ -169,12 +195,97 @@ def test_bounds_rise_with_chance() -> None:
     assert overall(entries, ["channel"])["overall"] == "holds"
 
 
-def test_attacks_that_were_not_mounted_are_named() -> None:
+@pytest.mark.parametrize(
+    "n, hits, candidates, verdict",
+    [
+        (100, 100, 2, "leaks"),  # a guesser is right half of the time, and never always
+        (100, 25, 10, "leaks"),  # from 16.9 %: chance is 10 %
+        (400, 40, 10, "holds"),  # up to 13.4 %, at most 15 %
+        (400, 180, 2, "holds"),  # up to 50.0 %
+        (100, 50, 2, "inconclusive"),  # up to 60 %
+        (400, 0, 1000, "holds"),
+        (400, 20, 1000, "leaks"),  # from 3.1 %: never below the bounds of 100 candidates
+    ],
+)
+def test_bounds_are_an_excess_over_chance(n: int, hits: int, candidates: int, verdict: str) -> None:
+    found = [*WORKING, *rows("channel", "adaptive", n, -0.1, hits)]
+    entries = summarize(found, judged=["channel"], candidates=candidates)
+    entry = next(e for e in entries if e["role"] == "defense")
+    assert entry["verdict"] == verdict, entry["reason"]
+
+
+def test_bound_in_the_reason_is_the_one_that_counted() -> None:
+    found = [*WORKING, *rows("channel", "adaptive", 100, -0.1, 90)]
+    (entry,) = summarize(found, judged=["channel"], candidates=30)[1:]
+    assert "more than 4.33%." in entry["reason"]
+    (entry,) = summarize(found, judged=["channel"])[1:]
+    assert "more than 2%." in entry["reason"]
+
+
+def absent(attack: str, threat: str, defense: str = "channel") -> dict[str, str]:
+    return {"defense": defense, "attack": attack, "threat": threat}
+
+
+def judged(*skipped: dict[str, str], threats: tuple[str, ...] = ("adaptive",)) -> dict[str, Any]:
+    """The verdict on a defense that holds against ``a`` under ``threats``."""
+    found = [row for threat in threats for row in rows("channel", threat, 200, -0.1)]
+    crafted = rows("none", "crafting", 200, 0.3, 150)
+    entries = summarize([*WORKING, *crafted, *found], judged=["channel"])
+    verdict: dict[str, Any] = overall(entries, ["channel"], skipped)["defenses"]["channel"]
+    return verdict
+
+
+def test_attacks_that_were_not_mounted_are_named_with_their_threat() -> None:
+    verdict = judged(absent("peel", "adaptive"), absent("ggl", "adaptive", defense="norm"))
+    assert verdict["verdict"] == "holds"
+    assert verdict["left_out"] == [{"attack": "peel", "threat": "adaptive"}]
+    assert "nothing is said of: peel (adaptive)." in verdict["reason"]
+
+
+def test_attack_that_was_mounted_under_another_threat_is_not_contradicted() -> None:
+    verdict = judged(absent("a", "crafting"), threats=("adaptive",))
+    assert verdict["verdict"] == "inconclusive"
+    assert verdict["worst"] is None  # no cell decided
+    assert "no attack could be mounted under crafting." in verdict["reason"]
+    assert "a (adaptive): advantage at most" in verdict["reason"]
+    assert "nothing is said of: a (crafting)." in verdict["reason"]
+    # With another attack under that threat something is said of it.
+    verdict = judged(absent("b", "crafting"), threats=("adaptive", "crafting"))
+    assert verdict["verdict"] == "holds"
+    assert "nothing is said of: b (crafting)." in verdict["reason"]
+
+
+def test_attack_without_an_optimizer_stands_for_all_threats_that_are_alike_to_it() -> None:
+    """It is mounted once, so another that fails under its twin leaves no threat bare."""
     entries = summarize([*WORKING, *rows("channel", "adaptive", 200, -0.1)], judged=["channel"])
-    skipped = [{"defense": "channel", "attack": "peel"}, {"defense": "norm", "attack": "ggl"}]
-    verdict = overall(entries, ["channel"], skipped)["defenses"]["channel"]
-    assert verdict["left_out"] == ["peel"]
-    assert "nothing is said of: peel" in verdict["reason"]
+    skipped = [absent("b", "key-unknown")]
+    alone = overall(entries, ["channel"], skipped)["defenses"]["channel"]
+    assert alone["verdict"] == "inconclusive"
+    found = overall(entries, ["channel"], skipped, feed_forward=["a"])["defenses"]["channel"]
+    assert found["verdict"] == "holds"
+    assert "nothing is said of: b (key-unknown)." in found["reason"]
+    crafting = overall(entries, ["channel"], [absent("b", "crafting")], feed_forward=["a"])
+    assert crafting["overall"] == "inconclusive"
+
+
+def test_leak_stays_one_whatever_was_not_mounted() -> None:
+    entries = summarize([*WORKING, *rows("channel", "adaptive", 50, 0.2)], judged=["channel"])
+    verdict = overall(entries, ["channel"], [absent("a", "crafting")])["defenses"]["channel"]
+    assert verdict["verdict"] == "leaks"
+    assert "nothing is said of: a (crafting)." in verdict["reason"]
+
+
+def test_key_holder_that_was_not_mounted_is_no_gap_of_the_verdict() -> None:
+    verdict = judged(absent("a", "key-shared"))
+    assert (verdict["verdict"], verdict["left_out"]) == ("holds", [])
+    assert "Not mounted" not in verdict["reason"]
+
+
+def test_attack_that_was_mounted_with_some_seeds_is_said_to_be() -> None:
+    verdict = judged(absent("a", "adaptive"))
+    assert verdict["verdict"] == "holds"
+    assert "Mounted with some of the seeds alone: a (adaptive)." in verdict["reason"]
+    assert "nothing is said" not in verdict["reason"]
 
 
 def without(found: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from fedkl.attacks.network import Network
 from fedkl.audit.observe import observe
 from fedkl.audit.victims import Victims, draw_victims
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, DataError
 from fedkl.federation.session import load_data
 from fedkl.locking import affines
 from fedkl.observation import OPEN, threat_of
@@ -135,6 +135,30 @@ def test_victims_go_through_the_classes(tmp_path: Path) -> None:
     assert len(rows.unique()) == 20
     again = draw_victims(BUNDLE, small_audit(images=20, seeds=2))
     assert torch.equal(rows, again)
+
+
+@pytest.mark.parametrize(
+    "settings, advice",
+    [
+        (
+            {"images": 360},
+            "take 360 test images, but digits has 359; ask for 359 victims or fewer.",
+        ),
+        ({"images": 90, "batch_size": 4}, "89 victims or fewer, or for updates of fewer images"),
+        ({"images": 2, "observations": 200}, "1 victims or fewer, or for"),
+        ({"images": 1, "batch_size": 400}, "has 359; ask for updates of fewer images."),
+    ],
+)
+def test_no_image_is_two_victims(settings: dict[str, int], advice: str) -> None:
+    """Repeated, they would count as independent, and make intervals too narrow."""
+    with pytest.raises(DataError, match=advice):
+        draw_victims(BUNDLE, small_audit(**settings))
+
+
+def test_every_image_of_the_test_set_may_be_a_victim() -> None:
+    for settings in ({"images": 359}, {"images": 89, "batch_size": 4}):
+        rows = draw_victims(BUNDLE, small_audit(**settings))
+        assert len(rows.unique()) == rows.numel()
 
 
 def test_victims_are_images_as_they_are_on_the_cpu(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("zero observations", with_(AUDIT, "--observations", "0"), ["observations", "at least 1"]),
     ("too many candidates", with_(AUDIT, "--candidates", "100"), ["99 or more", "fewer"]),
     ("zero seeds", with_(AUDIT, "--seeds", "0"), ["seeds must be at least 1"]),
+    ("certificate of several", [*with_(AUDIT, "--aggregated", "2"), "--certificate"],
+     ["one client's update", "aggregated is 2"]),
     ("no number", with_(AUDIT, "--images", "many"), ["--images", "integer"]),
     ("model", with_(AUDIT, "--model", "lenett"), ["'lenett'", "'lenet'"]),
     ("data set", with_(AUDIT, "--dataset", "digit"), ["'digit'", "'digits'"]),
@@ -143,6 +146,16 @@ def test_bad_input(call: Call, place: Path, words: Sequence[str], fragments: Seq
     for fragment in fragments:
         assert fragment in answer.err
     assert snapshot(place) == before
+
+
+def test_missing_cma_is_told_before_a_generator_is_trained(
+    call: Call, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cma", None)
+    words = with_(TEN, "--attacks", "ggl,idlg", "--effort", "paper")
+    answer = call(*(word.replace("{tmp}", str(place)) for word in words))
+    assert (answer.code, "pip install 'fedkl[audit]'" in answer.err) == (2, True), answer
+    assert not (place / "new").exists()
 
 
 def test_the_table_is_long_enough() -> None:
@@ -334,10 +347,11 @@ def test_flags_reach_the_audit(call: Call, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("fedkl.audit.run_audit", look)
     words = [word.replace("{tmp}", str(tmp_path)) for word in AUDIT]
     flags = ["--iterations", "7", "--parallel", "8"]
-    flags += ["--certificate", "--aggregated", "2", "--batch-size", "3", "--local-steps", "4"]
+    flags += ["--aggregated", "2", "--batch-size", "3", "--local-steps", "4"]
     call(*words, *flags, "--observations", "5", "--seeds", "6", "--stage", "mid")
-    (config,) = seen
-    assert config.certificate
+    call(*words, "--certificate")  # not of an aggregate
+    config, other = seen
+    assert (config.certificate, other.certificate) == (False, True)
     assert (config.aggregated, config.batch_size, config.local_steps) == (2, 3, 4)
     assert (config.iterations, config.parallel) == (7, 8)
     assert (config.observations, config.seeds, config.stage) == (5, 6, "mid")

@@ -274,7 +274,7 @@ def test_without_accuracy_no_section_about_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "candidates, chance, bound", [(100, "1 %", "2 %"), (10, "10 %", "20 %"), (200, "0.5 %", "2 %")]
+    "candidates, chance, bound", [(100, "1 %", "2 %"), (10, "10 %", "11 %"), (200, "0.5 %", "2 %")]
 )
 def test_words_go_by_the_number_of_candidates(
     tmp_path: Path, candidates: int, chance: str, bound: str
@@ -284,6 +284,36 @@ def test_words_go_by_the_number_of_candidates(
     assert f"Among {candidates} images of the same class" in text
     assert f"Chance alone reaches {chance}." in text
     assert f"or that of identification above {bound}." in text
+
+
+@pytest.mark.parametrize("decided", [True, False])
+def test_leakage_beside_accuracy_is_of_the_cell_that_decided(tmp_path: Path, decided: bool) -> None:
+    """A leak by identification alone decides, however great the advantage of others is."""
+    audit = write_fake_audit(tmp_path)
+    cells = [(i, x) for i, x in enumerate(audit["summary"]) if x["defense"] == "pad"]
+    i, cell = next((i, x) for i, x in cells if (x["threat"], x["attack"]) == ("adaptive", "dlg"))
+    cell["advantage"] = {"mean": -0.31, "low": -0.4, "high": -0.2}
+    cell["identified"] = {"mean": 0.77, "low": 0.6, "high": 0.9}
+    audit["verdict"]["defenses"]["pad"]["worst"] = i if decided else None
+    rewrite(tmp_path, audit)
+    text = read(write_audit_page(tmp_path)).text
+    section = text[text.index("What the protection costs") :]
+    row = section[section.index(" pad 85 %") :][:60]
+    assert ("−0.31 dlg 77 %" in row) == decided, row
+    assert ("– –" in row) == (not decided), row
+
+
+def test_labels_that_were_granted_are_a_dash(tmp_path: Path) -> None:
+    audit = write_fake_audit(tmp_path)
+    for one in audit["summary"]:
+        granted = one["defense"] == "pad"
+        half = None if granted else 0.5
+        one["labels_right"] = {"mean": half, "low": half, "high": half}
+    rewrite(tmp_path, audit)
+    text = read(write_audit_page(tmp_path)).text
+    assert "labels right" in text
+    assert "50 % (50 % to 50 %)" in text
+    assert "None" not in text
 
 
 def test_caveats_stand_under_the_verdict(tmp_path: Path) -> None:

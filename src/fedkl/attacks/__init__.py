@@ -23,6 +23,7 @@ from fedkl.attacks.registry import (
     NEED_PUBLIC,
     SEARCHING,
     Resources,
+    check_installed,
     make_attack,
 )
 from fedkl.attacks.secrets import Held, Secrets
@@ -50,6 +51,7 @@ __all__ = [
     "Resources",
     "Secrets",
     "cached_generator",
+    "check_installed",
     "generator_of",
     "label_counts",
     "load_generator",

@@ -15,6 +15,22 @@ MOST_UNKNOWNS: Final = 2000
 WORST: Final = 1e30
 
 
+def check_cma() -> Any:
+    """The module ``cma``.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        import cma
+    except ImportError as error:
+        raise ConfigError(
+            "searching by CMA-ES needs the package cma, which is not installed; run "
+            "pip install 'fedkl[audit]', or search by gradient."
+        ) from error
+    return cma
+
+
 class Evolution:
     """N independent searches by CMA-ES (Hansen 2016), one per trial, over all its unknowns.
 
@@ -82,13 +98,7 @@ class Evolution:
         return torch.cat([unknowns[name].flatten(1) for name in self.like], dim=1)
 
     def _strategy(self, mean: Tensor) -> Any:
-        try:
-            import cma
-        except ImportError as error:
-            raise ConfigError(
-                "searching by CMA-ES needs the package cma, which is not installed; run "
-                "pip install 'fedkl[audit]', or search by gradient."
-            ) from error
+        cma = check_cma()
 
         def normal(*shape: int) -> Any:
             drawn = torch.randn(*shape, generator=self.generator, dtype=torch.float64)

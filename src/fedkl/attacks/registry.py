@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedkl.attacks.adaptive.shadow import Shadow
 from fedkl.attacks.base import Attack
 from fedkl.attacks.closed_form import ClosedForm
+from fedkl.attacks.evolution import check_cma
 from fedkl.attacks.ggl import GGL
 from fedkl.attacks.grnn import GRNN
 from fedkl.attacks.matching import GradientMatching
@@ -129,6 +130,27 @@ SEARCHING: Final = ("dlg", "idlg", "inverting-gradients", "grnn", "ggl")
 """Attacks that go through iterations; all others solve or learn."""
 NEED_MANY: Final = ("shadow-global", "shadow-label")
 """Attacks that compare many updates under one lock, 20 or more."""
+NEED_CMA: Final = {"ggl": ("paper",)}
+"""Attacks that search by CMA-ES, and the efforts at which they do."""
+
+
+def check_installed(names: Iterable[str], effort: str) -> None:
+    """That the optional packages of the attacks ``names`` at ``effort`` are there.
+
+    To be asked before hours of training: the attacks themselves ask when they search.
+
+    Raises:
+        ConfigError: One is missing, with the command that installs it.
+    """
+    for name in names:
+        if effort in NEED_CMA.get(name, ()):
+            try:
+                check_cma()
+            except ConfigError as error:
+                raise ConfigError(
+                    f"the attack {name!r} at effort {effort!r} cannot be mounted: {error} Efforts "
+                    f"that do: {', '.join(e for e in EFFORTS if e not in NEED_CMA[name])}."
+                ) from error
 
 
 def make_attack(

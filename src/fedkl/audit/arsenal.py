@@ -28,7 +28,7 @@ from fedkl.attacks.adaptive import (
 )
 from fedkl.attacks.labels import classifier
 from fedkl.attacks.network import Network
-from fedkl.audit.config import KEY_HOLDER, AuditConfig
+from fedkl.audit.config import ALIKE, KEY_HOLDER, AuditConfig
 from fedkl.audit.floor import class_means, few_enough
 from fedkl.audit.victims import Victims
 from fedkl.data import DataBundle
@@ -65,6 +65,18 @@ def applicable(names: Sequence[str], victims: Victims) -> tuple[ThreatModel, ...
             continue
         found.append(threat_of(name))
     return tuple(found)
+
+
+def repeats(attack: str, threat: ThreatModel, threats: Sequence[ThreatModel]) -> bool:
+    """Whether the attack does under ``threat`` what it does under another of ``threats``.
+
+    Attacks without an optimizer do the same under all of :data:`fedkl.audit.config.ALIKE`: they are
+    mounted once, under ``adaptive`` or, if that is not among ``threats``, the first one.
+    """
+    alike = [one.name for one in threats if one.name in ALIKE]
+    if attack not in FEED_FORWARD or threat.name not in alike:
+        return False
+    return threat.name != ("adaptive" if "adaptive" in alike else alike[0])
 
 
 class Arsenal:

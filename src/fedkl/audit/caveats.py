@@ -20,10 +20,12 @@ def caveats(
     """
     found = []
     own = (accuracy.get("none") or {}).get("own_key")
-    if own is not None and own < 2 / num_classes:
+    chance = 1 / num_classes
+    # Twice chance, but with two classes that is 1: at most half of the way from chance to 1.
+    if own is not None and own < min(2 * chance, (1 + chance) / 2):
         found.append(
             f"The undefended control is nearly untrained: its accuracy is {own:.1%}, chance is "
-            f"{1 / num_classes:.1%}. Attacks on it are attacks on random weights, so compare with "
+            f"{chance:.1%}. Attacks on it are attacks on random weights, so compare with "
             "the ordinary norm instead, or train it longer or at another learning rate."
         )
     if audit.iterations is not None:

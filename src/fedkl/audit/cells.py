@@ -145,7 +145,8 @@ def _mounted(scene: Scene, cell: Cell, victims: Victims) -> dict[str, Any]:
     found, failed = on_each(attack, observations, lambda: derive(*labels), progress)
     for victim, reason in failed.items():
         scene.tell(Event("note", f"{name}: victim {victim} is left out: {reason}"))
-    return _written(scene, cell, attack, found, failed, truth)
+    facts = {**_facts(audit, cell), "labels_granted": observations[0].labels is not None}
+    return _written(scene, cell, attack, found, failed, truth, facts)
 
 
 def on_each(
@@ -190,8 +191,8 @@ def _written(
     found: dict[int, Reconstruction],
     failed: dict[int, str],
     truth: Truth,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
-    facts = {**_facts(scene.audit, cell)}
     per_victim = len(truth.rows) // (len(found) + len(failed))
     mine = subset(truth, _places(found, per_victim))
     treated = list(found.values())

@@ -16,6 +16,9 @@ from fedkl.observation import THREATS
 STAGES: Final = ("initial", "mid", "final")
 CONTROLS: Final = ("none", "norm", "fedbn")
 KEY_HOLDER: Final = "key-shared"
+ALIKE: Final = ("adaptive", "key-unknown", "key-regressed", "lock-gradient", "block-ignored")
+"""Threat models that are one to attacks without an optimizer: these take neither lock weights nor
+lock gradients, and compare no gradients of which some could be left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class AuditConfig:
             fewer take less memory.
         candidates: Images of the same class among which the true one is to be found.
         pictured: Victims of the first seed whose pictures are kept.
-        certificate: Whether directions and bits are counted for one image per defense.
+        certificate: Whether directions and bits are counted for one image per defense; of one
+            client's update, so ``aggregated`` is 1.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -89,6 +93,11 @@ class AuditConfig:
             )
         if self.candidates < 2:
             raise ConfigError(f"candidates must be at least 2, got {self.candidates}.")
+        if self.certificate and self.aggregated > 1:
+            raise ConfigError(
+                f"a certificate is of one client's update, but aggregated is {self.aggregated}; "
+                "leave the certificate out, or set aggregated to 1."
+            )
 
     def _check_budget(self) -> None:
         for name in ("iterations", "parallel"):

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkl.audit.arsenal import FEED_FORWARD, applicable
+from fedkl.attacks import check_installed
+from fedkl.audit.arsenal import FEED_FORWARD, applicable, repeats
 from fedkl.audit.caveats import caveats
 from fedkl.audit.cells import Cell, Event, Listener, Scene, attacked
 from fedkl.audit.certified import certify_audit
-from fedkl.audit.config import AuditConfig
+from fedkl.audit.config import KEY_HOLDER, AuditConfig
 from fedkl.audit.measure import truth_of
 from fedkl.audit.sources import claim, federations
 from fedkl.audit.verdicts import overall, summarize
@@ -75,22 +76,39 @@ def run_audit(
             for defense, seed, config, place in federations(audit, folder, given)
         }
         found = _all_cells(Scene(audit, folder, bundle, truth, tell), given)
-    result = {
+    result = _result(audit, bundle, {d: accuracy[d, 0] for d in audit.grid}, found, facts or {})
+    # What the attacks found is on disk before anything else can go wrong.
+    write_json(folder / "audit.json", result)
+    if audit.certificate:
+        result["certificate"] = _certificate(audit, folder, given, bundle)
+        write_json(folder / "audit.json", result)
+    return result
+
+
+def _result(
+    audit: AuditConfig,
+    bundle: DataBundle,
+    accuracy: Mapping[str, dict[str, Any] | None],
+    found: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The JSON, without a certificate yet."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         "config": audit.to_dict(),
         "data": bundle.name,
         "cost": audit.cost,
-        **(facts or {}),
-        "verdict": overall(found["summary"], audit.judged, found["skipped"]),
-        "controls": [d for d in audit.grid if d not in audit.judged] + ["key-shared", "floor"],
-        "accuracy": {d: accuracy[d, 0] for d in audit.grid},
-        "caveats": caveats(audit, {d: accuracy[d, 0] for d in audit.grid}, bundle.num_classes),
+        **facts,
+        "verdict": overall(
+            found["summary"], audit.judged, found["skipped"], feed_forward=FEED_FORWARD
+        ),
+        "controls": [d for d in audit.grid if d not in audit.judged] + [KEY_HOLDER, "floor"],
+        "accuracy": dict(accuracy),
+        "caveats": caveats(audit, accuracy, bundle.num_classes),
         **found,
-        "certificate": _certificate(audit, folder, given, bundle) if audit.certificate else None,
+        "certificate": None,
     }
-    write_json(folder / "audit.json", result)
-    return result
 
 
 def _all_cells(scene: Scene, given: Mapping[str, Path]) -> dict[str, Any]:
@@ -106,7 +124,7 @@ def _all_cells(scene: Scene, given: Mapping[str, Path]) -> dict[str, Any]:
         pictures += found["pictures"]
         what = {"cell": name, "defense": cell.defense, "attack": cell.attack}
         if found["skipped"] is not None:
-            skipped.append({**what, "reason": found["skipped"]})
+            skipped.append({**what, "threat": cell.threat.name, "reason": found["skipped"]})
         left_out += [{**what, **one} for one in found["left_out"]]
         threats[cell.threat.name] = cell.threat.to_dict()
     summary = summarize(
@@ -134,6 +152,7 @@ def _certificate(
 
 def _check(audit: AuditConfig, folder: Path, given: Mapping[str, Path], bundle: DataBundle) -> None:
     """Everything that can be known to go wrong, before anything is written."""
+    check_installed(audit.attacks, audit.effort)
     if given and audit.stage == "mid":
         raise ConfigError(
             "a finished run keeps no model from its middle; audit --stage initial or final, or let "
@@ -187,8 +206,8 @@ def _cells(
     """Every cell with what makes its victims: of them only one cell's are in memory at a time."""
     for defense, seed, config, place in federations(audit, folder, given):
         make = functools.partial(Victims, config, place, bundle, audit)
-        for threat in applicable(audit.threats, make()):
+        threats = applicable(audit.threats, make())
+        for threat in threats:
             for attack in audit.attacks:
-                if threat.ignores_block and attack in FEED_FORWARD:
-                    continue  # it compares no gradients, so it is what it is under adaptive
-                yield Cell(defense, seed, threat, attack), make
+                if not repeats(attack, threat, threats):
+                    yield Cell(defense, seed, threat, attack), make

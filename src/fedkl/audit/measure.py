@@ -15,13 +15,14 @@ from fedkl.attacks import Reconstruction
 from fedkl.audit.config import AuditConfig
 from fedkl.audit.floor import floor_of
 from fedkl.data import DataBundle
-from fedkl.errors import DataError
 from fedkl.rng import derive
 
 PSNR_CEILING: Final = 100.0
 """In dB: an error below 1e-10 is rounding, and infinity would drop out of every mean."""
 PAPER_PSNR_CEILING: Final = 10 * math.log10(255**2 / (255 * 1e-5))
 """The paper's figure at the same error."""
+
+LPIPS: Final = "alex"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,8 @@ class Truth:
         floor: Class mean of the public images, (N, C, H, W).
         decoys: Where in the pool other test images of the same class are, (N, candidates - 1).
         pool: Test images that are somebody's decoys, (M, C, H, W).
+        pool_rows: Which test images the pool holds, (M,).
         floor_figures: Metrics of the floor by name, (N,).
-        pool_rows: Which test images the pool holds, (M,); None: it begins with the first.
     """
 
     rows: Tensor
@@ -47,8 +48,8 @@ class Truth:
     floor: Tensor
     decoys: Tensor
     pool: Tensor
+    pool_rows: Tensor
     floor_figures: dict[str, Tensor]
-    pool_rows: Tensor | None = None
 
 
 def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
@@ -56,27 +57,30 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
 
     The floor is told the true labels, which batch-1 gradients give away: the strongest guesser.
     Within an update its guesses are put in the order that fits the true images best and identified
-    as reconstructions are, for an attack is allowed both.
+    as reconstructions are, for an attack is allowed both. Decoys are from outside the image's own
+    update, whose other images have reconstructions of their own among those it is compared with.
 
     Raises:
-        DataError: A class has too few images for the candidates asked for.
+        DataError: A class has too few images for the candidates asked for, or the weights of LPIPS
+            cannot be read.
     """
     flat = rows.flatten()
     images, labels = bundle.test.batch(flat)
     floor = floor_of(bundle.public, bundle.num_classes, labels)
+    size = rows.shape[-1]
     decoys = metrics.draw_decoys(
         labels,
         bundle.test.labels,
         generator=derive(audit.run.seed, "decoys"),
-        own=flat,
+        own=rows.flatten(0, -2).repeat_interleave(size, dim=0),
         count=audit.candidates - 1,
     )
     # Of the whole test set at 224 x 224 floats would take gigabytes.
     pool_rows, places = torch.unique(decoys, return_inverse=True)
     pool = bundle.test.batch(pool_rows)[0]
-    if (size := rows.shape[-1]) > 1:
+    if size > 1:
         floor = floor[in_order(floor, images, size)]
-    truth = Truth(flat, images, labels, floor, places, pool, {}, pool_rows)
+    truth = Truth(flat, images, labels, floor, places, pool, pool_rows, {})
     return replace(truth, floor_figures=measured(floor, truth, size))
 
 
@@ -152,10 +156,14 @@ def figures_of(x: Tensor, truth: Tensor, pool: Tensor, decoys: Tensor) -> dict[s
 
 
 def _perceptual(x: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    try:
-        value = metrics.lpips(x, truth)
-    except DataError:  # images too small for the network
+    """LPIPS where its weights are and the images are large enough for its network.
+
+    Raises:
+        DataError: The weights are there and cannot be read: the column must not vanish unsaid.
+    """
+    if min(truth.shape[-2:]) < metrics.LPIPS_BACKBONES[LPIPS][1]:
         return {}
+    value = metrics.lpips(x, truth, LPIPS)
     return {"lpips": value} if isinstance(value, Tensor) else {}
 
 
@@ -187,13 +195,9 @@ def identified_in_batches(images: Tensor, truth: Truth, size: int) -> Tensor:
     for i, decoys in enumerate(truth.decoys):
         start = i - i % size
         mine = images[start : start + size].double().flatten(1)
-        # Others of the same batch are no decoys: their own reconstructions are among these.
-        test_rows = decoys if truth.pool_rows is None else truth.pool_rows[decoys]
-        decoys = decoys[~torch.isin(test_rows, truth.rows[start : start + size])]
         candidates = torch.cat([truth.images[i][None], truth.pool[decoys]]).double().flatten(1)
         near = torch.cdist(candidates, mine).amin(dim=1)
-        nearer = near[0] * (1 + 1e-9) < near[1:]
-        hits.append(nearer.all() & nearer.any())  # without a decoy nothing is identified
+        hits.append((near[0] * (1 + 1e-9) < near[1:]).all())
     return torch.stack(hits)
 
 
@@ -212,7 +216,7 @@ def rows_of(
         found: A reconstruction per victim.
         images, labels: What :func:`matched` made of them.
         truth: Of the same victims.
-        facts: In every row (attack, defense, ...).
+        facts: In every row (attack, defense, ...). Where ``labels_granted``, none was found.
         victims: Their numbers; 0, 1, ... if None.
     """
     figures = measured(images, truth, found[0].images.shape[1])
@@ -221,7 +225,8 @@ def rows_of(
     rows = []
     for i in range(len(images)):
         place = i // per_victim
-        own = {"victim": numbers[place], "label_found": int(labels[i]), "left_out": None}
+        label = None if facts.get("labels_granted") else int(labels[i])
+        own = {"victim": numbers[place], "label_found": label, "left_out": None}
         rows.append(_row(i, truth, figures, {**facts, **own, "loss": number(found[place].loss)}))
     return rows
 

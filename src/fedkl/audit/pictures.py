@@ -45,32 +45,43 @@ def save_pictures(
     entries = []
     for victim, one in enumerate(found[:count]):
         i = victim * per_victim
-        row = rows[i]
-        stem = f"pictures/{name}-{row['image']}"
-        entry = {
-            **{k: row[k] for k in ("attack", "defense", "threat", "stage", "image", "seed")},
-            "label": class_names[row["label"]],
-            "ssim": row["ssim"],
-            "identified": row["identified"],
-            "truth": f"pictures/truth-{row['image']}.png",
-            "floor": f"pictures/floor-{row['image']}.png",
-            "reconstruction": f"{stem}.png",
-            "sprite": None,
-            "frames": 0,
-            "iterations": list(one.iterations),
-            "losses": [number(loss) for loss in one.losses],
-            "ssims": [],
-        }
+        entry = _entry(name, one, rows[i], class_names)
         save_png(truth.images[i], folder / entry["truth"])
         save_png(truth.floor[i], folder / entry["floor"])
         save_png(images[i], folder / entry["reconstruction"])
         # A film is of the first image of the attack's own order; another must not stand in for it.
-        own = bool(torch.equal(one.images[0, 0].to(images), images[i]))
-        if own and one.frames is not None and len(one.frames) > 1:
-            frames = one.frames
-            save_png(torch.cat(list(frames), dim=-1), folder / f"{stem}-frames.png")
-            entry["sprite"], entry["frames"] = f"{stem}-frames.png", len(frames)
-            target = truth.images[i].expand_as(frames)
-            entry["ssims"] = metrics.ssim(frames, target).tolist()
+        if torch.equal(one.images[0, 0].to(images), images[i]):
+            entry |= _film(folder, entry["reconstruction"], one, truth.images[i])
         entries.append(entry)
     return entries
+
+
+def _entry(
+    name: str, one: Reconstruction, row: dict[str, Any], class_names: tuple[str, ...]
+) -> dict[str, Any]:
+    """What there is to say of a picture, and where it and what stands beside it will be."""
+    return {
+        **{k: row[k] for k in ("attack", "defense", "threat", "stage", "image", "seed")},
+        "label": class_names[row["label"]],
+        "ssim": row["ssim"],
+        "identified": row["identified"],
+        "truth": f"pictures/truth-{row['image']}.png",
+        "floor": f"pictures/floor-{row['image']}.png",
+        "reconstruction": f"pictures/{name}-{row['image']}.png",
+        "sprite": None,
+        "frames": 0,
+        "iterations": list(one.iterations),
+        "losses": [number(loss) for loss in one.losses],
+        "ssims": [],
+    }
+
+
+def _film(folder: Path, picture: str, one: Reconstruction, truth: Tensor) -> dict[str, Any]:
+    """Writes the frames side by side beside ``picture``; nothing if there are not several."""
+    frames = one.frames
+    if frames is None or len(frames) < 2:
+        return {}
+    sprite = f"{picture.removesuffix('.png')}-frames.png"
+    save_png(torch.cat(list(frames), dim=-1), folder / sprite)
+    ssims = metrics.ssim(frames, truth.expand_as(frames)).tolist()
+    return {"sprite": sprite, "frames": len(frames), "ssims": ssims}

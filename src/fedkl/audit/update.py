@@ -21,6 +21,7 @@ from fedkl.attacks import (
     Attack,
     Progress,
     Reconstruction,
+    check_installed,
     make_attack,
 )
 from fedkl.attacks.adaptive import adaptive_for
@@ -254,6 +255,7 @@ def attackers(
             f"{', '.join(many)} compare 20 or more updates under one lock, and this is one; take "
             "shadow or shadow-gradient instead."
         )
+    check_installed(names, effort)
 
     def alone(name: str) -> Attack:
         return adaptive_for(observation.threat, make_attack(name, effort), observation)

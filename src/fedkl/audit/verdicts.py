@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
-from fedkl.audit.config import KEY_HOLDER
+from fedkl.audit.config import ALIKE, KEY_HOLDER
 from fedkl.metrics import mean_interval, proportion_interval
 from fedkl.observation import THREATS
 
@@ -18,6 +18,8 @@ EXIT_CODES: Final = {HOLDS: 0, LEAKS: 1, INCONCLUSIVE: 3}
 ADVANTAGE_LEAKS, ADVANTAGE_HOLDS = 0.05, 0.02
 IDENTIFIED_LEAKS, IDENTIFIED_HOLDS = 0.02, 0.02
 IDENTIFIED_HOLDS_FEW, FEW = 0.06, 100
+FEWEST = 5  # victims: below, one lucky hit is a leak with 95 % confidence
+CHANCE = 0.01  # among 100 candidates, which the bounds on identification are for
 WORKS = 0.10
 
 CELL: Final = (
@@ -46,7 +48,7 @@ def summarize(
         feed_forward: Attacks without an optimizer, which are cheap: their ``holds`` needs the
             identification bound of 2 % whatever the number of images.
         candidates: Images among which the true one was to be found. The bounds are for 100, where
-            chance is 1 %; with fewer they rise as chance does.
+            chance is 1 %; with fewer they rise by as much as chance does.
     """
     cells: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -67,7 +69,7 @@ def summarize(
         entry["verdict"], entry["reason"] = judge(
             entry,
             cheap=str(entry["attack"]) in feed_forward,
-            chance=max(1.0, 100 / candidates),
+            chance=1 / candidates,
         )
         if absent := entry["left_out"]:
             entry["reason"] += (
@@ -80,7 +82,8 @@ def summarize(
 def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
     """Whether the same attack succeeds undefended or holding the key, per metric.
 
-    What a server gets by crafting weights does not show that an honest one's attack works.
+    What a server gets by crafting weights does not show that an honest one's attack works, nor the
+    other way round.
     """
     same = [
         other
@@ -89,8 +92,9 @@ def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
             other[name] == entry[name]
             for name in ("attack", "stage", "batch", "steps", "observations", "aggregated")
         )
+        and _crafted(other) == _crafted(entry)
         and (
-            (other["defense"] == "none" and _crafted(other) == _crafted(entry))
+            other["defense"] == "none"
             or (other["defense"] == entry["defense"] and other["threat"] == KEY_HOLDER)
         )
     ]
@@ -106,7 +110,7 @@ def _crafted(entry: Row) -> bool:
     return str(entry["threat"]) in THREATS and THREATS[str(entry["threat"])].crafting
 
 
-def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str, str]:
+def judge(entry: Row, *, cheap: bool = False, chance: float = CHANCE) -> tuple[str, str]:
     """Verdict and one sentence. A missing bound counts as the worst it could be.
 
     So does a victim that was left out: a leak is found among the others, with that one guessed; but
@@ -115,21 +119,17 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str,
     Args:
         entry: Means and intervals of one attack.
         cheap: Whether the attack is feed-forward.
-        chance: Of a guesser to identify, in percent: the bounds grow with it.
+        chance: Of a guesser to identify: bounds are an excess over it, so they rise by what it is
+            above :data:`CHANCE`. Multiplied, they would pass 1 with two candidates.
     """
-    advantage, identified = entry["advantage"], entry["identified"]
-    low, high = advantage["low"], entry["ceiling"]["advantage"]
-    found = entry["ceiling"]["identified"]
-    if low is not None and low > ADVANTAGE_LEAKS:
-        return LEAKS, (
-            f"aligned SSIM beats the floor by {advantage['mean']:.3f} "
-            f"(95 % from {low:.3f}), more than {ADVANTAGE_LEAKS}."
+    rise = max(0.0, chance - CHANCE)
+    if entry["n"] < FEWEST:
+        return INCONCLUSIVE, (
+            f"a verdict takes {FEWEST} victims, and there are {entry['n']}: of so few, one that is "
+            "found by luck would be a leak. Attack more."
         )
-    if identified["low"] > IDENTIFIED_LEAKS * chance:
-        return LEAKS, (
-            f"{identified['mean']:.0%} of the images are identified among others of their class "
-            f"(95 % from {identified['low']:.1%}), more than {IDENTIFIED_LEAKS * chance:.0%}."
-        )
+    if leak := _leak(entry, IDENTIFIED_LEAKS + rise):
+        return LEAKS, leak
     if missing := [name for name, fine in entry["works"].items() if not fine]:
         what = {"advantage": "aligned SSIM", "identified": "identification"}
         return INCONCLUSIVE, (
@@ -137,19 +137,40 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str,
             f"{' or '.join(what[name] for name in missing)} undefended or with the key either, so "
             "its failure says nothing."
         )
-    bound = IDENTIFIED_HOLDS
-    if not cheap and entry["n"] >= FEW:
-        bound = IDENTIFIED_HOLDS_FEW
-    if high is not None and high <= ADVANTAGE_HOLDS and found <= bound * chance:
+    few = not cheap and entry["n"] >= FEW
+    return _held(entry, rise + (IDENTIFIED_HOLDS_FEW if few else IDENTIFIED_HOLDS))
+
+
+def _leak(entry: Row, bound: float) -> str:
+    """What shows that it leaks, ``bound`` being that on identification; "" if nothing does."""
+    advantage, identified = entry["advantage"], entry["identified"]
+    low = advantage["low"]
+    if low is not None and low > ADVANTAGE_LEAKS:
+        return (
+            f"aligned SSIM beats the floor by {advantage['mean']:.3f} "
+            f"(95 % from {low:.3f}), more than {ADVANTAGE_LEAKS}."
+        )
+    if identified["low"] > bound:
+        return (
+            f"{identified['mean']:.0%} of the images are identified among others of their class "
+            f"(95 % from {identified['low']:.1%}), more than {100 * bound:.3g}%."
+        )
+    return ""
+
+
+def _held(entry: Row, bound: float) -> tuple[str, str]:
+    """Whether the upper bounds are low enough, ``bound`` being that on identification."""
+    high, found = entry["ceiling"]["advantage"], entry["ceiling"]["identified"]
+    room = []
+    if high is None or high > ADVANTAGE_HOLDS:
+        room.append(f"an advantage up to {'–' if high is None else f'{high:.3f}'}")
+    if found > bound:
+        room.append(f"identification up to {found:.1%}")
+    if not room:
         return HOLDS, (
             f"advantage at most {high:.3f} and identification at most {found:.1%} "
             "(95 %), while the same attack succeeds where it should."
         )
-    room = []
-    if high is None or high > ADVANTAGE_HOLDS:
-        room.append(f"an advantage up to {'–' if high is None else f'{high:.3f}'}")
-    if found > bound * chance:
-        room.append(f"identification up to {found:.1%}")
     return INCONCLUSIVE, (
         f"{entry['n']} victims leave room for {' and '.join(room)} (95 %); "
         "more of them would narrow it."
@@ -157,28 +178,72 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = 1.0) -> tuple[str,
 
 
 def overall(
-    entries: Sequence[Row], judged: Sequence[str], skipped: Sequence[Row] = ()
+    entries: Sequence[Row],
+    judged: Sequence[str],
+    skipped: Sequence[Row] = (),
+    *,
+    feed_forward: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The verdict on every judged defense, and the worst of them.
 
-    One leak is a leak. ``holds`` needs at least one attack that was able to fail, and no attack
-    that is inconclusive. Attacks that could not be mounted (``skipped``, with ``defense`` and
-    ``attack``) are named in the reason: a defense is not said to withstand them.
+    One leak is a leak. ``holds`` needs at least one attack that was able to fail, no attack that is
+    inconclusive, and under every threat model an attack that could be mounted. Those that could not
+    (``skipped``, with ``defense``, ``attack`` and ``threat``) are named in the reason and under
+    ``left_out``: a defense is not said to withstand them. Attacks without an optimizer
+    (``feed_forward``) are mounted under one of :data:`fedkl.audit.config.ALIKE` for all of them.
     """
     defenses = {}
     for name in judged:
         mine = [
             (i, e) for i, e in enumerate(entries) if e["defense"] == name and e["role"] == "defense"
         ]
-        defenses[name] = _worst(mine)
-        absent = sorted({s["attack"] for s in skipped if s["defense"] == name})
-        defenses[name]["left_out"] = absent
-        if absent:
-            defenses[name]["reason"] += f" Not mounted, so nothing is said of: {', '.join(absent)}."
+        # Key holders are controls: one that could not attack shows in what `works`.
+        absent = {
+            (str(s["attack"]), str(s["threat"]))
+            for s in skipped
+            if s["defense"] == name and s["threat"] != KEY_HOLDER
+        }
+        mounted = {(str(e["attack"]), str(e["threat"])) for _, e in mine}
+        threats = {threat for _, threat in mounted}
+        if any(attack in feed_forward and threat in ALIKE for attack, threat in mounted):
+            threats |= set(ALIKE)
+        defenses[name] = _without(_worst(mine), sorted(absent), mounted, threats)
     order = (LEAKS, INCONCLUSIVE, HOLDS)
     found = {verdict["verdict"] for verdict in defenses.values()}
     worst = next((v for v in order if v in found), INCONCLUSIVE)
     return {"overall": worst, "defenses": defenses}
+
+
+def _without(
+    found: dict[str, Any],
+    absent: Sequence[tuple[str, str]],
+    mounted: Collection[tuple[str, str]],
+    threats: Collection[str],
+) -> dict[str, Any]:
+    """The verdict ``found`` where the attacks ``absent``, with their threats, were not mounted.
+
+    Others were ``mounted``, under ``threats``.
+    """
+    unmounted = [pair for pair in absent if pair not in mounted]
+    bare = list(dict.fromkeys(threat for _, threat in unmounted if threat not in threats))
+    if bare and found["verdict"] == HOLDS:
+        found = {
+            "verdict": INCONCLUSIVE,
+            "worst": None,
+            "reason": f"no attack could be mounted under {', '.join(bare)}. As far as others go, "
+            f"it holds; {found['reason']}",
+        }
+    reason = found["reason"]
+    if unmounted:
+        reason += f" Not mounted, so nothing is said of: {_pairs(unmounted)}."
+    if parts := [pair for pair in absent if pair in mounted]:
+        reason += f" Mounted with some of the seeds alone: {_pairs(parts)}."
+    names = [{"attack": attack, "threat": threat} for attack, threat in absent]
+    return {**found, "reason": reason, "left_out": names}
+
+
+def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{attack} ({threat})" for attack, threat in pairs)
 
 
 def _worst(entries: Sequence[tuple[int, Row]]) -> dict[str, Any]:
@@ -234,13 +299,15 @@ def _mean(rows: Sequence[Row], name: str) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def _rate(rows: Sequence[Row], name: str) -> dict[str, float]:
-    """Rate over victims with the interval of Clopper and Pearson.
+def _rate(rows: Sequence[Row], name: str) -> dict[str, float | None]:
+    """Rate over victims with the interval of Clopper and Pearson; of labels that were granted none.
 
     A victim with several images or seeds counts as one trial, by its share: to the next victim
     up for the upper bound and down for the lower one, so the interval is never too narrow.
     """
     if name == "labels_right":
+        if any(row.get("labels_granted") for row in rows):
+            return {"mean": None, "low": None, "high": None}
         hits = [float(row["label"] == row["label_found"]) for row in rows]
     else:
         hits = [float(row[name]) for row in rows]

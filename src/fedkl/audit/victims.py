@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkl.audit.config import AuditConfig
 from fedkl.data import DataBundle
-from fedkl.errors import CheckpointError, ConfigError
+from fedkl.errors import CheckpointError, ConfigError, DataError
 from fedkl.federation import ClientTask, RunConfig, client_update
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.session import Session
@@ -63,23 +63,7 @@ class Victims:
         shared: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.audit, self.bundle = audit, bundle
-        one_gradient = audit.local_steps == 1
-        training = dataclasses.replace(
-            config.training,
-            batch_size=audit.batch_size,
-            local_steps=audit.local_steps,
-            keep_momentum=False,
-        )
-        method = "fedsgd" if one_gradient else "fedavg"
-        federation = dataclasses.replace(config.federation, method=method)
-        self.config = dataclasses.replace(
-            config,
-            training=training,
-            federation=federation,
-            # What is measured is the image as it is; and attacks are computed on the CPU.
-            data=dataclasses.replace(config.data, augment=False),
-            device="cpu",
-        )
+        self.config = _attacked(config, audit)
         self.session = Session(self.config, folder, bundle)
         self.workspace = self.session.workspace
         self.workspace.images = bundle.test
@@ -98,15 +82,7 @@ class Victims:
             for client in range(audit.aggregated)
         ]
         self.key, self.private = self.owners[CLIENT]
-        self.training = Training(
-            batch_size=audit.batch_size,
-            local_steps=audit.local_steps,
-            lr=training.lr,
-            momentum=training.momentum if not one_gradient else 0.0,
-            nesterov=training.nesterov and not one_gradient,
-            weight_decay=training.weight_decay if not one_gradient else 0.0,
-            clients=audit.aggregated,
-        )
+        self.training = _known(self.config, audit)
 
     @property
     def spec(self) -> LockSpec | None:
@@ -207,6 +183,39 @@ class Victims:
         return found
 
 
+def _attacked(config: RunConfig, audit: AuditConfig) -> RunConfig:
+    """The federation's settings, with updates made as the audit has them."""
+    training = dataclasses.replace(
+        config.training,
+        batch_size=audit.batch_size,
+        local_steps=audit.local_steps,
+        keep_momentum=False,
+    )
+    method = "fedsgd" if audit.local_steps == 1 else "fedavg"
+    return dataclasses.replace(
+        config,
+        training=training,
+        federation=dataclasses.replace(config.federation, method=method),
+        # What is measured is the image as it is; and attacks are computed on the CPU.
+        data=dataclasses.replace(config.data, augment=False),
+        device="cpu",
+    )
+
+
+def _known(config: RunConfig, audit: AuditConfig) -> Training:
+    """How updates are made, as far as the attacker knows: one gradient has no momentum or decay."""
+    training, one_gradient = config.training, audit.local_steps == 1
+    return Training(
+        batch_size=audit.batch_size,
+        local_steps=audit.local_steps,
+        lr=training.lr,
+        momentum=training.momentum if not one_gradient else 0.0,
+        nesterov=training.nesterov and not one_gradient,
+        weight_decay=training.weight_decay if not one_gradient else 0.0,
+        clients=audit.aggregated,
+    )
+
+
 def _stage(session: Session, folder: Path, stage: str) -> tuple[int, Mapping[str, Tensor]]:
     if stage == "initial":
         return 0, session.initial()
@@ -222,16 +231,27 @@ def _stage(session: Session, folder: Path, stage: str) -> tuple[int, Mapping[str
 def draw_victims(bundle: DataBundle, audit: AuditConfig) -> Tensor:
     """Rows of test images (victims, T, images): classes as evenly as possible, fixed by the seed.
 
-    Batch 1 goes through the classes in turn; the images of a larger batch are drawn at random.
+    Batch 1 goes through the classes in turn; the images of a larger batch are drawn at random. No
+    image is drawn twice: victims that share one are not independent, and intervals of them would be
+    too narrow.
+
+    Raises:
+        DataError: There are fewer test images.
     """
-    count = audit.images * audit.per_victim
+    count, there = audit.images * audit.per_victim, len(bundle.test)
+    if count > there:
+        most = there // audit.per_victim
+        raise DataError(
+            f"{audit.images} victims of {audit.per_victim} image(s) take {count} test images, but "
+            f"{bundle.name} has {there}; ask for "
+            + (f"{most} victims or fewer" if most else "updates of fewer images")
+            + (", or for updates of fewer images." if most and audit.per_victim > 1 else ".")
+        )
     generator = derive(audit.run.seed, "victims")
     labels = bundle.test.labels
     order = torch.randperm(len(labels), generator=generator)
     if audit.per_victim == 1:
         order = _in_turn(order, labels)
-    while len(order) < count:  # digits has few images; a batch may then hold one twice
-        order = torch.cat([order, order])
     return order[:count].view(audit.images, audit.observations, -1)
 
 

@@ -69,7 +69,8 @@ def draw_decoys(
 
     The result indexes the pool that ``pool_labels`` (M,) belong to, for :func:`identified`.
     ``labels`` (N,) are the true classes; ``own`` (N,) says where in the pool each true image
-    itself is (-1: nowhere), so that it is never its own decoy.
+    itself is (-1: nowhere), so that it is never its own decoy, or (N, M) where all M images of its
+    update are, none of which is.
 
     Raises:
         DataError: wrong shapes, ``count`` < 1, or a class with too few images in the pool.
@@ -77,14 +78,16 @@ def draw_decoys(
     _check_labels("labels", labels)
     _check_labels("pool labels", pool_labels)
     if own is not None:
-        _check_labels("own places", own, len(labels))
+        _check_labels(
+            "own places", own[:, 0] if own.ndim == 2 and own.shape[1] else own, len(labels)
+        )
     if count < 1:
         raise DataError(f"got count {count}; identification needs one decoy or more.")
     rows = []
     for position, label in enumerate(labels.tolist()):
         others = (pool_labels == label).nonzero().flatten().cpu()
         if own is not None:
-            others = others[others != int(own[position])]
+            others = others[~torch.isin(others, own[position].cpu())]
         if len(others) < count:
             raise DataError(
                 f"got {len(others)} other images of class {label}, expected {count} or more; "

@@ -83,6 +83,9 @@ def _distance(backbone: str, weights: Path) -> Callable[[Tensor, Tensor], Tensor
                 normalize=True,
             )
     except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
-        raise DataError(f"got a weight file {weights} that cannot be read: {error}") from error
+        raise DataError(
+            f"got a weight file {weights} that cannot be read ({error}); get it anew, or remove it "
+            "to go without LPIPS."
+        ) from error
     network = metric.net
     return lambda x, target: network(x, target, normalize=True)

@@ -111,7 +111,7 @@ def _flags(threats: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str
 
 
 def _tradeoff(audit: Audit, order: Sequence[Column]) -> Mapping[str, Any] | None:
-    """Accuracy beside the worst leakage of each defense; None if no accuracy is known."""
+    """Accuracy beside what each defense leaks; None if no accuracy is known."""
     known = {
         name: x for name, x in audit.accuracy.items() if any(v is not None for v in x.values())
     }
@@ -120,7 +120,7 @@ def _tradeoff(audit: Audit, order: Sequence[Column]) -> Mapping[str, Any] | None
     kinds = [k for k in words.ACCURACIES if any(x.get(k) is not None for x in known.values())]
     others = {k for x in known.values() for k, v in x.items() if v is not None} - set(kinds)
     kinds += sorted(others)
-    rows = [(name, _worst(audit, name), figures) for name, figures in known.items()]
+    rows = [(name, _deciding(audit, name), figures) for name, figures in known.items()]
     return {
         "kinds": [(kind, words.ACCURACIES.get(kind, kind)) for kind in kinds],
         "rows": rows,
@@ -128,8 +128,14 @@ def _tradeoff(audit: Audit, order: Sequence[Column]) -> Mapping[str, Any] | None
     }
 
 
-def _worst(audit: Audit, defense: str) -> Summary | None:
-    """The deciding cell of a defense: of the greatest advantage, the key holder's aside."""
+def _deciding(audit: Audit, defense: str) -> Summary | None:
+    """The cell that decided the verdict on a defense, None if none did.
+
+    Of a control, which gets no verdict, that of the greatest advantage, the key holder's aside.
+    """
+    for judgment in audit.judgments:
+        if judgment.defense == defense:
+            return judgment.worst
     mine = [
         one
         for one in audit.summaries
