@@ -1,4 +1,4 @@
-"""What an attacker sees, and what it knows beyond that: frozen facts, nothing computed."""
+"""What an attacker sees, and what it knows beyond that: frozen facts."""
 
 from __future__ import annotations
 
@@ -152,6 +152,27 @@ class Training:
     def presentations(self) -> int:
         """Images times the training steps they passed through."""
         return self.batch_size * self.local_steps * self.clients
+
+    @property
+    def steps_taken(self) -> float:
+        """How many plain SGD steps along one gradient make the update: momentum takes longer ones.
+
+        One step is 1, or 1 + momentum with Nesterov's.
+        """
+        velocity = total = 0.0
+        for _ in range(self.local_steps):
+            velocity = self.momentum * velocity + 1
+            total += 1 + self.momentum * velocity if self.nesterov else velocity
+        return total
+
+    def gradient(self, change: Tensor, parameter: Tensor) -> Tensor:
+        """The gradient of the loss behind an update: exact for one step, else a mean over steps.
+
+        Args:
+            change: A parameter before the steps minus after, of any shape.
+            parameter: The parameter before, for its weight decay; broadcasts.
+        """
+        return change / (self.lr * self.steps_taken) - self.weight_decay * parameter
 
 
 @dataclass(frozen=True, eq=False)
