@@ -6,7 +6,6 @@ from fedkl.attacks.counting import Counted
 from fedkl.attacks.generators import (
     ConditionalGenerator,
     cached_generator,
-    generator_of,
     load_generator,
     save_generator,
     train_generator,
@@ -50,7 +49,6 @@ __all__ = [
     "Resources",
     "Secrets",
     "cached_generator",
-    "generator_of",
     "label_counts",
     "load_generator",
     "make_attack",
