@@ -6,11 +6,12 @@ gradients are compared and how it steps; adaptive attacks add the victim's secre
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.distances import DISTANCES
 from fedkl.attacks.labels import infer_labels, tells_labels
 from fedkl.attacks.network import Network, Tensors
+from fedkl.attacks.record import Record, refuse_lost, tell
 from fedkl.attacks.search import Search, Trial, Trials
 from fedkl.attacks.secrets import Held, Secrets
 from fedkl.errors import AttackError, ConfigError, unknown
@@ -28,22 +30,7 @@ from fedkl.observation import Observation
 
 LABEL_RULES = ("infer", "search")
 
-_LOST: Final = 2.0  # width of an image whose range a norm hides
-
 Objective = Callable[[dict[str, Tensor], Tensor], tuple[dict[str, Tensor], Tensor]]
-
-
-def in_range(images: Tensor) -> Tensor:
-    """``images`` (..., C, H, W) in [0, 1].
-
-    Behind a first layer with a norm, the gradient tells no brightness and no contrast, and a search
-    without a box wanders off: what it finds may be the image times ten. Such an image, more than
-    twice as wide as [0, 1], is stretched over [0, 1] as a whole; any other is clipped.
-    """
-    low = images.amin(dim=(-3, -2, -1), keepdim=True)
-    width = images.amax(dim=(-3, -2, -1), keepdim=True) - low
-    stretched = (images - low) / torch.where(width > 0, width, 1.0)
-    return torch.where(width > _LOST, stretched, images.clamp(0, 1))
 
 
 class GradientMatching(Attack):
@@ -155,10 +142,40 @@ class GradientMatching(Attack):
             secrets: What is made of the private tensors; None takes :class:`Held`.
             guesses: Images (T, images, C, H, W) per observation, such as the floor, from which
                 one restart more starts.
+
+        Raises:
+            AttackError: As there; also of victims with an update of zeros, or whose loss was never
+                finite.
+        """
+        return refuse_lost(
+            self.matched(
+                observations,
+                generator=generator,
+                progress=progress,
+                secrets=secrets,
+                guesses=guesses,
+            )
+        )
+
+    def matched(
+        self,
+        observations: Sequence[Observation],
+        *,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+        secrets: Secrets | None = None,
+        guesses: Sequence[Tensor] | None = None,
+    ) -> list[Reconstruction]:
+        """As :meth:`reconstruct`, but victims whose loss was never finite have a loss of inf.
+
+        For whoever has another way to try before giving them up (:func:`refuse_lost`).
         """
         _alike(observations)
         network = Network.of(observations)
         held = secrets or Held()
+        left_out = held.ignored(observations[0], network)
+        compared = [name for name in network.names if name not in left_out]
+        each(observations, lambda o: _check_size(o, compared))
         labels = None
         if self.infers and not tells_labels(observations[0], network):
             return self._unlabelled(observations, generator, progress, secrets, guesses)
@@ -198,7 +215,7 @@ class GradientMatching(Attack):
         guesses: Sequence[Tensor] | None,
     ) -> list[Reconstruction]:
         """Where the classifier is private: labels are searched along with the images."""
-        found = self.searching().reconstruct(
+        found = self.searching().matched(
             observations, generator=generator, progress=progress, secrets=secrets, guesses=guesses
         )
         note = "labels were searched along with the image: nothing that is shared tells them"
@@ -215,7 +232,7 @@ class GradientMatching(Attack):
             self.adopt(unknowns, row, images)
         search = self.search(unknowns)
         evaluate = self._objective(trials)
-        record = Record(self, trials)
+        record = Record(self.decode, self.iterations, trials)
         for iteration in range(self.iterations):
             now = torch.full((trials.count,), iteration / self.iterations)
             gradients, loss = evaluate(unknowns, now)
@@ -286,59 +303,6 @@ class GradientMatching(Attack):
         return evaluate
 
 
-class Record:
-    """The best unknowns of every trial so far, and what is needed for curves and pictures."""
-
-    POINTS = 20
-
-    def __init__(self, attack: GradientMatching, trials: Trials) -> None:
-        self.attack, self.trials = attack, trials
-        self.best: dict[str, Tensor] = {}
-        self.loss = torch.full((trials.count,), torch.inf)
-        self.restarts = torch.zeros(trials.count, dtype=torch.int64)
-        self.at: list[int] = []
-        self.losses: list[Tensor] = []
-        self.frames: list[Tensor] = []
-
-    def see(self, iteration: int, unknowns: dict[str, Tensor], loss: Tensor) -> None:
-        """Keeps what is better than before."""
-        if not self.best:
-            self.best = {name: value.clone() for name, value in unknowns.items()}
-        better = loss < self.loss
-        self.loss = torch.where(better, loss, self.loss)
-        for name, value in unknowns.items():
-            mask = better.view(-1, *[1] * (value.dim() - 1))
-            torch.where(mask, value, self.best[name], out=self.best[name])
-        points, last = self.POINTS, self.attack.iterations - 1
-        if iteration in {round(i * last / (points - 1)) for i in range(points)}:
-            self.at.append(iteration)
-            self.losses.append(self.loss.clone())
-            self.frames.append(self._images()[0][:, 0, 0])
-
-    def _images(self) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            x, y = vmap(self.attack.decode)(self.best, self.trials.stacked)
-        return in_range(x.detach()), y.argmax(dim=-1)
-
-    def conclude(self) -> list[Reconstruction]:
-        """One reconstruction per trial."""
-        images, labels = self._images()
-        frames = torch.stack(self.frames, dim=1)
-        losses = torch.stack(self.losses, dim=1)
-        return [
-            Reconstruction(
-                images=images[i],
-                labels=labels[i],
-                loss=float(self.loss[i]),
-                losses=tuple(losses[i].tolist()),
-                iterations=tuple(self.at),
-                frames=frames[i],
-                restarts=int(self.restarts[i]),
-            )
-            for i in range(self.trials.count)
-        ]
-
-
 def _check_budget(iterations: int, restarts: int, parallel: int) -> None:
     if min(iterations, restarts, parallel) < 1:
         raise ConfigError(
@@ -362,20 +326,24 @@ def _alike(observations: Sequence[Observation]) -> None:
             )
 
 
+def _check_size(observation: Observation, names: Sequence[str]) -> None:
+    """Raises unless there is something to match, of a size that can be squared."""
+    for change in observation.changes:
+        size = float(torch.stack([change[name].detach().square().sum() for name in names]).sum())
+        if size == 0:
+            raise AttackError(
+                "every entry of the update that could be matched is zero, or rounds to it when "
+                "squared (a loss of zero, say): it tells nothing. Leave this victim out."
+            )
+        if not math.isfinite(size):
+            raise AttackError(
+                "the update is too large to be compared: its squares overflow. Expected a gradient "
+                "or weights before minus after; look how it was scaled."
+            )
+
+
 def _finite(loss: Tensor, gradients: Tensors) -> Tensor:
     fine = torch.isfinite(loss)
     for value in gradients.values():
         fine = fine & torch.isfinite(value).flatten(1).all(dim=1)
     return fine
-
-
-def tell(
-    done: tuple[int, int, Progress | None], count: int, iteration: int, all_: int, record: Record
-) -> None:
-    """Reports progress; ``done`` is (trials before, trials in all, listener)."""
-    at, jobs, progress = done
-    assert progress is not None
-    share = (at + count * iteration / all_) / jobs
-    finite = record.loss[torch.isfinite(record.loss)]
-    mean = float(finite.mean()) if len(finite) else float("nan")
-    progress(round(share * all_), all_, mean)

@@ -14,6 +14,7 @@ from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.labels import infer_labels, tells_labels
 from fedkl.attacks.matching import GradientMatching
 from fedkl.attacks.network import Network
+from fedkl.attacks.record import refuse_lost
 from fedkl.errors import AttackError
 from fedkl.observation import Observation
 
@@ -63,7 +64,7 @@ class Adaptive(Attack):
         variants = self.secrets.variants(_first(observations), generator)
         best: list[Reconstruction] = []
         for number, secrets in enumerate(variants):
-            found = self.attack.reconstruct(
+            found = self.attack.matched(
                 observations,
                 generator=generator,
                 progress=_part(progress, number, len(variants)),
@@ -72,7 +73,7 @@ class Adaptive(Attack):
             )
             best = [_better(a, b) for a, b in zip(best or found, found, strict=True)]
         note = f"{self.name}: {self.secrets.words}"
-        return [replace(r, notes=(*r.notes, note)) for r in best]
+        return [replace(r, notes=(*r.notes, note)) for r in refuse_lost(best)]
 
     def _guesses(
         self, observations: Sequence[Observation], generator: torch.Generator
