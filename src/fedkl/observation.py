@@ -192,7 +192,8 @@ class Observation:
         secrets: Names of the model's parameters that are private.
         known: True values of secrets that the threat model grants; of an update of several clients
             with one more axis in front, over the clients.
-        labels: True labels (T, images), if the threat model grants them.
+        labels: True labels (T, images), if the threat model grants them; those of several clients
+            in an order that does not tell whose they are.
         spec: The lock spec as plain data, None without a lock.
         lock_weights: The lock's own tensors by state-dict name, if granted.
         lock_gradients: T gradients of the lock's own parameters, if sent.

@@ -86,6 +86,17 @@ def test_aggregate_is_the_mean_and_its_key_holder_can_repeat_it(
         torch.testing.assert_close(value, mean[name], rtol=1e-3, atol=1e-5)
 
 
+def test_granted_labels_of_an_aggregate_do_not_tell_whose_they_are(tmp_path: Path) -> None:
+    """The classifier of a pad is private, so labels are granted: which, not of which client."""
+    for rows in (torch.tensor([[3, 1]]), torch.tensor([[1, 3]])):
+        found = victims(tmp_path, "pad", aggregated=2)
+        (seen,) = observe(found, [found.send(rows)], threat_of("key-shared"))
+        assert seen.labels is not None
+        true = BUNDLE.test.labels[rows]
+        assert len(true.unique()) == 2
+        assert torch.equal(seen.labels, true.sort(dim=1).values)
+
+
 def test_more_clients_than_there_are_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="aggregated is 3"):
         victims(tmp_path, "none", aggregated=3)

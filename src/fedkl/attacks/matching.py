@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
+from fedkl.attacks.arrangements import arrangements
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.distances import DISTANCES
 from fedkl.attacks.labels import infer_labels, tells_labels
 from fedkl.attacks.network import Network, Tensors
 from fedkl.attacks.record import Record, refuse_lost, tell
-from fedkl.attacks.search import Search, Trial, Trials
+from fedkl.attacks.search import Job, Search, Trial, Trials
 from fedkl.attacks.secrets import Held, Secrets
 from fedkl.errors import AttackError, ConfigError, unknown
 from fedkl.observation import Observation
@@ -176,24 +177,46 @@ class GradientMatching(Attack):
         left_out = held.ignored(observations[0], network)
         compared = [name for name in network.names if name not in left_out]
         each(observations, lambda o: _check_size(o, compared))
-        labels = None
         if self.infers and not tells_labels(observations[0], network):
             return self._unlabelled(observations, generator, progress, secrets, guesses)
-        if self.infers:
-            labels = torch.stack(each(observations, lambda o: infer_labels(o, network)))
-        more = 0 if guesses is None else 1
-        jobs = [(i, r) for i in range(len(observations)) for r in range(-more, self.restarts)]
+        jobs = self._jobs(observations, network, guesses, generator)
         best: dict[int, Reconstruction] = {}
         for at in range(0, len(jobs), self.parallel):
             part = jobs[at : at + self.parallel]
-            starts = {k: guesses[i] for k, (i, r) in enumerate(part) if r < 0} if guesses else {}
-            rows = [i for i, _ in part]
-            trials = Trials.of(observations, network, labels, rows, held, starts)
+            trials = Trials.of(observations, network, part, held)
             done = (at, len(jobs), progress)
-            for (i, _), found in zip(part, self._run(trials, generator, done), strict=True):
+            for job, found in zip(part, self._run(trials, generator, done), strict=True):
+                i, notes = job.victim, () if job.note is None else (job.note,)
                 if i not in best or not best[i].loss <= found.loss:
-                    best[i] = found
+                    best[i] = replace(found, notes=(*found.notes, *notes))
         return [best[i] for i in range(len(observations))]
+
+    def _jobs(
+        self,
+        observations: Sequence[Observation],
+        network: Network,
+        guesses: Sequence[Tensor] | None,
+        generator: torch.Generator,
+    ) -> list[Job]:
+        """What is tried: every victim, every order of its labels over clients, every restart."""
+        if not self.infers:
+            labels: list[Tensor | None] = [None] * len(observations)
+        else:
+            labels = [*each(observations, lambda o: infer_labels(o, network))]
+        jobs = []
+        for victim, (observation, mine) in enumerate(zip(observations, labels, strict=True)):
+            guess = None if guesses is None else guesses[victim]
+            if mine is None:
+                starts: list[tuple[Tensor | None, Tensor | None]] = [(None, guess)]
+            else:
+                orders = arrangements(mine, observation, network, generator)
+                starts = [(mine.gather(1, o), _in_order(guess, o)) for o in orders]
+            note = f"labels dealt out to clients in {len(starts)} ways; the loss chose"
+            for y, x in starts:
+                told = note if len(starts) > 1 else None
+                images = [*([] if x is None else [x]), *[None] * self.restarts]
+                jobs += [Job(victim, y, one, told) for one in images]
+        return jobs
 
     def searching(self) -> GradientMatching:
         """This attack with the labels among its unknowns.
@@ -324,6 +347,13 @@ def _alike(observations: Sequence[Observation]) -> None:
                 "observations that run as one batch must share model, training, number of updates "
                 "and threat model; attack the others in a call of their own."
             )
+
+
+def _in_order(images: Tensor | None, order: Tensor) -> Tensor | None:
+    """Images (T, images, C, H, W) in an order (T, images)."""
+    if images is None:
+        return None
+    return torch.stack([x[places] for x, places in zip(images, order, strict=True)])
 
 
 def _check_size(observation: Observation, names: Sequence[str]) -> None:
