@@ -17,6 +17,7 @@ from fedkl.errors import ConfigError
 from fedkl.federation.session import load_data
 from fedkl.locking import affines
 from fedkl.observation import OPEN, threat_of
+from fedkl.rng import borrowed, derive
 
 BUNDLE = load_data(small_run())
 
@@ -63,6 +64,49 @@ def test_key_holder_can_repeat_the_update(tmp_path: Path, defense: str, steps: i
         flat = torch.cat([v.flatten() for v in made.values()])
         true = torch.cat([seen.changes[0][n].flatten() for n in made])
         assert float(torch.cosine_similarity(flat, true, dim=0)) > 0.9
+
+
+LOCKS = {
+    "fedbn": {},
+    "channel": {},
+    "channel bias": {"bias": True},
+    "channel sigmoid": {"activation": "sigmoid"},
+    "channel relu": {"activation": "relu", "bias": True},
+    "pad": {},
+    "pad channel": {"learned": "channel", "gain": 2.0},
+    "pad none": {"learned": "none"},
+}
+
+
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("lock", LOCKS)
+def test_key_holder_repeats_several_steps_to_rounding(
+    tmp_path: Path, lock: str, decay: bool
+) -> None:
+    """γ and β move at the rate of what they are computed from, not at that of an affine."""
+    defense = lock.partition(" ")[0]
+    run = small_run(name=defense, **LOCKS[lock])
+    training = dataclasses.replace(
+        run.training,
+        lr=0.1,
+        momentum=0.9 if decay else 0.0,
+        nesterov=decay,
+        weight_decay=0.01 if decay else 0.0,
+    )
+    run = dataclasses.replace(run, training=training)
+    audit = small_audit(run=run, stage="initial", local_steps=3, batch_size=4)
+    found = Victims(audit.defended(defense, 0), tmp_path, BUNDLE, audit)
+    rows = torch.arange(12)[None]
+    (seen,) = observe(found, [found.send(rows)], threat_of("key-shared"))
+    network = Network(seen)
+    generator = derive(found.config.seed, "victim", 0, 0)
+    with borrowed(generator):  # the client's own order
+        x, y = BUNDLE.test.batch(torch.cat(list(found.workspace.batches(rows[0], generator))))
+    secrets = {n: seen.known[n] for n in network.secrets}
+    made = network.change(secrets, x, one_hot(y, 10).float())
+    miss = sum(float((made[n] - seen.changes[0][n]).square().sum()) for n in made)
+    size = sum(float(seen.changes[0][n].square().sum()) for n in made)
+    assert (miss / size) ** 0.5 < 1e-4
 
 
 @pytest.mark.parametrize("defense", ["none", "fedbn", "channel", "pad"])

@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
 from fedkl.attacks.base import each
+from fedkl.attacks.learned import learned_of
 from fedkl.errors import AttackError
 from fedkl.observation import Observation, Training
 
@@ -47,6 +48,8 @@ class Network:
             raise AttackError(f"the secrets {sorted(strange)[:3]} are no parameters of the model.")
         self.shared = {n: p for n, p in parameters.items() if n not in hidden}
         self.secrets = {n: p for n, p in parameters.items() if n in hidden}
+        learned = learned_of(observation.spec, self.model)
+        self.learned = {n: one for n, one in learned.items() if n in hidden}
         self._plain = False
         if check:
             self.check(observation)
@@ -131,7 +134,8 @@ class Network:
 
         One step of a gradient observation is its gradient. An update is unrolled: the client's
         own steps are repeated on guessed images, on shared and private parameters alike
-        (Geiping et al. 2020, section 6), and the result is weights before minus after.
+        (Geiping et al. 2020, section 6), and the result is weights before minus after. γ and β of
+        a lock move as the parameters do that they are computed from (:mod:`.learned`).
         """
         make = self.gradient if self.kind == "gradient" else self._unrolled
         clients = self.training.clients
@@ -149,8 +153,14 @@ class Network:
 
     def _unrolled(self, secrets: Tensors, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         training, size = self.training, self.training.batch_size
-        start = {**self.shared, **secrets}
+        held = {n: one.start(secrets, n) for n, one in self.learned.items()}
+        start = {**self.shared, **secrets, **held}
         now = start
+
+        def known(learned: Tensors) -> dict[str, Tensor]:
+            made = {n: one.value(learned[n], secrets, n) for n, one in self.learned.items()}
+            return {**learned, **made}
+
         moments: dict[str, Tensor] = {}
         for step in range(training.local_steps):
             at = 0 if training.repeats else step * size
@@ -158,7 +168,7 @@ class Network:
             xs, ys = x[rows], y[rows]
 
             def loss(parameters: dict[str, Tensor], xs: Tensor = xs, ys: Tensor = ys) -> Tensor:
-                return self.loss(parameters, xs, ys)
+                return self.loss(known(parameters), xs, ys)
 
             now, moments = sgd(now, self._derivative(loss, now), moments, training)
         return {name: start[name] - now[name] for name in self.shared}

@@ -25,9 +25,9 @@ class Adaptive(Attack):
     """``attack`` with the victim's secrets treated as ``secrets`` says.
 
     The T updates of one observation were made under one lock: its secrets are searched once for
-    all of them. Works for gradients and for unrolled updates. There γ and β take the client's
-    steps themselves; a client with a channel lock moves its matrices instead, which changes γ by
-    another rate, so from the second step on the attacker's client differs a little from the real.
+    all of them. Works for gradients and for unrolled updates: there γ and β take the steps that a
+    client's do, whatever they are computed from (:mod:`fedkl.attacks.learned` says what of that is
+    approximate).
 
     Args:
         attack: Any attack that searches by gradient matching.
