@@ -24,7 +24,6 @@ class ThreatModel:
         lock_weights: The lock's matrices and biases are given, the key is not.
         key: Key and lock are given: every private tensor is known. The positive control.
         lock_gradients: The gradient of the lock's own parameters is in the update.
-        statistics: The batch-norm statistics of locked norms are in the update.
         steps: Batch size, local steps and learning rate are known.
         crafting: The server may send weights of its own making.
         frees_secrets: The attacker treats private tensors as unknowns to be found (Kerckhoffs).
@@ -37,7 +36,6 @@ class ThreatModel:
     lock_weights: bool = False
     key: bool = False
     lock_gradients: bool = False
-    statistics: bool = False
     steps: bool = True
     crafting: bool = False
     frees_secrets: bool = False
@@ -197,7 +195,9 @@ class Observation:
         spec: The lock spec as plain data, None without a lock.
         lock_weights: The lock's own tensors by state-dict name, if granted.
         lock_gradients: T gradients of the lock's own parameters, if sent.
-        statistics: T maps of batch-norm statistics, if sent.
+        statistics: T maps of the batch-norm statistics that were sent, by buffer name, as they were
+            after the client's steps; those before stand in ``model``. Searches match them along
+            with the gradient.
     """
 
     model: nn.Module = field(repr=False)

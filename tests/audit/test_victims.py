@@ -141,6 +141,27 @@ def test_granted_labels_of_an_aggregate_do_not_tell_whose_they_are(tmp_path: Pat
         assert torch.equal(seen.labels, true.sort(dim=1).values)
 
 
+@pytest.mark.parametrize(
+    "defense, shared",
+    [("none", None), ("norm", True), ("channel", False), ("channel", True), ("pad", False)],
+)
+def test_statistics_that_cross_the_wire_are_in_the_observation(
+    tmp_path: Path, defense: str, shared: bool | None
+) -> None:
+    run = small_run(name=defense, share_statistics=bool(shared) and defense != "norm")
+    audit = small_audit(run=run, stage="initial")
+    found = Victims(audit.defended(defense, 0), tmp_path, BUNDLE, audit)
+    threat = OPEN if defense in ("none", "norm") else threat_of("adaptive")
+    (seen,) = observe(found, [found.send(torch.tensor([[0]]))], threat)
+    network = Network(seen)
+    assert bool(network.statistics.rates) == bool(shared)
+    if defense == "norm":
+        x, y = BUNDLE.test.batch(torch.tensor([0]))
+        made = network.sent({}, x, one_hot(y, 10).float())[1]
+        for name, value in network.statistics.observed(seen.statistics[0]).items():
+            torch.testing.assert_close(made[name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_more_clients_than_there_are_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="aggregated is 3"):
         victims(tmp_path, "none", aggregated=3)

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self
 
 import torch
 from torch import Tensor
@@ -26,10 +26,13 @@ from fedkl.attacks.network import Network, Tensors
 from fedkl.attacks.record import Record, refuse_lost, tell
 from fedkl.attacks.search import Job, Search, Trial, Trials
 from fedkl.attacks.secrets import Held, Secrets
+from fedkl.attacks.statistics import misfit
 from fedkl.errors import AttackError, ConfigError, unknown
 from fedkl.observation import Observation
 
 LABEL_RULES = ("infer", "search")
+HEARD: Final = 0.2
+"""Weight of batch statistics, where they were sent, beside the gradient."""
 
 Objective = Callable[[dict[str, Tensor], Tensor], tuple[dict[str, Tensor], Tensor]]
 
@@ -288,9 +291,14 @@ class GradientMatching(Attack):
             hidden = secrets.values(values, trial.secrets, network)
             distance = x.new_zeros(())
             for t in range(x.shape[0]):
-                made = network.change(hidden, x[t], y[t])
+                made, heard = network.sent(hidden, x[t], y[t])
                 pairs = [(made[n], trial.changes[n][t]) for n in made if n not in ignored]
                 distance = distance + self.distance(pairs)
+                if heard:
+                    told = {n: seen[t] for n, seen in trial.statistics.items()}
+                    # In units of what the distance is where nothing matches at all.
+                    unit = self.distance([(torch.zeros_like(seen), seen) for _, seen in pairs])
+                    distance = distance + HEARD * unit * misfit(heard, told)
             distance = distance / x.shape[0]
             return distance + self.prior(values, x, iteration) + secrets.prior(values)
 
@@ -346,6 +354,11 @@ def _alike(observations: Sequence[Observation]) -> None:
             raise AttackError(
                 "observations that run as one batch must share model, training, number of updates "
                 "and threat model; attack the others in a call of their own."
+            )
+        if [set(sent) for sent in other.statistics] != [set(sent) for sent in first.statistics]:
+            raise AttackError(
+                "some of the observations bring batch-norm statistics that others do not; attack "
+                "them in calls of their own, or leave statistics out of all."
             )
 
 

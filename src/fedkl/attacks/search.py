@@ -28,16 +28,18 @@ class Trial:
         changes: The observed changes by parameter name, (T, *shape).
         labels: Label distributions (T, images, classes); zeros if they are searched.
         secrets: What :meth:`Secrets.given` gave.
+        statistics: By norm, mean and variance of its input (T, 2, channels), where they were sent.
     """
 
     changes: dict[str, Tensor]
     labels: Tensor
     secrets: dict[str, Tensor] = field(repr=False)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 torch.utils._pytree.register_pytree_node(
     Trial,
-    lambda trial: ([trial.changes, trial.labels, trial.secrets], None),
+    lambda trial: ([trial.changes, trial.labels, trial.secrets, trial.statistics], None),
     lambda parts, _: Trial(*parts),
 )
 
@@ -108,6 +110,9 @@ class Trials:
         rows = [job.victim for job in jobs]
         labels = [job.labels for job in jobs if job.labels is not None]
         changes = [_stack([network.observed(c) for c in o.changes]) for o in observations]
+        heard = [
+            _stack([network.statistics.observed(s) for s in o.statistics]) for o in observations
+        ]
         given = each(observations, lambda o: secrets.given(o, network))
         if labels:
             y = one_hot(torch.stack(labels), first.num_classes).to(torch.get_default_dtype())
@@ -118,13 +123,15 @@ class Trials:
             {n: t[index] for n, t in _stack(changes).items()},
             y,
             {n: t[index] for n, t in _stack(given).items()},
+            {n: t[index] for n, t in _stack(heard).items()},
         )
         guesses = {at: job.guess for at, job in enumerate(jobs) if job.guess is not None}
         return cls(observations, rows, network, stacked, secrets, guesses)
 
 
 def _stack(items: Sequence[Tensors]) -> dict[str, Tensor]:
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    names = items[0] if items else ()
+    return {name: torch.stack([item[name] for item in items]) for name in names}
 
 
 class Search(ABC):

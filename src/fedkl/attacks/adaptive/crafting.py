@@ -129,6 +129,7 @@ def catch(observation: Observation, target: int) -> Observation:
         changes=changes,
         training=replace(training, batch_size=1, local_steps=1, repeats=False, clients=1),
         labels=torch.full((observation.count, 1), target),
+        statistics=(),  # those are of the whole batch
     )
 
 
