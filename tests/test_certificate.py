@@ -159,6 +159,26 @@ def test_bits_are_the_determinant_of_the_definition(
     assert growing.bits_known() == pytest.approx(definition(0 * s @ s.T), rel=1e-8, abs=1e-8)
 
 
+@pytest.mark.parametrize("noise", [1e-2, 1e-6, 1e-8])
+@pytest.mark.parametrize("secrets, inputs", [(0, 6), (3, 6), (8, 6), (8, 12)])
+def test_bits_are_right_at_any_noise(noise: float, secrets: int, inputs: int) -> None:
+    """Against one QR of everything; twelve inputs explain all that secrets do."""
+    by_secrets, by_inputs = matrices(2, secrets, inputs, 4)
+    growing = Information(secrets, noise)
+    for s, x in zip(by_secrets, by_inputs, strict=True):
+        growing.add(s, x)
+    s, x = torch.cat(by_secrets) / noise, torch.block_diag(*by_inputs) / noise
+
+    def reference(columns: Tensor) -> float:
+        eye = torch.eye(columns.shape[1], dtype=torch.float64)
+        r = torch.linalg.qr(torch.cat([columns, eye])).R
+        return 2 * float(torch.linalg.slogdet(r).logabsdet) / (2 * math.log(2))
+
+    both = reference(torch.cat([x, s], dim=1))
+    assert growing.bits() == pytest.approx(both - reference(s), rel=1e-6, abs=1e-6)
+    assert growing.bits_known() == pytest.approx(reference(x), rel=1e-6, abs=1e-6)
+
+
 def test_a_cancellation_that_costs_too_much_does_not_count() -> None:
     """A secret of which the observation hears next to nothing hides next to nothing."""
     deaf = torch.tensor([[1e-12]], dtype=torch.float64)

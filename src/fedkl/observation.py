@@ -1,4 +1,4 @@
-"""What an attacker sees, and what it knows beyond that: frozen facts, nothing computed."""
+"""What an attacker sees, and what it knows beyond that: frozen facts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ class ThreatModel:
         lock_weights: The lock's matrices and biases are given, the key is not.
         key: Key and lock are given: every private tensor is known. The positive control.
         lock_gradients: The gradient of the lock's own parameters is in the update.
-        statistics: The batch-norm statistics of locked norms are in the update.
         steps: Batch size, local steps and learning rate are known.
         crafting: The server may send weights of its own making.
         frees_secrets: The attacker treats private tensors as unknowns to be found (Kerckhoffs).
@@ -37,7 +36,6 @@ class ThreatModel:
     lock_weights: bool = False
     key: bool = False
     lock_gradients: bool = False
-    statistics: bool = False
     steps: bool = True
     crafting: bool = False
     frees_secrets: bool = False
@@ -153,6 +151,27 @@ class Training:
         """Images times the training steps they passed through."""
         return self.batch_size * self.local_steps * self.clients
 
+    @property
+    def steps_taken(self) -> float:
+        """How many plain SGD steps along one gradient make the update: momentum takes longer ones.
+
+        One step is 1, or 1 + momentum with Nesterov's.
+        """
+        velocity = total = 0.0
+        for _ in range(self.local_steps):
+            velocity = self.momentum * velocity + 1
+            total += 1 + self.momentum * velocity if self.nesterov else velocity
+        return total
+
+    def gradient(self, change: Tensor, parameter: Tensor) -> Tensor:
+        """The gradient of the loss behind an update: exact for one step, else a mean over steps.
+
+        Args:
+            change: A parameter before the steps minus after, of any shape.
+            parameter: The parameter before, for its weight decay; broadcasts.
+        """
+        return change / (self.lr * self.steps_taken) - self.weight_decay * parameter
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:
@@ -171,11 +190,14 @@ class Observation:
         secrets: Names of the model's parameters that are private.
         known: True values of secrets that the threat model grants; of an update of several clients
             with one more axis in front, over the clients.
-        labels: True labels (T, images), if the threat model grants them.
+        labels: True labels (T, images), if the threat model grants them; those of several clients
+            in an order that does not tell whose they are.
         spec: The lock spec as plain data, None without a lock.
         lock_weights: The lock's own tensors by state-dict name, if granted.
         lock_gradients: T gradients of the lock's own parameters, if sent.
-        statistics: T maps of batch-norm statistics, if sent.
+        statistics: T maps of the batch-norm statistics that were sent, by buffer name, as they were
+            after the client's steps; those before stand in ``model``. Searches match them along
+            with the gradient.
     """
 
     model: nn.Module = field(repr=False)

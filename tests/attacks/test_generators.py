@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,11 @@ from torch.func import vmap
 from fedkl.attacks import (
     ConditionalGenerator,
     cached_generator,
-    generator_of,
     load_generator,
     save_generator,
     train_generator,
 )
-from fedkl.errors import AttackError, CheckpointError, ConfigError, DataError
+from fedkl.errors import CheckpointError, ConfigError, DataError
 from fedkl.rng import derive
 
 SMALL = {"steps": 800, "latent": 4, "width": 128}
@@ -128,34 +126,6 @@ def test_cache_trains_once_per_data_settings_and_randomness(tmp_path: Path) -> N
     get(steps=3)
     assert len(trainings) == 4
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 4
-
-
-def test_factories_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_generators_.py").write_text(
-        "from torch import nn\n"
-        "class Mine(nn.Module):\n"
-        "    latent = 3\n"
-        "    def forward(self, z, y):\n"
-        "        return z.sum(1).sigmoid().view(-1, 1, 1, 1).expand(-1, 1, 4, 4)\n"
-        "def plain():\n"
-        "    return nn.Linear(3, 3)\n"
-        "def broken():\n"
-        "    raise RuntimeError('no file')\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    made = generator_of("my_generators_:Mine")
-    assert made(torch.zeros(2, 3), torch.zeros(2)).shape == (2, 1, 4, 4)
-    with pytest.raises(AttackError, match="attribute latent"):
-        generator_of("my_generators_:plain")
-    for text, words in {
-        "my_generators_": "package.module:factory",
-        "my_generators_:nothing": "AttributeError",
-        "my_generators_:broken": "no file",
-        "not_a_module_:x": "ModuleNotFoundError",
-    }.items():
-        with pytest.raises(ConfigError, match=words):
-            generator_of(text)
-    sys.modules.pop("my_generators_")
 
 
 @pytest.mark.parametrize(

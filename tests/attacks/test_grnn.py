@@ -10,7 +10,7 @@ from torch import Tensor
 from fedkl.attacks import GRNN
 from fedkl.attacks.grnn import NOISE, TwoHeads, doublings
 from fedkl.attacks.network import Network
-from fedkl.attacks.search import Trials
+from fedkl.attacks.search import Job, Trials
 from fedkl.attacks.secrets import Held, Secrets
 from fedkl.errors import ConfigError
 from fedkl.metrics import ssim
@@ -74,7 +74,8 @@ def test_side_by_side_is_one_by_one(victims: tuple[list[Observation], Tensor, Te
         """Weights drawn for a company of three, whatever the company."""
 
         def start(self, trials: Trials, generator: torch.Generator) -> dict[str, Tensor]:
-            whole = Trials.of(victims[0], trials.network, None, [0, 1, 2], trials.secrets)
+            jobs = [Job(i) for i in range(3)]
+            whole = Trials.of(victims[0], trials.network, jobs, trials.secrets)
             return {
                 n: v[: trials.count].clone() for n, v in super().start(whole, generator).items()
             }

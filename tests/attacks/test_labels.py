@@ -17,7 +17,6 @@ from fedkl.attacks.labels import (
     infer_label,
     infer_labels,
     mean_probability,
-    steps_taken,
 )
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
@@ -59,6 +58,24 @@ def test_counts_sum_to_the_batch_whatever_the_gradient() -> None:
         assert int(counts.min()) >= 0
 
 
+@pytest.mark.parametrize("expected", [None, torch.tensor([0.75, 0.25])])
+def test_counts_of_a_gradient_that_fits_no_label_sum_to_the_batch(expected: Tensor | None) -> None:
+    counts = infer_counts(torch.tensor([0.9, 0.9]), 8, expected)
+    assert counts.tolist() == ([4, 4] if expected is None else [6, 2])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_gradient_of_one_step_is_what_sgd_was_given(nesterov: bool) -> None:
+    weight = nn.Parameter(torch.tensor([3.0, -2.0]))
+    settings = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.5}
+    sgd = torch.optim.SGD([weight], **settings)  # type: ignore[arg-type]
+    before = weight.detach().clone()
+    weight.grad = torch.tensor([0.25, 1.5])
+    sgd.step()
+    found = Training(**settings).gradient(before - weight.detach(), before)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, torch.tensor([0.25, 1.5]))
+
+
 def test_granted_labels_are_taken() -> None:
     model = tiny()
     x, y = images(1, (1, 8, 8)), torch.tensor([2])
@@ -90,8 +107,8 @@ def test_momentum_takes_longer_steps(nesterov: bool) -> None:
         weight.grad = torch.ones(1)
         sgd.step()
     training = Training(local_steps=4, lr=0.1, momentum=0.9, nesterov=nesterov)
-    assert -float(weight.detach()) == pytest.approx(0.1 * steps_taken(training))
-    assert steps_taken(Training(local_steps=3, lr=0.1)) == 3
+    assert -float(weight.detach()) == pytest.approx(0.1 * training.steps_taken)
+    assert Training(local_steps=3, lr=0.1).steps_taken == 3
 
 
 OFTEN = (0.5, 0.3, 0.15, 0.05)

@@ -19,8 +19,10 @@ from fedkl.attacks import (
     make_attack,
 )
 from fedkl.attacks.matching import GradientMatching
+from fedkl.attacks.network import Tensors
 from fedkl.attacks.pixels import thirds, total_variation
-from fedkl.attacks.search import Trials
+from fedkl.attacks.search import Trial, Trials
+from fedkl.audit.cells import on_each
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import ssim
 from fedkl.observation import Observation
@@ -224,3 +226,48 @@ def test_labels_are_searched_where_the_classifier_is_private() -> None:
     made = ConditionalGenerator(latent=2, width=4, image_shape=(1, 16, 16), num_classes=10)
     with pytest.raises(AttackError, match="ggl needs labels"):
         GGL(made, iterations=1).reconstruct([private], generator=derive(0))
+
+
+SHORT = [
+    DLG(iterations=6),
+    IDLG(iterations=6),
+    InvertingGradients(iterations=6),
+]
+
+
+@pytest.mark.parametrize("factor, words", [(0.0, "is zero"), (1e25, "too large")])
+@pytest.mark.parametrize("attack", SHORT, ids=lambda a: a.name)
+def test_updates_that_cannot_be_matched_are_named(
+    attack: GradientMatching,
+    factor: float,
+    words: str,
+    victims: tuple[list[Observation], Tensor, Tensor],
+) -> None:
+    """They would be scored as attacks that failed; the audit goes on with the other victims."""
+    odd = ({name: factor * value for name, value in victims[0][1].changes[0].items()},)
+    seen = [victims[0][0], replace(victims[0][1], changes=odd), victims[0][2]]
+    with pytest.raises(AttackError, match=words) as raised:
+        attack.reconstruct(seen, generator=derive(0, "a"))
+    assert raised.value.victims == (1,)
+    found, failed = on_each(attack, seen, lambda: derive(0, "a"))
+    assert sorted(found) == [0, 2]
+    assert list(failed) == [1]
+
+
+def test_a_victim_whose_loss_is_never_finite_is_named(
+    victims: tuple[list[Observation], Tensor, Tensor],
+) -> None:
+    class Lost(DLG):
+        """One victim's trials are never a number."""
+
+        def decode(self, unknowns: Tensors, trial: Trial) -> tuple[Tensor, Tensor]:
+            x, y = super().decode(unknowns, trial)
+            mine = trial.changes["3.bias"] - victims[0][1].changes[0]["3.bias"]
+            return torch.where((mine.abs() < 1e-6).all(), torch.nan, x), y
+
+    attack = Lost(iterations=4, restarts=2)
+    with pytest.raises(AttackError, match="finite loss") as raised:
+        attack.reconstruct(victims[0], generator=derive(0, "a"))
+    assert raised.value.victims == (1,)
+    found = attack.matched(victims[0], generator=derive(0, "a"))
+    assert [one.loss == float("inf") for one in found] == [False, True, False]

@@ -113,6 +113,26 @@ def test_lock_per_position_stops_it(victims: tuple[Tensor, Tensor]) -> None:
     assert float(ssim_aligned(made, x).max()) < 0.5
 
 
+def test_equations_that_do_not_hold_are_said(victims: tuple[Tensor, Tensor]) -> None:
+    x, y = victims
+    seen = observe(deep(norm=True), x, y)
+    exact = Peel().reconstruct(seen, generator=derive(0, "a"))
+    assert all(one.notes == () for one in exact)
+    generator = derive(1, "noise")
+
+    def noised(value: Tensor) -> Tensor:
+        return value + 0.01 * value.std() * torch.randn(value.shape, generator=generator)
+
+    odd = [
+        replace(one, changes=tuple({n: noised(g) for n, g in c.items()} for c in one.changes))
+        for one in seen
+    ]
+    found = Peel().reconstruct(odd, generator=derive(0, "a"))
+    made = torch.cat([one.images[0] for one in found])
+    assert float(ssim_aligned(made, x).max()) < 0.5
+    assert all("hold to a misfit of 0." in one.notes[0] for one in found)
+
+
 def test_what_it_cannot_read_is_refused(victims: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     x, y = victims
     odd = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, CLASSES))

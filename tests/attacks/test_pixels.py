@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedkl import metrics
 from fedkl.attacks import DLG, InvertingGradients
-from fedkl.attacks.matching import in_range
+from fedkl.attacks.record import in_range
 from fedkl.attacks.search import Trials
 from fedkl.errors import ConfigError
 from fedkl.rng import derive

@@ -17,6 +17,7 @@ from fedkl.errors import ConfigError, DataError
 from fedkl.federation.session import load_data
 from fedkl.locking import affines
 from fedkl.observation import OPEN, threat_of
+from fedkl.rng import borrowed, derive
 
 BUNDLE = load_data(small_run())
 
@@ -65,6 +66,49 @@ def test_key_holder_can_repeat_the_update(tmp_path: Path, defense: str, steps: i
         assert float(torch.cosine_similarity(flat, true, dim=0)) > 0.9
 
 
+LOCKS = {
+    "fedbn": {},
+    "channel": {},
+    "channel bias": {"bias": True},
+    "channel sigmoid": {"activation": "sigmoid"},
+    "channel relu": {"activation": "relu", "bias": True},
+    "pad": {},
+    "pad channel": {"learned": "channel", "gain": 2.0},
+    "pad none": {"learned": "none"},
+}
+
+
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("lock", LOCKS)
+def test_key_holder_repeats_several_steps_to_rounding(
+    tmp_path: Path, lock: str, decay: bool
+) -> None:
+    """γ and β move at the rate of what they are computed from, not at that of an affine."""
+    defense = lock.partition(" ")[0]
+    run = small_run(name=defense, **LOCKS[lock])
+    training = dataclasses.replace(
+        run.training,
+        lr=0.1,
+        momentum=0.9 if decay else 0.0,
+        nesterov=decay,
+        weight_decay=0.01 if decay else 0.0,
+    )
+    run = dataclasses.replace(run, training=training)
+    audit = small_audit(run=run, stage="initial", local_steps=3, batch_size=4)
+    found = Victims(audit.defended(defense, 0), tmp_path, BUNDLE, audit)
+    rows = torch.arange(12)[None]
+    (seen,) = observe(found, [found.send(rows)], threat_of("key-shared"))
+    network = Network(seen)
+    generator = derive(found.config.seed, "victim", 0, 0)
+    with borrowed(generator):  # the client's own order
+        x, y = BUNDLE.test.batch(torch.cat(list(found.workspace.batches(rows[0], generator))))
+    secrets = {n: seen.known[n] for n in network.secrets}
+    made = network.change(secrets, x, one_hot(y, 10).float())
+    miss = sum(float((made[n] - seen.changes[0][n]).square().sum()) for n in made)
+    size = sum(float(seen.changes[0][n].square().sum()) for n in made)
+    assert (miss / size) ** 0.5 < 1e-4
+
+
 @pytest.mark.parametrize("defense", ["none", "fedbn", "channel", "pad"])
 def test_aggregate_is_the_mean_and_its_key_holder_can_repeat_it(
     tmp_path: Path, defense: str
@@ -84,6 +128,38 @@ def test_aggregate_is_the_mean_and_its_key_holder_can_repeat_it(
     made = network.change(secrets, x, one_hot(y, 10).float())
     for name, value in made.items():
         torch.testing.assert_close(value, mean[name], rtol=1e-3, atol=1e-5)
+
+
+def test_granted_labels_of_an_aggregate_do_not_tell_whose_they_are(tmp_path: Path) -> None:
+    """The classifier of a pad is private, so labels are granted: which, not of which client."""
+    for rows in (torch.tensor([[3, 1]]), torch.tensor([[1, 3]])):
+        found = victims(tmp_path, "pad", aggregated=2)
+        (seen,) = observe(found, [found.send(rows)], threat_of("key-shared"))
+        assert seen.labels is not None
+        true = BUNDLE.test.labels[rows]
+        assert len(true.unique()) == 2
+        assert torch.equal(seen.labels, true.sort(dim=1).values)
+
+
+@pytest.mark.parametrize(
+    "defense, shared",
+    [("none", None), ("norm", True), ("channel", False), ("channel", True), ("pad", False)],
+)
+def test_statistics_that_cross_the_wire_are_in_the_observation(
+    tmp_path: Path, defense: str, shared: bool | None
+) -> None:
+    run = small_run(name=defense, share_statistics=bool(shared) and defense != "norm")
+    audit = small_audit(run=run, stage="initial")
+    found = Victims(audit.defended(defense, 0), tmp_path, BUNDLE, audit)
+    threat = OPEN if defense in ("none", "norm") else threat_of("adaptive")
+    (seen,) = observe(found, [found.send(torch.tensor([[0]]))], threat)
+    network = Network(seen)
+    assert bool(network.statistics.rates) == bool(shared)
+    if defense == "norm":
+        x, y = BUNDLE.test.batch(torch.tensor([0]))
+        made = network.sent({}, x, one_hot(y, 10).float())[1]
+        for name, value in network.statistics.observed(seen.statistics[0]).items():
+            torch.testing.assert_close(made[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_more_clients_than_there_are_is_an_error(tmp_path: Path) -> None:

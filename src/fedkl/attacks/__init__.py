@@ -6,7 +6,6 @@ from fedkl.attacks.counting import Counted
 from fedkl.attacks.generators import (
     ConditionalGenerator,
     cached_generator,
-    generator_of,
     load_generator,
     save_generator,
     train_generator,
@@ -52,7 +51,6 @@ __all__ = [
     "Secrets",
     "cached_generator",
     "check_installed",
-    "generator_of",
     "label_counts",
     "load_generator",
     "make_attack",

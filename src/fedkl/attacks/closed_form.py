@@ -148,13 +148,9 @@ def _ratio(
 def _gradient(observation: Observation, network: Network, change: Any, name: str) -> Tensor:
     """A parameter's gradient, averaged over the steps; weight decay taken off."""
     seen: Tensor = change[name].detach()
-    training = observation.training
     if observation.kind == "gradient":
         return seen
-    # The first step of momentum SGD has no past: it is lr * (1 + momentum) with Nesterov's.
-    factor = 1 + training.momentum if training.nesterov else 1.0
-    mean = seen / (training.lr * training.local_steps * factor)
-    return mean - training.weight_decay * network.shared[name]
+    return observation.training.gradient(seen, network.shared[name])
 
 
 class _Found(Exception):

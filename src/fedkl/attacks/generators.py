@@ -1,17 +1,15 @@
-"""Image generators for attacks that search in their latent space: trained, cached, or the user's.
+"""Image generators for attacks that search in their latent space: trained and cached.
 
-A generator is an ``nn.Module`` with an integer attribute ``latent`` that maps noise (N, latent)
-and labels int64 (N,) to images (N, C, H, W) in [0, 1].
+A generator, ours or the user's, is an ``nn.Module`` with an integer attribute ``latent`` that maps
+noise (N, latent) and labels int64 (N,) to images (N, C, H, W) in [0, 1].
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 import os
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -138,13 +136,29 @@ def train_generator(
             num_classes=num_classes,
         )
         encoder = _Encoder(decoder)
+    _fit(decoder, encoder, images, labels, steps, weight, generator, progress)
+    _freeze(decoder)
+    return decoder
+
+
+def _fit(
+    decoder: ConditionalGenerator,
+    encoder: _Encoder,
+    images: Tensor,
+    labels: Tensor,
+    steps: int,
+    weight: float,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> None:
+    """The steps of :func:`train_generator`, in place."""
     both = nn.ModuleList([decoder, encoder])
     optimizer = torch.optim.Adam(both.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     recent: list[float] = []
     for step in range(steps):
         pick = torch.randint(len(images), (BATCH,), generator=generator)
-        noise = torch.randn(BATCH, latent, generator=generator)
+        noise = torch.randn(BATCH, decoder.latent, generator=generator)
         loss = _bound(decoder, encoder, images[pick], labels[pick], noise, weight)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -153,8 +167,6 @@ def train_generator(
         recent = [*recent[-49:], float(loss.detach())]
         if progress is not None and (step % 50 == 49 or step == steps - 1):
             progress(step + 1, steps, sum(recent) / len(recent))
-    _freeze(decoder)
-    return decoder
 
 
 def _bound(
@@ -260,32 +272,6 @@ def cached_generator(
     )
     save_generator(path, model, {"settings": settings, "images": len(images)})
     return model
-
-
-def generator_of(factory: str) -> nn.Module:
-    """A generator of the user's: what ``package.module:factory`` returns when called.
-
-    Raises:
-        ConfigError: The text has another form, or names nothing that can be imported and called.
-        AttackError: What it returns is no generator.
-    """
-    module, colon, name = factory.partition(":")
-    if not (module and colon and name):
-        raise ConfigError(
-            f"got generator {factory!r}; expected 'package.module:factory' or a file of "
-            "fedkl.attacks.save_generator."
-        )
-    try:
-        make: Callable[[], Any] = getattr(importlib.import_module(module), name)
-        made: nn.Module = make()
-    except Exception as error:
-        raise ConfigError(
-            f"generator {factory!r} cannot be made: {type(error).__name__}: {error}. Expected an "
-            "importable function without arguments that returns an nn.Module."
-        ) from error
-    check_generator(made)
-    _freeze(made)
-    return made
 
 
 def check_generator(model: object) -> int:

@@ -12,8 +12,9 @@ from torch.func import vmap
 from fedkl.attacks.base import Progress, Reconstruction
 from fedkl.attacks.evolution import Evolution
 from fedkl.attacks.generators import check_generator
-from fedkl.attacks.matching import GradientMatching, Record, tell
+from fedkl.attacks.matching import GradientMatching
 from fedkl.attacks.network import Tensors
+from fedkl.attacks.record import Record, tell
 from fedkl.attacks.search import Elementwise, Search, Trial, Trials
 from fedkl.attacks.secrets import PREFIX
 from fedkl.errors import AttackError, ConfigError, unknown
@@ -139,7 +140,7 @@ class GGL(GradientMatching):
             population=self.population,
             generator=generator,
         )
-        record = Record(self, trials)
+        record = Record(self.decode, self.iterations, trials)
         evaluate = self._population(trials)
         for iteration in range(self.iterations):
             candidates = evolution.ask()

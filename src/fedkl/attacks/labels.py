@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
-from fedkl.observation import Observation, Training
+from fedkl.observation import Observation
 
 CHUNK: Final = 250
 
@@ -77,25 +77,20 @@ def infer_counts(bias: Tensor, batch_size: int, mean_probability: Tensor | None 
     needs the mean over public images (:func:`mean_probability`; the idea of LLG, Wainakh et al.
     2022). The better a model tells classes apart, the more mean(p) is of the batch itself and the
     less the gradient says: of a model that is right about nearly all of a batch it says nothing.
-    Rounded by largest remainders.
+    A gradient that fits no label at all (above the mean probability everywhere) tells nothing, and
+    the mean probability is taken. Rounded by largest remainders.
     """
     classes = len(bias)
     p = bias.new_full((classes,), 1 / classes) if mean_probability is None else mean_probability
-    wanted = ((p - bias) * batch_size).clamp_min(0)
-    wanted = wanted * (batch_size / wanted.sum().clamp_min(1e-12))
+    wanted = (p - bias).clamp_min(0)
+    if not float(wanted.sum()) > 0:
+        wanted = p
+    # In float64, so that rounding never leaves more remainders than there are classes.
+    wanted = wanted.double() * (batch_size / wanted.double().sum())
     counts = wanted.floor()
     for place in (wanted - counts).argsort(descending=True)[: batch_size - int(counts.sum())]:
         counts[place] += 1
     return counts.to(torch.int64)
-
-
-def steps_taken(training: Training) -> float:
-    """How many plain SGD steps along one gradient make the update: momentum takes longer ones."""
-    velocity = total = 0.0
-    for _ in range(training.local_steps):
-        velocity = training.momentum * velocity + 1
-        total += 1 + training.momentum * velocity if training.nesterov else velocity
-    return total
 
 
 def mean_probability(
@@ -134,13 +129,11 @@ def infer_labels(
         return observation.labels
     weight, bias = classifier(network, observation.num_classes)
     training, rows = observation.training, []
-    # Before minus after is a multiple of the mean gradient; weight decay adds next to nothing.
-    scale = 1.0
-    if observation.kind == "update":
-        scale = 1 / (training.lr * steps_taken(training))
     for change in observation.changes:
-        g_weight = change[weight] * scale
-        g_bias = None if bias is None else change[bias] * scale
+        seen = {name: change[name] for name in (weight, bias) if name is not None}
+        if observation.kind == "update":
+            seen = {n: training.gradient(g, network.shared[n]) for n, g in seen.items()}
+        g_weight, g_bias = seen[weight], None if bias is None else seen[bias]
         if training.images == 1:
             rows.append(infer_label(g_weight, g_bias).reshape(1))
             continue

@@ -18,8 +18,6 @@ class BatchedLBFGS:
         size: (N, n): problems, unknowns each.
         lr: Step length.
         history: Pairs kept per problem.
-        max_step: Largest change of an unknown in one step, a safeguard that torch has not;
-            None for none.
     """
 
     def __init__(
@@ -28,10 +26,9 @@ class BatchedLBFGS:
         *,
         lr: float = 1.0,
         history: int = 100,
-        max_step: float | None = None,
         like: Tensor,
     ) -> None:
-        self.lr, self.max_step = lr, max_step
+        self.lr = lr
         count = size[0]
         # (s, y, 1/sᵀy) per step; 1/sᵀy = 0 makes the two loops pass a problem's pair over.
         self.pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=history)
@@ -61,13 +58,7 @@ class BatchedLBFGS:
         # A problem that was just put somewhere new has no gradient there yet.
         self.fresh = self.fresh & (gradient == 0).all(dim=1)
         self.direction, self.gradient = direction, gradient.clone()
-        change = direction * self.step_length[:, None]
-        if self.max_step is not None:
-            largest = change.abs().amax(dim=1, keepdim=True)
-            shrink = (self.max_step / largest.clamp_min(1e-30)).clamp_max(1.0)
-            change = change * shrink
-            self.step_length = self.step_length * shrink[:, 0]
-        return change
+        return direction * self.step_length[:, None]
 
     def _remember(self, gradient: Tensor) -> None:
         assert self.direction is not None

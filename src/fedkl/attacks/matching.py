@@ -6,6 +6,7 @@ gradients are compared and how it steps; adaptive attacks add the victim's secre
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -17,33 +18,23 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
+from fedkl.attacks.arrangements import arrangements
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.distances import DISTANCES
 from fedkl.attacks.labels import infer_labels, tells_labels
 from fedkl.attacks.network import Network, Tensors
-from fedkl.attacks.search import Search, Trial, Trials
+from fedkl.attacks.record import Record, refuse_lost, tell
+from fedkl.attacks.search import Job, Search, Trial, Trials
 from fedkl.attacks.secrets import Held, Secrets
+from fedkl.attacks.statistics import misfit
 from fedkl.errors import AttackError, ConfigError, unknown
 from fedkl.observation import Observation
 
 LABEL_RULES = ("infer", "search")
-
-_LOST: Final = 2.0  # width of an image whose range a norm hides
+HEARD: Final = 0.2
+"""Weight of batch statistics, where they were sent, beside the gradient."""
 
 Objective = Callable[[dict[str, Tensor], Tensor], tuple[dict[str, Tensor], Tensor]]
-
-
-def in_range(images: Tensor) -> Tensor:
-    """``images`` (..., C, H, W) in [0, 1].
-
-    Behind a first layer with a norm, the gradient tells no brightness and no contrast, and a search
-    without a box wanders off: what it finds may be the image times ten. Such an image, more than
-    twice as wide as [0, 1], is stretched over [0, 1] as a whole; any other is clipped.
-    """
-    low = images.amin(dim=(-3, -2, -1), keepdim=True)
-    width = images.amax(dim=(-3, -2, -1), keepdim=True) - low
-    stretched = (images - low) / torch.where(width > 0, width, 1.0)
-    return torch.where(width > _LOST, stretched, images.clamp(0, 1))
 
 
 class GradientMatching(Attack):
@@ -155,28 +146,80 @@ class GradientMatching(Attack):
             secrets: What is made of the private tensors; None takes :class:`Held`.
             guesses: Images (T, images, C, H, W) per observation, such as the floor, from which
                 one restart more starts.
+
+        Raises:
+            AttackError: As there; also of victims with an update of zeros, or whose loss was never
+                finite.
+        """
+        return refuse_lost(
+            self.matched(
+                observations,
+                generator=generator,
+                progress=progress,
+                secrets=secrets,
+                guesses=guesses,
+            )
+        )
+
+    def matched(
+        self,
+        observations: Sequence[Observation],
+        *,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+        secrets: Secrets | None = None,
+        guesses: Sequence[Tensor] | None = None,
+    ) -> list[Reconstruction]:
+        """As :meth:`reconstruct`, but victims whose loss was never finite have a loss of inf.
+
+        For whoever has another way to try before giving them up (:func:`refuse_lost`).
         """
         _alike(observations)
         network = Network.of(observations)
         held = secrets or Held()
-        labels = None
+        left_out = held.ignored(observations[0], network)
+        compared = [name for name in network.names if name not in left_out]
+        each(observations, lambda o: _check_size(o, compared))
         if self.infers and not tells_labels(observations[0], network):
             return self._unlabelled(observations, generator, progress, secrets, guesses)
-        if self.infers:
-            labels = torch.stack(each(observations, lambda o: infer_labels(o, network)))
-        more = 0 if guesses is None else 1
-        jobs = [(i, r) for i in range(len(observations)) for r in range(-more, self.restarts)]
+        jobs = self._jobs(observations, network, guesses, generator)
         best: dict[int, Reconstruction] = {}
         for at in range(0, len(jobs), self.parallel):
             part = jobs[at : at + self.parallel]
-            starts = {k: guesses[i] for k, (i, r) in enumerate(part) if r < 0} if guesses else {}
-            rows = [i for i, _ in part]
-            trials = Trials.of(observations, network, labels, rows, held, starts)
+            trials = Trials.of(observations, network, part, held)
             done = (at, len(jobs), progress)
-            for (i, _), found in zip(part, self._run(trials, generator, done), strict=True):
+            for job, found in zip(part, self._run(trials, generator, done), strict=True):
+                i, notes = job.victim, () if job.note is None else (job.note,)
                 if i not in best or not best[i].loss <= found.loss:
-                    best[i] = found
+                    best[i] = replace(found, notes=(*found.notes, *notes))
         return [best[i] for i in range(len(observations))]
+
+    def _jobs(
+        self,
+        observations: Sequence[Observation],
+        network: Network,
+        guesses: Sequence[Tensor] | None,
+        generator: torch.Generator,
+    ) -> list[Job]:
+        """What is tried: every victim, every order of its labels over clients, every restart."""
+        if not self.infers:
+            labels: list[Tensor | None] = [None] * len(observations)
+        else:
+            labels = [*each(observations, lambda o: infer_labels(o, network))]
+        jobs = []
+        for victim, (observation, mine) in enumerate(zip(observations, labels, strict=True)):
+            guess = None if guesses is None else guesses[victim]
+            if mine is None:
+                starts: list[tuple[Tensor | None, Tensor | None]] = [(None, guess)]
+            else:
+                orders = arrangements(mine, observation, network, generator)
+                starts = [(mine.gather(1, o), _in_order(guess, o)) for o in orders]
+            note = f"labels dealt out to clients in {len(starts)} ways; the loss chose"
+            for y, x in starts:
+                told = note if len(starts) > 1 else None
+                images = [*([] if x is None else [x]), *[None] * self.restarts]
+                jobs += [Job(victim, y, one, told) for one in images]
+        return jobs
 
     def searching(self) -> GradientMatching:
         """This attack with the labels among its unknowns.
@@ -198,7 +241,7 @@ class GradientMatching(Attack):
         guesses: Sequence[Tensor] | None,
     ) -> list[Reconstruction]:
         """Where the classifier is private: labels are searched along with the images."""
-        found = self.searching().reconstruct(
+        found = self.searching().matched(
             observations, generator=generator, progress=progress, secrets=secrets, guesses=guesses
         )
         note = "labels were searched along with the image: nothing that is shared tells them"
@@ -215,7 +258,7 @@ class GradientMatching(Attack):
             self.adopt(unknowns, row, images)
         search = self.search(unknowns)
         evaluate = self._objective(trials)
-        record = Record(self, trials)
+        record = Record(self.decode, self.iterations, trials)
         for iteration in range(self.iterations):
             now = torch.full((trials.count,), iteration / self.iterations)
             gradients, loss = evaluate(unknowns, now)
@@ -248,9 +291,14 @@ class GradientMatching(Attack):
             hidden = secrets.values(values, trial.secrets, network)
             distance = x.new_zeros(())
             for t in range(x.shape[0]):
-                made = network.change(hidden, x[t], y[t])
+                made, heard = network.sent(hidden, x[t], y[t])
                 pairs = [(made[n], trial.changes[n][t]) for n in made if n not in ignored]
                 distance = distance + self.distance(pairs)
+                if heard:
+                    told = {n: seen[t] for n, seen in trial.statistics.items()}
+                    # In units of what the distance is where nothing matches at all.
+                    unit = self.distance([(torch.zeros_like(seen), seen) for _, seen in pairs])
+                    distance = distance + HEARD * unit * misfit(heard, told)
             distance = distance / x.shape[0]
             return distance + self.prior(values, x, iteration) + secrets.prior(values)
 
@@ -286,59 +334,6 @@ class GradientMatching(Attack):
         return evaluate
 
 
-class Record:
-    """The best unknowns of every trial so far, and what is needed for curves and pictures."""
-
-    POINTS = 20
-
-    def __init__(self, attack: GradientMatching, trials: Trials) -> None:
-        self.attack, self.trials = attack, trials
-        self.best: dict[str, Tensor] = {}
-        self.loss = torch.full((trials.count,), torch.inf)
-        self.restarts = torch.zeros(trials.count, dtype=torch.int64)
-        self.at: list[int] = []
-        self.losses: list[Tensor] = []
-        self.frames: list[Tensor] = []
-
-    def see(self, iteration: int, unknowns: dict[str, Tensor], loss: Tensor) -> None:
-        """Keeps what is better than before."""
-        if not self.best:
-            self.best = {name: value.clone() for name, value in unknowns.items()}
-        better = loss < self.loss
-        self.loss = torch.where(better, loss, self.loss)
-        for name, value in unknowns.items():
-            mask = better.view(-1, *[1] * (value.dim() - 1))
-            torch.where(mask, value, self.best[name], out=self.best[name])
-        points, last = self.POINTS, self.attack.iterations - 1
-        if iteration in {round(i * last / (points - 1)) for i in range(points)}:
-            self.at.append(iteration)
-            self.losses.append(self.loss.clone())
-            self.frames.append(self._images()[0][:, 0, 0])
-
-    def _images(self) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            x, y = vmap(self.attack.decode)(self.best, self.trials.stacked)
-        return in_range(x.detach()), y.argmax(dim=-1)
-
-    def conclude(self) -> list[Reconstruction]:
-        """One reconstruction per trial."""
-        images, labels = self._images()
-        frames = torch.stack(self.frames, dim=1)
-        losses = torch.stack(self.losses, dim=1)
-        return [
-            Reconstruction(
-                images=images[i],
-                labels=labels[i],
-                loss=float(self.loss[i]),
-                losses=tuple(losses[i].tolist()),
-                iterations=tuple(self.at),
-                frames=frames[i],
-                restarts=int(self.restarts[i]),
-            )
-            for i in range(self.trials.count)
-        ]
-
-
 def _check_budget(iterations: int, restarts: int, parallel: int) -> None:
     if min(iterations, restarts, parallel) < 1:
         raise ConfigError(
@@ -360,6 +355,34 @@ def _alike(observations: Sequence[Observation]) -> None:
                 "observations that run as one batch must share model, training, number of updates "
                 "and threat model; attack the others in a call of their own."
             )
+        if [set(sent) for sent in other.statistics] != [set(sent) for sent in first.statistics]:
+            raise AttackError(
+                "some of the observations bring batch-norm statistics that others do not; attack "
+                "them in calls of their own, or leave statistics out of all."
+            )
+
+
+def _in_order(images: Tensor | None, order: Tensor) -> Tensor | None:
+    """Images (T, images, C, H, W) in an order (T, images)."""
+    if images is None:
+        return None
+    return torch.stack([x[places] for x, places in zip(images, order, strict=True)])
+
+
+def _check_size(observation: Observation, names: Sequence[str]) -> None:
+    """Raises unless there is something to match, of a size that can be squared."""
+    for change in observation.changes:
+        size = float(torch.stack([change[name].detach().square().sum() for name in names]).sum())
+        if size == 0:
+            raise AttackError(
+                "every entry of the update that could be matched is zero, or rounds to it when "
+                "squared (a loss of zero, say): it tells nothing. Leave this victim out."
+            )
+        if not math.isfinite(size):
+            raise AttackError(
+                "the update is too large to be compared: its squares overflow. Expected a gradient "
+                "or weights before minus after; look how it was scaled."
+            )
 
 
 def _finite(loss: Tensor, gradients: Tensors) -> Tensor:
@@ -367,15 +390,3 @@ def _finite(loss: Tensor, gradients: Tensors) -> Tensor:
     for value in gradients.values():
         fine = fine & torch.isfinite(value).flatten(1).all(dim=1)
     return fine
-
-
-def tell(
-    done: tuple[int, int, Progress | None], count: int, iteration: int, all_: int, record: Record
-) -> None:
-    """Reports progress; ``done`` is (trials before, trials in all, listener)."""
-    at, jobs, progress = done
-    assert progress is not None
-    share = (at + count * iteration / all_) / jobs
-    finite = record.loss[torch.isfinite(record.loss)]
-    mean = float(finite.mean()) if len(finite) else float("nan")
-    progress(round(share * all_), all_, mean)

@@ -18,6 +18,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
 from fedkl.attacks.base import each
+from fedkl.attacks.learned import learned_of
+from fedkl.attacks.statistics import Heard, Statistics
 from fedkl.errors import AttackError
 from fedkl.observation import Observation, Training
 
@@ -38,6 +40,8 @@ class Network:
     def __init__(self, observation: Observation, *, check: bool = True) -> None:
         self.training: Training = observation.training
         self.kind = observation.kind
+        sent = observation.statistics[0] if observation.statistics else {}
+        self.statistics = Statistics(observation.model, tuple(sent), observation.training)
         self.model = _frozen(observation.model, observation.training.train_mode)
         self.model.train(observation.training.train_mode)
         parameters = {n: p.detach() for n, p in self.model.named_parameters()}
@@ -47,6 +51,8 @@ class Network:
             raise AttackError(f"the secrets {sorted(strange)[:3]} are no parameters of the model.")
         self.shared = {n: p for n, p in parameters.items() if n not in hidden}
         self.secrets = {n: p for n, p in parameters.items() if n in hidden}
+        learned = learned_of(observation.spec, self.model)
+        self.learned = {n: one for n, one in learned.items() if n in hidden}
         self._plain = False
         if check:
             self.check(observation)
@@ -106,34 +112,46 @@ class Network:
 
     def gradient(self, secrets: Tensors, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Gradient of the mean loss by the shared parameters, by name."""
+        return self._one_step(secrets, x, y)[0]
 
-        def loss(shared: dict[str, Tensor]) -> Tensor:
-            return self.loss({**shared, **secrets}, x, y)
+    def _one_step(self, secrets: Tensors, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Heard]:
+        def loss(shared: dict[str, Tensor]) -> tuple[Tensor, Heard]:
+            return self._heard({**shared, **secrets}, x, y)
 
         return self._derivative(loss, self.shared)
 
+    def _heard(self, parameters: Tensors, x: Tensor, y: Tensor) -> tuple[Tensor, Heard]:
+        """The loss, and the statistics that its batch norms took on the way."""
+        with self.statistics.listening(self.model) as heard:
+            return self.loss(parameters, x, y), heard
+
     def _derivative(
-        self, loss: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Gradient of ``loss`` by every tensor of ``at``, itself differentiable."""
+        self, loss: Callable[[dict[str, Tensor]], tuple[Tensor, Heard]], at: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Heard]:
+        """Gradient of ``loss`` by every tensor of ``at``, itself differentiable; what it heard."""
         if not self._plain:
-            found = grad(loss)(at)
-            assert isinstance(found, dict)
-            return found
+            found, heard = grad(loss, has_aux=True)(at)
+            return dict(found), dict(heard)
         here = {n: t if t.requires_grad else t.detach().requires_grad_() for n, t in at.items()}
+        value, heard = loss(here)
         gradients = torch.autograd.grad(
-            loss(here), list(here.values()), create_graph=True, materialize_grads=True
+            value, list(here.values()), create_graph=True, materialize_grads=True
         )
-        return dict(zip(here, gradients, strict=True))
+        return dict(zip(here, gradients, strict=True)), heard
 
     def change(self, secrets: Tensors, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """What the client would send for images ``x`` (images, C, H, W), labels (images, classes).
 
         One step of a gradient observation is its gradient. An update is unrolled: the client's
         own steps are repeated on guessed images, on shared and private parameters alike
-        (Geiping et al. 2020, section 6), and the result is weights before minus after.
+        (Geiping et al. 2020, section 6), and the result is weights before minus after. γ and β of
+        a lock move as the parameters do that they are computed from (:mod:`.learned`).
         """
-        make = self.gradient if self.kind == "gradient" else self._unrolled
+        return self.sent(secrets, x, y)[0]
+
+    def sent(self, secrets: Tensors, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Heard]:
+        """As :meth:`change`, and the batch statistics that its norms would tell, where they do."""
+        make = self._one_step if self.kind == "gradient" else self._unrolled
         clients = self.training.clients
         if clients == 1:
             return make(secrets, x, y)
@@ -142,30 +160,46 @@ class Network:
             make({n: self._of(client, n, t) for n, t in secrets.items()}, xs, ys)
             for client, (xs, ys) in enumerate(zip(x.chunk(clients), y.chunk(clients), strict=True))
         ]
-        return {n: torch.stack([part[n] for part in parts]).mean(dim=0) for n in parts[0]}
+        return _mean([change for change, _ in parts]), _mean([heard for _, heard in parts])
 
     def _of(self, client: int, name: str, secret: Tensor) -> Tensor:
         return secret[client] if secret.dim() > self.secrets[name].dim() else secret
 
-    def _unrolled(self, secrets: Tensors, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def _unrolled(self, secrets: Tensors, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Heard]:
         training, size = self.training, self.training.batch_size
-        start = {**self.shared, **secrets}
+        held = {n: one.start(secrets, n) for n, one in self.learned.items()}
+        start = {**self.shared, **secrets, **held}
         now = start
+
+        def known(learned: Tensors) -> dict[str, Tensor]:
+            made = {n: one.value(learned[n], secrets, n) for n, one in self.learned.items()}
+            return {**learned, **made}
+
         moments: dict[str, Tensor] = {}
+        heard: list[Heard] = []
         for step in range(training.local_steps):
             at = 0 if training.repeats else step * size
             rows = slice(at, at + size)
             xs, ys = x[rows], y[rows]
 
-            def loss(parameters: dict[str, Tensor], xs: Tensor = xs, ys: Tensor = ys) -> Tensor:
-                return self.loss(parameters, xs, ys)
+            def loss(
+                parameters: dict[str, Tensor], xs: Tensor = xs, ys: Tensor = ys
+            ) -> tuple[Tensor, Heard]:
+                return self._heard(known(parameters), xs, ys)
 
-            now, moments = sgd(now, self._derivative(loss, now), moments, training)
-        return {name: start[name] - now[name] for name in self.shared}
+            gradient, told = self._derivative(loss, now)
+            heard.append(told)
+            now, moments = sgd(now, gradient, moments, training)
+        change = {name: start[name] - now[name] for name in self.shared}
+        return change, self.statistics.over(heard)
 
     def observed(self, change: Tensors) -> dict[str, Tensor]:
         """The entries of an observed change that belong to shared parameters, in order."""
         return {name: change[name].detach() for name in self.shared}
+
+
+def _mean(parts: Sequence[Tensors]) -> dict[str, Tensor]:
+    return {n: torch.stack([part[n] for part in parts]).mean(dim=0) for n in parts[0]}
 
 
 def sgd(

@@ -37,6 +37,8 @@ from fedkl.observation import Observation
 
 # In float64: the smallest singular value has to stand out of rounding.
 EXACT: Final = torch.float64
+DOUBTFUL: Final = 0.3
+"""Misfit above which an image may have nothing to do with the true one."""
 _LOW, _HIGH = -4.0, 6.0  # log odds of the largest activation
 
 
@@ -102,6 +104,8 @@ class Peel(Attack):
     ) -> list[Reconstruction]:
         """As :meth:`Attack.reconstruct`; the loss is the misfit of the lowest layer.
 
+        A note says so where it is above :data:`DOUBTFUL`.
+
         Raises:
             AttackError: Not batch 1 and one step, another architecture, or a private convolution.
         """
@@ -129,6 +133,7 @@ class Peel(Attack):
                 images=torch.stack([_picture(one.h, stages[0]) for one in solved])[:, None],
                 labels=infer_labels(observation, network),
                 loss=sum(one.misfit for one in solved) / len(solved),
+                notes=_doubts(solved),
             )
 
         return each(observations, peel)
@@ -256,6 +261,21 @@ def _ratio(values: Tensor) -> float:
 def _nonzero(values: Tensor) -> Tensor:
     tiny = 1e-12 * values.abs().max().clamp_min(1e-300)
     return torch.where(values.abs() < tiny, tiny, values)
+
+
+def _doubts(solved: Sequence[Solved]) -> tuple[str, ...]:
+    """What to say of equations that do not hold.
+
+    No error: rounding, noise and locks per position make them fail, and then the attack has failed,
+    which is what an audit measures.
+    """
+    worst = max(one.misfit for one in solved)
+    if worst <= DOUBTFUL:
+        return ()
+    return (
+        f"peel's equations hold to a misfit of {worst:.1f} only (0 is exact, 1 not at all): the "
+        "update was rounded or noised, or γ and β differ by position; its images are guesses",
+    )
 
 
 def _picture(flat: Tensor, stage: Stage) -> Tensor:

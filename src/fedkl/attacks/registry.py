@@ -61,7 +61,7 @@ class Resources:
         if self.generator_model is None:
             raise AttackError(
                 "the attack 'ggl' needs an image generator, got none; pass generator_model: train "
-                "one on public images (fedkl.attacks.train_generator) or name a factory."
+                "one on public images (fedkl.attacks.train_generator) or pass your own."
             )
         return self.generator_model
 

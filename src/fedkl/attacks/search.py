@@ -28,18 +28,37 @@ class Trial:
         changes: The observed changes by parameter name, (T, *shape).
         labels: Label distributions (T, images, classes); zeros if they are searched.
         secrets: What :meth:`Secrets.given` gave.
+        statistics: By norm, mean and variance of its input (T, 2, channels), where they were sent.
     """
 
     changes: dict[str, Tensor]
     labels: Tensor
     secrets: dict[str, Tensor] = field(repr=False)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 torch.utils._pytree.register_pytree_node(
     Trial,
-    lambda trial: ([trial.changes, trial.labels, trial.secrets], None),
+    lambda trial: ([trial.changes, trial.labels, trial.secrets, trial.statistics], None),
     lambda parts, _: Trial(*parts),
 )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one trial is to try.
+
+    Attributes:
+        victim: Which observation it attacks.
+        labels: Labels (T, images); None: searched.
+        guess: Images (T, images, C, H, W) that it starts from; None: at random.
+        note: What a reader has to know if its result is chosen.
+    """
+
+    victim: int
+    labels: Tensor | None = None
+    guess: Tensor | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,31 +102,36 @@ class Trials:
         cls,
         observations: Sequence[Observation],
         network: Network,
-        labels: Tensor | None,
-        rows: Sequence[int],
+        jobs: Sequence[Job],
         secrets: Secrets,
-        guesses: Mapping[int, Tensor] | None = None,
     ) -> Trials:
-        """Stacks what the trials ``rows`` need; ``labels`` (victims, T, images), None: searched."""
+        """Stacks what the trials of ``jobs`` need; all of them have labels, or none."""
         first = observations[0]
+        rows = [job.victim for job in jobs]
+        labels = [job.labels for job in jobs if job.labels is not None]
         changes = [_stack([network.observed(c) for c in o.changes]) for o in observations]
+        heard = [
+            _stack([network.statistics.observed(s) for s in o.statistics]) for o in observations
+        ]
         given = each(observations, lambda o: secrets.given(o, network))
-        if labels is None:
-            images = first.training.images
-            y = torch.zeros(len(observations), first.count, images, first.num_classes)
+        if labels:
+            y = one_hot(torch.stack(labels), first.num_classes).to(torch.get_default_dtype())
         else:
-            y = one_hot(labels, first.num_classes).to(torch.get_default_dtype())
+            y = torch.zeros(len(jobs), first.count, first.training.images, first.num_classes)
         index = torch.as_tensor(rows)
         stacked = Trial(
             {n: t[index] for n, t in _stack(changes).items()},
-            y[index],
+            y,
             {n: t[index] for n, t in _stack(given).items()},
+            {n: t[index] for n, t in _stack(heard).items()},
         )
-        return cls(observations, rows, network, stacked, secrets, guesses or {})
+        guesses = {at: job.guess for at, job in enumerate(jobs) if job.guess is not None}
+        return cls(observations, rows, network, stacked, secrets, guesses)
 
 
 def _stack(items: Sequence[Tensors]) -> dict[str, Tensor]:
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    names = items[0] if items else ()
+    return {name: torch.stack([item[name] for item in items]) for name in names}
 
 
 class Search(ABC):

@@ -24,10 +24,6 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
     """
     model = victims.public_model()
     secrets = victims.secrets(model)
-    if victims.spec is not None and victims.spec.statistics_shared:
-        threat_statistics = True
-    else:
-        threat_statistics = threat.statistics
     spec = None if victims.spec is None else victims.spec.to_dict()
     known = victims.held() if threat.key else {}
     told = threat.labels or _head_is_private(victims, model, secrets)
@@ -47,7 +43,7 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
             spec=spec,
             lock_weights=weights,
             lock_gradients=one.lock_gradients if threat.lock_gradients else (),
-            statistics=one.statistics if threat_statistics else (),
+            statistics=one.statistics,
         )
         for one in sent
     ]
@@ -65,4 +61,6 @@ def _head_is_private(victims: Victims, model: nn.Module, secrets: Sequence[str])
 
 
 def _labels(victims: Victims, sent: Sent) -> Tensor:
-    return torch.stack([victims.bundle.test.labels[rows] for rows in sent.rows])
+    """True labels (T, images); of an aggregate in ascending order, so not whose they are."""
+    found = torch.stack([victims.bundle.test.labels[rows] for rows in sent.rows])
+    return found.sort(dim=1).values if victims.training.clients > 1 else found

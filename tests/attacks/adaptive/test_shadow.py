@@ -300,8 +300,6 @@ def test_misfits_are_explained() -> None:
     with pytest.raises(ConfigError, match="public images"):
         Shadow(x, y[:5])
     seen = victims("key-shared", 2)
-    with pytest.raises(AttackError, match="20 or more"):
-        shadow(restandardize="global").reconstruct(seen, generator=derive(0))
     with pytest.raises(AttackError, match="of that shape"):
         Shadow(torch.rand(20, 3, 8, 8), y[:20]).reconstruct(seen, generator=derive(0))
     batch = replace(seen[0], training=Training(batch_size=4))
@@ -327,6 +325,19 @@ def test_shadows_find_the_signs_that_training_has_built_on() -> None:
         right = [own[n].sign() == true[n].sign() for n in true if n.endswith("gamma")]
         shares += [max(float(r.float().mean()), 1 - float(r.float().mean())) for r in right]
     assert sum(shares) / len(shares) > 0.8  # eight random signs give 0.64
+
+
+@pytest.mark.parametrize("how", ["global", "label"])
+def test_too_few_victims_are_not_restandardized_and_a_note_says_so(how: str) -> None:
+    """One victim of twenty that cannot be treated does not take the others with it."""
+    seen = victims("adaptive", 19)
+    plain = shadow(hidden=0, secret_epochs=1).reconstruct(seen, generator=derive(0, "a"))
+    few = shadow(hidden=0, secret_epochs=1, restandardize=how)
+    found = few.reconstruct(seen, generator=derive(0, "a"))
+    for one, other in zip(found, plain, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert any("19 updates are too few" in note for note in one.notes)
+    assert not any("too few" in note for note in plain[0].notes)
 
 
 def test_too_few_victims_for_their_classes_is_said() -> None:

@@ -129,6 +129,7 @@ def catch(observation: Observation, target: int) -> Observation:
         changes=changes,
         training=replace(training, batch_size=1, local_steps=1, repeats=False, clients=1),
         labels=torch.full((observation.count, 1), target),
+        statistics=(),  # those are of the whole batch
     )
 
 
@@ -138,10 +139,7 @@ def _caught(
     training = observation.training
     gradient = {name: change[name] for name in network.shared}
     if observation.kind == "update":
-        factor = training.lr * (1 + training.momentum if training.nesterov else 1.0)
-        gradient = {
-            n: g / factor - training.weight_decay * network.shared[n] for n, g in gradient.items()
-        }
+        gradient = {n: training.gradient(g, network.shared[n]) for n, g in gradient.items()}
     weight, bias = classifier(network, observation.num_classes)
     assert bias is not None
     # The target row is -(1/B)·sum of features over its images; its bias tells how many.

@@ -29,6 +29,7 @@ from fedkl.errors import AttackError, ConfigError, unknown
 from fedkl.observation import Observation
 
 VARIANTS: Final = ("features", "gradient")
+ENOUGH: Final = 20  # updates under one lock, to take a mean and a deviation from
 CLOSENESS: Final = 1000  # public images by which a shadow is compared with the victims
 
 Tensors = Mapping[str, Tensor]
@@ -92,20 +93,24 @@ class Shadow(Attack):
             **({} if honest is None else {"secrets": "trained at honest weights"}),
         )
         self.honest = honest
-        if variant not in VARIANTS:
-            raise ConfigError(unknown("variant of the shadow", variant, VARIANTS))
-        if restandardize not in RESTANDARDIZATIONS:
-            raise ConfigError(unknown("restandardization", str(restandardize), ("global", "label")))
-        if min(shadows, candidates, epochs, sketch) < 1 or min(secret_epochs, hidden) < 0:
-            raise ConfigError(
-                f"got shadows {shadows}, candidates {candidates}, epochs {epochs}, "
-                f"sketch {sketch}, secret_epochs {secret_epochs}, hidden {hidden}; expected the "
-                "first four from 1, the others from 0."
-            )
         self.variant, self.restandardize, self.shadows = variant, restandardize, shadows
         self.secret_epochs, self.hidden, self.epochs = secret_epochs, hidden, epochs
-        self.candidates = candidates
-        self.sketch = sketch
+        self.candidates, self.sketch = candidates, sketch
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ConfigError(unknown("variant of the shadow", self.variant, VARIANTS))
+        how = self.restandardize
+        if how not in RESTANDARDIZATIONS:
+            raise ConfigError(unknown("restandardization", str(how), ("global", "label")))
+        ones = (self.shadows, self.candidates, self.epochs, self.sketch)
+        if min(ones) < 1 or min(self.secret_epochs, self.hidden) < 0:
+            raise ConfigError(
+                f"got shadows {self.shadows}, candidates {self.candidates}, epochs {self.epochs}, "
+                f"sketch {self.sketch}, secret_epochs {self.secret_epochs}, hidden {self.hidden}; "
+                "expected the first four from 1, the others from 0."
+            )
 
     def reconstruct(
         self,
@@ -116,9 +121,12 @@ class Shadow(Attack):
     ) -> list[Reconstruction]:
         """As :meth:`Attack.reconstruct`; the loss is nan.
 
+        Fewer than 20 updates are not restandardized, and a note says so: their mean and deviation
+        would tell of the images more than of the lock.
+
         Raises:
-            AttackError: Updates of more than one image or step, labels that nothing tells, too few
-                victims to restandardize by, or public images of another shape.
+            AttackError: Updates of more than one image or step, labels that nothing tells, or
+                public images of another shape.
         """
         first, network = self._check(observations)
         if self.variant == "features" and not gives_features(first, network):
@@ -138,7 +146,7 @@ class Shadow(Attack):
             client = self._client(first, network, generator, (seen, labels), sketch)
             inputs = _inputs(client, self.public.images, self.public.labels, sketch)
             decoder = self._learn(inputs, first.num_classes, generator, number, progress)
-            aligned = decoder.coordinates.align(seen, labels, self.restandardize)
+            aligned = decoder.coordinates.align(seen, labels, self._how(labels))
             total += decoder.decode(aligned, labels, first.image_shape)
         images = torch.split(total / self.shadows, first.count)
         return [
@@ -156,12 +164,6 @@ class Shadow(Attack):
             raise AttackError(
                 f"got public images of {tuple(self.public.images.shape[1:])}, the victim's are "
                 f"{first.image_shape}; give public images of that shape."
-            )
-        victims = sum(o.count for o in observations)
-        if self.restandardize is not None and victims < 20:
-            raise AttackError(
-                f"got {victims} updates to take mean and deviation from, expected 20 or more under "
-                "one lock; give all victims in one call or leave restandardize out."
             )
         return first, Network.of(observations)
 
@@ -219,12 +221,18 @@ class Shadow(Attack):
         decoder.fit(inputs, self.public.labels, self.public.images, generator, tell)
         return decoder
 
+    def _how(self, labels: Tensor) -> str | None:
+        """The restandardization that this many victims allow."""
+        return self.restandardize if len(labels) >= ENOUGH else None
+
     def _notes(self, observation: Observation, labels: Tensor) -> tuple[str, ...]:
         own = "no secrets" if not observation.secrets else f"{self.shadows} shadow client(s)"
         if observation.secrets and set(observation.secrets) <= observation.known.keys():
             own = "the victim's secrets"
-        how = self.restandardize or "no"
-        note = f"shadow on {self.variant} with {own}; restandardized: {how}"
+        how = self._how(labels)
+        note = f"shadow on {self.variant} with {own}; restandardized: {how or 'no'}"
+        if how != self.restandardize:
+            return note, f"{len(labels)} updates are too few to restandardize by (from {ENOUGH} on)"
         if how == "label" and int(torch.bincount(labels).max()) < MIN_PER_CLASS:
             few = f"no class has {MIN_PER_CLASS} victims or more: restandardized as by 'global'"
             return note, few
@@ -322,13 +330,11 @@ class Sketch:
 
 
 def _gradients(observation: Observation, network: Network) -> dict[str, Tensor]:
-    """Gradients (T, *shape) by name; of an update, up to a factor."""
+    """Gradients (T, *shape) by name."""
     found = {}
     for name, value in network.shared.items():
         stacked = torch.stack([change[name] for change in observation.changes])
-        if observation.kind == "update" and observation.training.weight_decay:
-            training = observation.training
-            factor = training.lr * (1 + training.momentum if training.nesterov else 1.0)
-            stacked = stacked / factor - training.weight_decay * value
+        if observation.kind == "update":
+            stacked = observation.training.gradient(stacked, value)
         found[name] = stacked
     return found

@@ -14,6 +14,7 @@ from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.labels import infer_labels, tells_labels
 from fedkl.attacks.matching import GradientMatching
 from fedkl.attacks.network import Network
+from fedkl.attacks.record import refuse_lost
 from fedkl.errors import AttackError
 from fedkl.observation import Observation
 
@@ -24,9 +25,9 @@ class Adaptive(Attack):
     """``attack`` with the victim's secrets treated as ``secrets`` says.
 
     The T updates of one observation were made under one lock: its secrets are searched once for
-    all of them. Works for gradients and for unrolled updates. There γ and β take the client's
-    steps themselves; a client with a channel lock moves its matrices instead, which changes γ by
-    another rate, so from the second step on the attacker's client differs a little from the real.
+    all of them. Works for gradients and for unrolled updates: there γ and β take the steps that a
+    client's do, whatever they are computed from (:mod:`fedkl.attacks.learned` says what of that is
+    approximate).
 
     Args:
         attack: Any attack that searches by gradient matching.
@@ -63,7 +64,7 @@ class Adaptive(Attack):
         variants = self.secrets.variants(_first(observations), generator)
         best: list[Reconstruction] = []
         for number, secrets in enumerate(variants):
-            found = self.attack.reconstruct(
+            found = self.attack.matched(
                 observations,
                 generator=generator,
                 progress=_part(progress, number, len(variants)),
@@ -72,7 +73,7 @@ class Adaptive(Attack):
             )
             best = [_better(a, b) for a, b in zip(best or found, found, strict=True)]
         note = f"{self.name}: {self.secrets.words}"
-        return [replace(r, notes=(*r.notes, note)) for r in best]
+        return [replace(r, notes=(*r.notes, note)) for r in refuse_lost(best)]
 
     def _guesses(
         self, observations: Sequence[Observation], generator: torch.Generator
