@@ -1,17 +1,7 @@
 """Locking any model with a client's key. The public surface of the package."""
 
-from fedkl.locking.api import (
-    affines,
-    check_optimizer,
-    is_locked,
-    lock,
-    lock_like,
-    lock_spec,
-    set_key,
-    sources_of,
-    unlock,
-    unwrap,
-)
+from fedkl.locking.api import affines, lock, lock_like, set_key, unlock
+from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
 from fedkl.locking.merging import merge
 from fedkl.locking.pad import OpenPad, Pad
 from fedkl.locking.reuse import (
@@ -34,6 +24,7 @@ from fedkl.locking.schemes import (
 from fedkl.locking.select import Layers
 from fedkl.locking.spec import LockSpec, SiteSpec
 from fedkl.locking.state import (
+    check_optimizer,
     copy_state,
     load_private_state,
     load_shared_state,

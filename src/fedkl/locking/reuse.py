@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkl.errors import DataError, LockError
 from fedkl.key import Key
-from fedkl.locking.api import agree, check_random, lock_spec, set_key, sources_of, unwrap
+from fedkl.locking.api import agree, check_random, set_key
+from fedkl.locking.holder import lock_spec, sources_of, unwrap
 from fedkl.locking.pad import OpenPad, Pad, PadAffine
 from fedkl.locking.schemes import Channel
 from fedkl.locking.sites import LOCK_NAME, PositionalNorm, restore_statistics
@@ -36,9 +37,9 @@ def restart_lock(model: nn.Module, key: Key | None, group: Key | None = None) ->
         assert key is not None
         check_random(key)
         renew(model, key, 0)
-        draw_private(_spec_holder(root), spec.private, key)
+        draw_private(root, key)
     elif isinstance(scheme, OpenPad):
-        restore(_spec_holder(root), parameters=True)
+        restore(root, parameters=True)
     for site, source in sources_of(model).items():
         norm = root.get_submodule(site)
         if isinstance(source, KeyedAffine) and isinstance(scheme, Channel):
@@ -82,7 +83,8 @@ def renew(model: nn.Module, key: Key, epoch: int, *, keep_learned: bool = False)
 
 def draw_layers(model: nn.Module, key: Key) -> None:
     """Private layers (stem, head) anew from ``key`` (in place); nothing happens without any."""
-    draw_private(_spec_holder(unwrap(model)), lock_spec(model).private, key)
+    lock_spec(model)
+    draw_private(unwrap(model), key)
 
 
 def epoch_of(model: nn.Module) -> int:
@@ -91,11 +93,6 @@ def epoch_of(model: nn.Module) -> int:
         if isinstance(source, PadAffine):
             return int(source.epoch)
     return 0
-
-
-def _spec_holder(root: nn.Module) -> nn.Module:
-    """The module that was locked, which may have been wrapped into another one since."""
-    return next(m for m in root.modules() if "_fedkl_spec" in m.__dict__)
 
 
 def _to_original(norm: nn.Module, source: PrivateAffine) -> None:

@@ -7,25 +7,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import StateError
-from fedkl.locking.api import unwrap
+from fedkl.errors import LockError, StateError
+from fedkl.locking.holder import unwrap
 from fedkl.locking.pad import PadAffine
-from fedkl.locking.sites import LOCK_NAME, STATISTICS, locked_norms, source_of
-from fedkl.locking.spec import LockSpec
+from fedkl.locking.sites import locked_norms, source_of
+from fedkl.locking.split import split
 
 
 def private_names(model: nn.Module) -> set[str]:
-    """Names of the tensors in the model's state dict that must not leave the client."""
-    names: set[str] = set()
-    for prefix, module in unwrap(model).named_modules(remove_duplicate=False):
-        if isinstance(spec := module.__dict__.get("_fedkl_spec"), LockSpec):
-            names |= {f"{prefix}.{n}" if prefix else n for n in spec.private}
-    for prefix, module in locked_norms(unwrap(model), aliases=True):
-        dot = f"{prefix}." if prefix else ""
-        names |= {f"{dot}{LOCK_NAME}.{n}" for n in module.get_submodule(LOCK_NAME).state_dict()}
-        if not module.__dict__["_fedkl_statistics_shared"]:
-            names |= {f"{dot}{n}" for n in STATISTICS if module._buffers.get(n) is not None}
-    return names
+    """Names of the tensors in the model's state dict that must not leave the client.
+
+    Raises:
+        StateError: As :func:`shared_state`.
+    """
+    return set(split(model).private)
 
 
 def shared_state(model: nn.Module) -> dict[str, Tensor]:
@@ -33,18 +28,29 @@ def shared_state(model: nn.Module) -> dict[str, Tensor]:
 
     The tensors are detached but not copied; clone them before training goes on. Integer buffers
     such as ``num_batches_tracked`` of shared norms are in it and must not be averaged.
+
+    Raises:
+        StateError: The model was changed since ``lock()`` so that what is private cannot be told
+            from the rest (a weight norm or pruning of a private layer, a replaced layer), or it is
+            a part of a locked model. Wrappers that keep the tensors do no harm.
     """
-    private = private_names(model)
-    return {n: t for n, t in unwrap(model).state_dict().items() if n not in private}
+    return _views(split(model).shared)
 
 
 def private_state(model: nn.Module) -> dict[str, Tensor]:
     """What stays: lock parameters, statistics of locked norms, private layers. Never the key.
 
     Together with :func:`shared_state` this is the whole state dict, with nothing in both.
+
+    Raises:
+        StateError: As :func:`shared_state`.
     """
-    private = private_names(model)
-    return {n: t for n, t in unwrap(model).state_dict().items() if n in private}
+    return _views(split(model).private)
+
+
+def _views(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # A module may put something of its own kind into its state dict.
+    return {n: t.detach() if isinstance(t, Tensor) else t for n, t in tensors.items()}
 
 
 def load_shared_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -107,3 +113,25 @@ def copy_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises unless ``optimizer`` holds every parameter of every lock and private layer.
+
+    Raises:
+        LockError: Names the missing parameters; happens when the optimizer was built before
+            :func:`lock`, which returns a copy with new parameters.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    lacking = {
+        id(p): name
+        for name, p in reversed(split(model).private.items())  # a tied one by its first name
+        if isinstance(p, nn.Parameter) and p.requires_grad and id(p) not in held
+    }
+    missing = list(reversed(lacking.values()))
+    if missing:
+        raise LockError(
+            f"the optimizer does not hold {len(missing)} lock parameter(s): "
+            f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. Build it after lock(), "
+            "from the locked model's parameters()."
+        )
