@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
-from torch.nn.utils import prune
+from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 from torch.nn.utils.parametrizations import weight_norm
 
-from fedkl.errors import StateError
+from fedkl.errors import LockError, StateError
 from fedkl.key import Key
 from fedkl.locking import (
     check_optimizer,
@@ -25,6 +26,7 @@ from fedkl.locking import (
     private_state,
     renew,
     shared_state,
+    shared_views,
     unlock,
 )
 
@@ -179,3 +181,34 @@ def test_tensors_of_a_tied_head_stay_private() -> None:
 
     model = lock(Tied(), KEY, scheme="pad", example=torch.arange(8).reshape(2, 4))
     assert set(shared_state(checkpointed(model))) == {"middle.weight", "middle.bias"}
+
+
+@pytest.mark.parametrize("use", [shared_state, lambda m: check_optimizer(m, SGD(m))])
+def test_without_a_lock_there_is_nothing_to_tell_apart(use: Callable[[nn.Module], object]) -> None:
+    with pytest.raises(LockError, match="not locked"):
+        use(cnn())
+    with pytest.raises(LockError, match="not locked"):
+        use(unlock(locked()))
+    use(lock(cnn(), None, scheme="norm", example=X))
+    assert list(shared_views(cnn())) == list(cnn().state_dict())
+
+
+def SGD(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_views_of_one_vector_are_sent_without_the_rest_of_it(tmp_path: Path) -> None:
+    model = locked()
+    vector_to_parameters(parameters_to_vector(model.parameters()), model.parameters())
+    torch.save(shared_state(model), tmp_path / "update")
+    sent = (tmp_path / "update").read_bytes()
+    for name in ("0.weight", "8.weight"):
+        secret = private_state(model)[name].numpy().tobytes()
+        assert secret not in sent
+    for tensor in shared_state(model).values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert shared_state(model)["3.weight"].data_ptr() != model[3].weight.data_ptr()
+    load_shared_state(model, {n: t + 1 for n, t in shared_state(model).items()})
+    assert torch.equal(shared_state(model)["3.weight"], model[3].weight)
+    fresh = locked()
+    assert shared_state(fresh)["3.weight"].data_ptr() == fresh[3].weight.data_ptr()
