@@ -14,7 +14,7 @@ from fedkl.defenses import DefenseConfig, make_defense
 from fedkl.errors import DataError, StateError
 from fedkl.federation import ClientResult, ClientTask, TrainingConfig, Workspace, client_update
 from fedkl.key import Key
-from fedkl.locking import load_private_state, load_shared_state, private_state, shared_state
+from fedkl.locking import load_private_state, load_shared_state, private_state, shared_views
 from fedkl.models import build
 from fedkl.rng import borrowed, derive
 
@@ -59,7 +59,7 @@ def naive(defense: str, model: str, shared: Any, given: ClientTask, cfg: Trainin
                 x, y = digits().train.batch(rows)
                 cross_entropy(net(x), y).backward()
                 optimizer.step()
-    return snapshot(shared_state(net)), snapshot(private_state(net))
+    return snapshot(shared_views(net)), snapshot(private_state(net))
 
 
 @pytest.mark.parametrize("model", ["lenet", "fedhelp:normed"])

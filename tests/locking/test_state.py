@@ -91,6 +91,25 @@ def test_loading_is_strict_and_copies_nothing_on_error(
     assert all(torch.equal(after[n], before[n]) for n in set(before) - set(state))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_shared_state_without_numbers_is_refused(value: float) -> None:
+    model = locked()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    state = {n: t + 1 for n, t in shared_state(model).items()}
+    name = next(n for n in reversed(state) if state[n].is_floating_point())
+    state[name].view(-1)[0] = value
+    with pytest.raises(StateError, match=f"NaN or infinity in {name}"):
+        load_shared_state(model, state)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("state", [None, [1], "state"])
+@pytest.mark.parametrize("load", [load_shared_state, load_private_state])
+def test_what_is_no_state_is_refused(load: Callable[..., None], state: Any) -> None:
+    with pytest.raises(StateError, match=r"a dict of tensors by name.*got"):
+        load(locked(), state)
+
+
 def test_all_problems_are_reported_at_once() -> None:
     state = shared_state(locked())
     problems = state_problems(state, extra(reshaped(without(state))))

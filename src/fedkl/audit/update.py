@@ -30,7 +30,7 @@ from fedkl.audit.measure import number
 from fedkl.audit.pictures import save_png
 from fedkl.errors import AttackError, ConfigError, StateError, unknown
 from fedkl.files import make_folder, write_json
-from fedkl.locking import LockSpec, copy_state, shared_state, state_problems
+from fedkl.locking import LockSpec, copy_state, shared_views, state_problems
 from fedkl.locking.rebuild import rebuild, secret_names
 from fedkl.models import build
 from fedkl.observation import OPEN, Observation, Training, threat_of
@@ -177,7 +177,7 @@ def observe_update(
     )
     if spec is not None:
         network = rebuild(network, spec)
-    own = shared_state(network)
+    own = shared_views(network)
     for what, state in (("before", before), ("after", after)):
         if problems := state_problems(own, state):
             raise StateError(

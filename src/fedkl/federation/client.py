@@ -32,7 +32,7 @@ from fedkl.locking import (
     renew,
     restart_lock,
     set_key,
-    shared_state,
+    shared_views,
 )
 from fedkl.locking.sites import LOCK_NAME
 from fedkl.rng import borrowed
@@ -132,8 +132,8 @@ class Workspace:
         self.augmented = augmented
         self.device = torch.device(device)
         self.join_steps = join_steps
-        # state_dict's tensors are views of the parameters: reading and writing them is free.
-        self.shared = shared_state(model)
+        # Views of the parameters: reading and writing them is free. Without a lock all is shared.
+        self.shared = shared_views(model)
         self.private = private_state(model)
         self.names = {p: n for n, p in model.named_parameters()}
         # Under every name: a tied parameter is in the state once for each.

@@ -16,8 +16,8 @@ from fedkl.key import LAWS, Key
 from fedkl.locking import (
     Channel,
     affines,
-    calibrate,
     draw_layers,
+    estimate_statistics,
     lock_spec,
     replaced_affines,
     restart_lock,
@@ -90,7 +90,7 @@ def reestimate(workspace: Workspace, images: Images, rows: Tensor, *, every_norm
     if len(rows) > 1 and len(rows) % EVAL_BATCH == 1:
         rows = rows[:-1]  # a batch norm cannot average over a last batch of one image
     batches = (images.batch(part)[0].to(workspace.device) for part in torch.split(rows, EVAL_BATCH))
-    calibrate(workspace.model, batches, every_norm=every_norm)
+    estimate_statistics(workspace.model, batches, every_norm=every_norm)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,11 @@
 """Locking any model with a client's key. The public surface of the package."""
 
-from fedkl.locking.api import (
-    affines,
-    check_optimizer,
-    is_locked,
-    lock,
-    lock_like,
-    lock_spec,
-    set_key,
-    sources_of,
-    unlock,
-    unwrap,
-)
+from fedkl.locking.api import affines, lock, lock_like, set_key, unlock
+from fedkl.locking.calibration import calibrate, estimate_statistics
+from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
 from fedkl.locking.merging import merge
 from fedkl.locking.pad import OpenPad, Pad
 from fedkl.locking.reuse import (
-    calibrate,
     draw_layers,
     epoch_of,
     renew,
@@ -34,12 +24,14 @@ from fedkl.locking.schemes import (
 from fedkl.locking.select import Layers
 from fedkl.locking.spec import LockSpec, SiteSpec
 from fedkl.locking.state import (
+    check_optimizer,
     copy_state,
     load_private_state,
     load_shared_state,
     private_names,
     private_state,
     shared_state,
+    shared_views,
     state_problems,
 )
 from fedkl.locking.survey import Lockable, lockable
@@ -63,6 +55,7 @@ __all__ = [
     "copy_state",
     "draw_layers",
     "epoch_of",
+    "estimate_statistics",
     "is_locked",
     "load_private_state",
     "load_shared_state",
@@ -79,6 +72,7 @@ __all__ = [
     "scheme_of",
     "set_key",
     "shared_state",
+    "shared_views",
     "sources_of",
     "state_problems",
     "unlock",

@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fedkl.errors import LockError
 from fedkl.key import Key
 from fedkl.locking.check import verify
+from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
 from fedkl.locking.install import Plan, install, plan, remove, target_of
 from fedkl.locking.pad import Pad, PadAffine
 from fedkl.locking.scheme import Scheme
 from fedkl.locking.schemes import Channel, scheme_of
 from fedkl.locking.select import Layers, select
-from fedkl.locking.sites import locked_norms, source_of
-from fedkl.locking.sources import AffineSource, KeyedAffine
+from fedkl.locking.sources import KeyedAffine
 from fedkl.locking.spec import LockSpec
 from fedkl.locking.survey import refusal, registered, trace
 
@@ -251,60 +250,3 @@ def affines(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
             name: (source.scale().clone(), source.shift().clone())
             for name, source in sources_of(model).items()
         }
-
-
-def sources_of(model: nn.Module) -> dict[str, AffineSource]:
-    """The affine source of every lock by site name."""
-    return {name: source_of(norm) for name, norm in locked_norms(unwrap(model))}
-
-
-def lock_spec(model: nn.Module) -> LockSpec:
-    """What the public may know of the model's lock.
-
-    Raises:
-        LockError: The model is not locked.
-    """
-    for module in unwrap(model).modules():
-        spec = module.__dict__.get("_fedkl_spec")
-        if isinstance(spec, LockSpec):
-            return spec
-    raise LockError("the model is not locked; lock(model, key) first.")
-
-
-def is_locked(model: nn.Module) -> bool:
-    """Whether any scheme, ``norm`` included, was applied to ``model``."""
-    return any("_fedkl_spec" in module.__dict__ for module in unwrap(model).modules())
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers."""
-    while True:
-        if isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raises unless ``optimizer`` holds every parameter of every lock and private layer.
-
-    Raises:
-        LockError: Names the missing parameters; happens when the optimizer was built before
-            :func:`lock`, which returns a copy with new parameters.
-    """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    own = {id(p) for s in sources_of(model).values() for p in s.parameters() if p.requires_grad}
-    private = set(lock_spec(model).private) if is_locked(model) else set()
-    missing = [
-        name
-        for name, p in unwrap(model).named_parameters()
-        if id(p) not in held and p.requires_grad and (id(p) in own or name in private)
-    ]
-    if missing:
-        raise LockError(
-            f"the optimizer does not hold {len(missing)} lock parameter(s): "
-            f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. Build it after lock(), "
-            "from the locked model's parameters()."
-        )

@@ -30,6 +30,7 @@ from fedkl.locking.sites import (
 from fedkl.locking.sizes import Size, activation_sizes, head_of, stem_of
 from fedkl.locking.sources import AffineSource
 from fedkl.locking.spec import LockSpec, SiteSpec
+from fedkl.locking.split import RECORD, record
 from fedkl.locking.stem import draw_private, give_back, make_private
 
 
@@ -142,15 +143,20 @@ def install(
         sites.append(SiteSpec(site, type(module).__name__, shape, target.insert))
         if source is not None:
             lock_norm(
-                module, source, statistics_shared=share_statistics, positional=scheme.positional
+                module,
+                source,
+                site,
+                statistics_shared=share_statistics,
+                positional=scheme.positional,
             )
             source.train(module.training)
             sources[site] = previous = source
     if key is not None and what.private:
-        draw_private(model, what.private, key)
+        draw_private(model, key)
     model.__dict__["_fedkl_spec"] = LockSpec(
         scheme.name, scheme.settings(), tuple(sites), norm, share_statistics, what.private
     )
+    record(model)
     return sources
 
 
@@ -175,3 +181,4 @@ def remove(model: nn.Module) -> None:
             remove_norm(module)
         give_back(module)
         module.__dict__.pop("_fedkl_spec", None)
+        module.__dict__.pop(RECORD, None)

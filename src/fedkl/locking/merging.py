@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkl.errors import LockError
-from fedkl.locking.api import is_locked, lock_spec, unwrap
+from fedkl.locking.holder import is_locked, lock_spec, unwrap
 from fedkl.locking.sites import (
     LockedNorm,
     NormAfter,
@@ -17,6 +17,7 @@ from fedkl.locking.sites import (
     source_of,
     unlock_norm,
 )
+from fedkl.locking.split import RECORD
 
 
 class Shift(nn.Module):
@@ -66,6 +67,7 @@ def merge(model: nn.Module) -> nn.Module:
     root = _replace(root, {})
     for module in root.modules():
         module.__dict__.pop("_fedkl_spec", None)
+        module.__dict__.pop(RECORD, None)
     assert not is_locked(root)
     return root
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from fedkl.locking.api import affines, lock_like, lock_spec, unwrap
+from fedkl.locking.api import affines, lock_like
+from fedkl.locking.holder import lock_spec, unwrap
 from fedkl.locking.spec import LockSpec
 from fedkl.locking.state import private_names
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedkl.errors import DataError, LockError
+from fedkl.errors import LockError
 from fedkl.key import Key
-from fedkl.locking.api import agree, check_random, lock_spec, set_key, sources_of, unwrap
+from fedkl.locking.api import agree, check_random, set_key
+from fedkl.locking.holder import lock_spec, sources_of, unwrap
 from fedkl.locking.pad import OpenPad, Pad, PadAffine
 from fedkl.locking.schemes import Channel
 from fedkl.locking.sites import LOCK_NAME, PositionalNorm, restore_statistics
 from fedkl.locking.sources import KeyedAffine, PrivateAffine
-from fedkl.locking.state import private_state
 from fedkl.locking.stem import draw_private, restore
 
 
@@ -36,9 +35,9 @@ def restart_lock(model: nn.Module, key: Key | None, group: Key | None = None) ->
         assert key is not None
         check_random(key)
         renew(model, key, 0)
-        draw_private(_spec_holder(root), spec.private, key)
+        draw_private(root, key)
     elif isinstance(scheme, OpenPad):
-        restore(_spec_holder(root), parameters=True)
+        restore(root, parameters=True)
     for site, source in sources_of(model).items():
         norm = root.get_submodule(site)
         if isinstance(source, KeyedAffine) and isinstance(scheme, Channel):
@@ -82,7 +81,8 @@ def renew(model: nn.Module, key: Key, epoch: int, *, keep_learned: bool = False)
 
 def draw_layers(model: nn.Module, key: Key) -> None:
     """Private layers (stem, head) anew from ``key`` (in place); nothing happens without any."""
-    draw_private(_spec_holder(unwrap(model)), lock_spec(model).private, key)
+    lock_spec(model)
+    draw_private(unwrap(model), key)
 
 
 def epoch_of(model: nn.Module) -> int:
@@ -91,11 +91,6 @@ def epoch_of(model: nn.Module) -> int:
         if isinstance(source, PadAffine):
             return int(source.epoch)
     return 0
-
-
-def _spec_holder(root: nn.Module) -> nn.Module:
-    """The module that was locked, which may have been wrapped into another one since."""
-    return next(m for m in root.modules() if "_fedkl_spec" in m.__dict__)
 
 
 def _to_original(norm: nn.Module, source: PrivateAffine) -> None:
@@ -129,64 +124,3 @@ def replaced_affines(
     finally:
         for site in values:
             root.get_submodule(site)._modules[LOCK_NAME] = kept[site]
-
-
-def calibrate(model: nn.Module, batches: Iterable[Tensor], *, every_norm: bool = False) -> None:
-    """Running statistics of the locked batch norms anew, from unlabelled inputs (in place).
-
-    Private statistics belong to the weights a client trained itself; those that come back from the
-    server are an average, under which the old statistics are off. A client calibrates before it
-    uses a global model (training needs it not: a batch norm then takes the batch's statistics).
-
-    Args:
-        model: A locked model; nothing happens if it has no private statistics.
-        batches: Inputs of the model; every batch counts the same. A few hundred examples do.
-        every_norm: Re-estimate shared batch norms as well.
-
-    Raises:
-        DataError: There is no batch. The statistics then stay as they were, as they do when the
-            model fails on a batch.
-    """
-    root = unwrap(model)
-    private = private_state(model)
-    norms = [
-        norm
-        for name, norm in root.named_modules()
-        if isinstance(norm, _BatchNorm) and norm.track_running_stats
-        if every_norm or f"{name}.running_mean" in private
-    ]
-    if not norms:
-        return
-    with _gathering(root, norms), torch.no_grad():
-        count = 0
-        for batch in batches:
-            root(batch)
-            count += 1
-        if count == 0:
-            raise DataError(
-                "no batch to calibrate on; pass one or more (an iterator gives its batches once)."
-            )
-
-
-@contextmanager
-def _gathering(root: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Within the block ``norms`` alone are in train mode and take cumulative statistics anew."""
-    modes = {module: module.training for module in root.modules()}
-    momenta = [norm.momentum for norm in norms]
-    kept = [(b, b.detach().clone()) for norm in norms for b in norm.buffers(recurse=False)]
-    root.eval()
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative
-            norm.train()
-        yield
-    except BaseException:
-        for buffer, before in kept:
-            buffer.copy_(before)
-        raise
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode

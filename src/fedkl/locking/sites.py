@@ -22,6 +22,7 @@ from fedkl.locking.positions import positioned
 from fedkl.locking.sources import PICKLE_REMEDY, AffineSource
 
 LOCK_NAME: Final = "keylock"
+SITE: Final = "_fedkl_site"
 INSERTED_NAME: Final = "inserted_norm"
 INPUT_NAME: Final = "input_norm"
 STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
@@ -208,10 +209,16 @@ def locked_norms(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[s
 
 
 def lock_norm(
-    norm: nn.Module, source: AffineSource, *, statistics_shared: bool, positional: bool = False
+    norm: nn.Module,
+    source: AffineSource,
+    site: str,
+    *,
+    statistics_shared: bool,
+    positional: bool = False,
 ) -> None:
     """Makes ``norm`` take γ and β from ``source``, per position or per channel (in place)."""
     original = {name: norm._parameters.pop(name, None) for name in ("weight", "bias")}
+    norm.__dict__[SITE] = site
     norm.__dict__["_fedkl_original"] = original
     norm.__dict__["_fedkl_statistics_shared"] = statistics_shared
     norm.__dict__["_fedkl_statistics"] = {
@@ -251,7 +258,8 @@ def unlock_norm(norm: nn.Module, *, keep_statistics: bool = False) -> None:
     like = source_of(norm).like()
     del norm._modules[LOCK_NAME]
     original = norm.__dict__.pop("_fedkl_original")
-    del norm.__dict__["_fedkl_statistics_shared"], norm.__dict__["_fedkl_statistics"]
+    for name in ("_fedkl_statistics_shared", "_fedkl_statistics", SITE):
+        del norm.__dict__[name]
     if hook := norm.__dict__.pop("_fedkl_hook", None):
         hook.remove()
     norm.__class__ = type(norm)._fedkl_base  # type: ignore[attr-defined]

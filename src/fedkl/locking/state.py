@@ -7,53 +7,98 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import StateError
-from fedkl.locking.api import unwrap
+from fedkl.errors import LockError, StateError
+from fedkl.locking.holder import is_locked, lock_spec, unwrap
 from fedkl.locking.pad import PadAffine
-from fedkl.locking.sites import LOCK_NAME, STATISTICS, locked_norms, source_of
-from fedkl.locking.spec import LockSpec
+from fedkl.locking.sites import locked_norms, source_of
+from fedkl.locking.split import split
 
 
 def private_names(model: nn.Module) -> set[str]:
-    """Names of the tensors in the model's state dict that must not leave the client."""
-    names: set[str] = set()
-    for prefix, module in unwrap(model).named_modules(remove_duplicate=False):
-        if isinstance(spec := module.__dict__.get("_fedkl_spec"), LockSpec):
-            names |= {f"{prefix}.{n}" if prefix else n for n in spec.private}
-    for prefix, module in locked_norms(unwrap(model), aliases=True):
-        dot = f"{prefix}." if prefix else ""
-        names |= {f"{dot}{LOCK_NAME}.{n}" for n in module.get_submodule(LOCK_NAME).state_dict()}
-        if not module.__dict__["_fedkl_statistics_shared"]:
-            names |= {f"{dot}{n}" for n in STATISTICS if module._buffers.get(n) is not None}
-    return names
+    """Names of the tensors in the model's state dict that must not leave the client.
+
+    Raises:
+        StateError: As :func:`shared_state`.
+    """
+    return set(split(model).private)
 
 
 def shared_state(model: nn.Module) -> dict[str, Tensor]:
     """What may leave the client: the state dict under the original names, without the lock.
 
-    The tensors are detached but not copied; clone them before training goes on. Integer buffers
-    such as ``num_batches_tracked`` of shared norms are in it and must not be averaged.
+    The tensors are detached but not copied; clone them before training goes on. Only one that
+    shares its memory with others is a copy, since serializers write the whole of it. Integer
+    buffers such as ``num_batches_tracked`` of shared norms are in it and must not be averaged.
+
+    Raises:
+        LockError: The model is not locked, so all of it would be sent.
+        StateError: The model was changed since ``lock()`` so that what is private cannot be told
+            from the rest (a weight norm or pruning of a private layer, a replaced layer), or it is
+            a part of a locked model. Wrappers that keep the tensors do no harm.
     """
-    private = private_names(model)
-    return {n: t for n, t in unwrap(model).state_dict().items() if n not in private}
+    shared = shared_views(model)
+    if not is_locked(model):
+        raise LockError(
+            f"this {type(unwrap(model)).__name__} is not locked, so nothing of it would stay with "
+            "the client; pass what lock(model, key) returned, or send model.state_dict() if "
+            "everything may go."
+        )
+    return {n: _alone(t) if isinstance(t, Tensor) else t for n, t in shared.items()}
+
+
+def shared_views(model: nn.Module) -> dict[str, Tensor]:
+    """As :func:`shared_state`, of a model without a lock too, and always the model's own memory.
+
+    For code that writes into the model, or that has its own rule about what may be sent.
+
+    Raises:
+        StateError: As :func:`shared_state`.
+    """
+    return _views(split(model).shared)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a view: ``torch.save`` writes all of what it is a view of.
+
+    After ``vector_to_parameters`` all parameters, private ones too, are views of one vector.
+    """
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        return tensor
+    whole = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
 
 
 def private_state(model: nn.Module) -> dict[str, Tensor]:
     """What stays: lock parameters, statistics of locked norms, private layers. Never the key.
 
     Together with :func:`shared_state` this is the whole state dict, with nothing in both.
+
+    Raises:
+        StateError: As :func:`shared_state`.
     """
-    private = private_names(model)
-    return {n: t for n, t in unwrap(model).state_dict().items() if n in private}
+    return _views(split(model).private)
+
+
+def _views(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # A module may put something of its own kind into its state dict.
+    return {n: t.detach() if isinstance(t, Tensor) else t for n, t in tensors.items()}
 
 
 def load_shared_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copies ``state`` into the model (in place), over exactly the names of its shared state.
 
     Raises:
-        StateError: Names are missing or unexpected, or shapes or dtypes differ; nothing is copied.
+        StateError: Names are missing or unexpected, shapes or dtypes differ, or a tensor holds NaN
+            or infinity; nothing is copied.
     """
-    copy_state(shared_state(model), state, "shared state")
+    own = shared_views(model)
+    fit(own, state, "shared state")
+    if bad := [n for n, t in state.items() if isinstance(t, Tensor) and not _finite(t)]:
+        raise StateError(
+            f"this shared state holds NaN or infinity in {_some(bad)}; nothing was copied. The "
+            "model that it is of has diverged or was made to: ask for an earlier one."
+        )
+    copy_state(own, state, "shared state")
 
 
 def load_private_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -92,18 +137,65 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Raises unless names, shapes and dtypes of ``state`` are those of ``own``.
+
+    Raises:
+        StateError: They differ, or ``state`` is no mapping; ``what`` names it in the message.
+    """
+    if not isinstance(state, Mapping):
+        raise StateError(
+            f"expected a {what} (a dict of tensors by name), got {type(state).__name__}; pass what "
+            f"{what.replace(' ', '_')}(model) gives."
+        )
+    if problems := state_problems(own, state):
+        raise StateError(
+            f"this {what} does not fit the model: {'; '.join(problems)}. Use a state of the same "
+            "architecture and lock spec."
+        )
+
+
 def copy_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
     """Copies ``state`` into the tensors ``own`` (in place), over exactly their names.
 
     Raises:
         StateError: As :func:`load_shared_state`; ``what`` names the state in the message.
     """
-    problems = state_problems(own, state)
-    if problems:
-        raise StateError(
-            f"this {what} does not fit the model: {'; '.join(problems)}. Use a state of the same "
-            "architecture and lock spec."
-        )
+    fit(own, state, what)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises unless ``optimizer`` holds every parameter of every lock and private layer.
+
+    Raises:
+        LockError: Names the missing parameters; happens when the optimizer was built before
+            :func:`lock`, which returns a copy with new parameters. Or the model is not locked.
+        StateError: As :func:`shared_state`.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise LockError(
+            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the one that "
+            "was built from the locked model's parameters()."
+        )
+    private = split(model).private
+    lock_spec(model)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    lacking = {
+        id(p): name
+        for name, p in reversed(private.items())  # a tied one by its first name
+        if isinstance(p, nn.Parameter) and p.requires_grad and id(p) not in held
+    }
+    missing = list(reversed(lacking.values()))
+    if missing:
+        raise LockError(
+            f"the optimizer does not hold {len(missing)} lock parameter(s): "
+            f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. Build it after lock(), "
+            "from the locked model's parameters()."
+        )

@@ -3,7 +3,9 @@ key, never from weights that others have seen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -11,51 +13,92 @@ from torch import Tensor, nn
 from fedkl.key import Key, KeyStream
 from fedkl.locking.survey import is_norm
 
-_ORIGINAL = "_fedkl_private"
+_OWNED: Final = "_fedkl_private"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One private tensor of a layer, as it was before locking.
+
+    Attributes:
+        name: Its name in the model at that time.
+        value: A copy.
+        trained: Whether it was to be trained.
+        stream: Name of the key stream it is drawn from; None for buffers, and for a tied
+            parameter everywhere but in the first place.
+    """
+
+    name: str
+    value: Tensor
+    trained: bool
+    stream: str | None
+
+    def __repr__(self) -> str:
+        return f"Kept({self.name!r})"
+
+
+def owned(module: nn.Module) -> dict[str, Kept]:
+    """The private tensors that ``module`` itself holds, by their names in it."""
+    found: dict[str, Kept] = module.__dict__.get(_OWNED, {})
+    return found
 
 
 def make_private(model: nn.Module, names: Iterable[str]) -> None:
-    """Writes down the named tensors as they are, so that :func:`give_back` can (in place)."""
-    state = model.state_dict(keep_vars=True)
+    """Marks the named tensors, and keeps them so that :func:`give_back` can (in place)."""
     # Not every buffer is in the state dict; those that are not never leave the client either.
-    kept = {name: state[name].detach().clone() for name in names if name in state}
-    model.__dict__[_ORIGINAL] = kept
+    state = model.state_dict(keep_vars=True)
+    first = {id(p): n for n, p in model.named_parameters()}
+    for name in names:
+        prefix, _, local = name.rpartition(".")
+        if name in state:
+            tensor = state[name]
+            is_parameter = isinstance(tensor, nn.Parameter)
+            stream = name if is_parameter and first[id(tensor)] == name else None
+            kept = Kept(name, tensor.detach().clone(), tensor.requires_grad, stream)
+            marks = model.get_submodule(prefix).__dict__.setdefault(_OWNED, {})
+            # A layer in two places has two names; the first is that of its key stream.
+            if local not in marks or stream is not None:
+                marks[local] = kept
 
 
-def give_back(model: nn.Module) -> None:
-    """Puts private layers back to what they were before locking, and forgets that (in place)."""
-    restore(model, parameters=True)
-    model.__dict__.pop(_ORIGINAL, None)
+def give_back(module: nn.Module) -> None:
+    """Puts what ``module`` itself holds back to before locking, and forgets it (in place)."""
+    _restore(module, parameters=True)
+    for local, kept in module.__dict__.pop(_OWNED, {}).items():
+        if (parameter := module._parameters.get(local)) is not None:
+            parameter.requires_grad_(kept.trained)
 
 
 def restore(model: nn.Module, *, parameters: bool) -> None:
     """Puts private buffers, and parameters too if asked, back to before locking (in place)."""
-    original: dict[str, Tensor] = model.__dict__.get(_ORIGINAL, {})
-    state = model.state_dict(keep_vars=True) if original else {}
-    with torch.no_grad():
-        for name, before in original.items():
-            if parameters or not isinstance(state[name], nn.Parameter):
-                state[name].copy_(before)
+    for module in model.modules():
+        _restore(module, parameters=parameters)
 
 
-def draw_private(model: nn.Module, names: Iterable[str], key: Key) -> None:
-    """Draws the named parameters from the key (in place); buffers start as before locking.
+def _restore(module: nn.Module, *, parameters: bool) -> None:
+    for local, kept in owned(module).items():
+        tensor = module._buffers.get(local)
+        if parameters and tensor is None:
+            tensor = module._parameters.get(local)
+        if tensor is not None:
+            with torch.no_grad():
+                tensor.copy_(kept.value)
+
+
+def draw_private(model: nn.Module, key: Key) -> None:
+    """Draws the private parameters from the key (in place); buffers start as before locking.
 
     Weights follow PyTorch's own law for linear layers and convolutions, U(±1/√fan_in), their
     biases too; norms start at 1 and 0.
     """
     restore(model, parameters=False)
-    wanted = set(names)
     with torch.no_grad():
-        for name, owner, parameter in _parameters(model):
-            if name in wanted:
-                parameter.copy_(_start(name, owner, parameter, key.stream(f"stem/{name}")))
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """Each parameter once, under its first name."""
-    for name, parameter in model.named_parameters():
-        yield name, model.get_submodule(name.rpartition(".")[0]), parameter
+        for module in model.modules():
+            for local, kept in owned(module).items():
+                parameter = module._parameters.get(local)
+                if kept.stream is not None and parameter is not None:
+                    stream = key.stream(f"stem/{kept.stream}")
+                    parameter.copy_(_start(kept.stream, module, parameter, stream))
 
 
 def _start(name: str, owner: nn.Module, parameter: Tensor, stream: KeyStream) -> Tensor:

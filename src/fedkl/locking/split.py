@@ -1,0 +1,141 @@
+"""Which tensors of a model may leave the client: told by the tensors, not by their names.
+
+Wrappers and parametrizations rename what is in a state dict. Modules that own something private
+therefore carry a mark, and the split looks for the very tensors they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from fedkl.errors import StateError
+from fedkl.locking.holder import holders, unwrap
+from fedkl.locking.sites import LOCK_NAME, SITE, LockedNorm, source_of
+from fedkl.locking.stem import owned
+
+RECORD: Final = "_fedkl_record"
+# What torch.compile, activation checkpointing and FSDP put into names.
+_WRAPPERS: Final = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_REMEDY: Final = (
+    "Nothing is sent from it: undo the change (remove weight norms, pruning or replaced layers), "
+    "make it before lock(), or pass the whole model that lock() returned."
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The state dict in two parts, under the original names; the model's own tensors."""
+
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    private: dict[str, Tensor] = field(default_factory=dict)
+
+
+def record(model: nn.Module) -> None:
+    """Writes down, on a freshly locked model, what :func:`split` has to find (in place)."""
+    model.__dict__[RECORD] = frozenset(_found(model, {}, set()))
+
+
+def split(model: nn.Module) -> Split:
+    """Shared and private tensors of a model; all are shared where there is no lock.
+
+    Raises:
+        StateError: The model was changed since ``lock()`` so that something private is not there
+            any more as it was, or it is a part of a locked model only.
+        LockError: ``model`` is not a module.
+    """
+    root = unwrap(model)
+    private: dict[int, Tensor] = {}
+    covered: set[int] = set()
+    for holder in holders(root):
+        found = _found(holder, private, covered)
+        if lost := sorted(holder.__dict__[RECORD] - found):
+            raise StateError(
+                f"the model was changed since lock(): {', '.join(lost[:4])}, which is private, is "
+                f"not where the lock left it. {_REMEDY}"
+            )
+    if any(id(module) not in covered and _guards(module) for module in root.modules()):
+        raise StateError(
+            "these are parts of a locked model without the model that lock() returned, so what of "
+            f"them is private is not known for certain. {_REMEDY}"
+        )
+    state = root.state_dict(keep_vars=True)
+    parts = Split()
+    for name, tensor in zip(_original_names(root, state), state.values(), strict=True):
+        part = parts.private if id(tensor) in private else parts.shared
+        part[name] = tensor
+    _check(parts, state, private)
+    return parts
+
+
+def _check(parts: Split, state: dict[str, Tensor], private: dict[int, Tensor]) -> None:
+    present = {id(tensor) for tensor in state.values()}
+    if missing := [tuple(t.shape) for key, t in private.items() if key not in present]:
+        raise StateError(
+            f"the model was changed since lock(): private tensors of shapes {missing[:4]} are not "
+            f"in its state dict as they are. {_REMEDY}"
+        )
+    if odd := [name for name in parts.shared if LOCK_NAME in name.split(".")]:
+        raise StateError(
+            f"the model was changed since lock(): {', '.join(odd[:4])} bears the name of a lock "
+            f"and belongs to none. {_REMEDY}"
+        )
+    if len(parts.shared) + len(parts.private) != len(state):
+        raise StateError(
+            "two tensors of the model have the same name without its wrappers; wrap the whole "
+            "model, or rename the layers before lock()."
+        )
+
+
+def _guards(module: nn.Module) -> bool:
+    return isinstance(module, LockedNorm) or bool(owned(module))
+
+
+def _found(holder: nn.Module, private: dict[int, Tensor], covered: set[int]) -> set[str]:
+    """Names, as of lock(), of what is private below ``holder``; fills in the tensors by id."""
+    names: set[str] = set()
+    for module in holder.modules():
+        covered.add(id(module))
+        tensors: dict[str, Tensor | None] = {}
+        if isinstance(module, LockedNorm):
+            site: str = module.__dict__[SITE]
+            statistics = module.__dict__["_fedkl_statistics"]
+            tensors = {f"{site}.{n}": module._buffers.get(n) for n in statistics}
+            names.add(f"{site}.{LOCK_NAME}")
+            source = source_of(module)
+            private |= {id(t): t for t in source.state_dict(keep_vars=True).values()}
+        for local, kept in owned(module).items():
+            tensors[kept.name] = module._parameters.get(local, module._buffers.get(local))
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                names.add(name)
+                private[id(tensor)] = tensor
+    return names
+
+
+def _original_names(root: nn.Module, names: Iterable[str]) -> list[str]:
+    """The names without the components that wrappers inside the model put into them."""
+    parallel = [
+        _plain(f"{prefix}.module.")
+        for prefix, module in root.named_modules(remove_duplicate=False)
+        if isinstance(module, DataParallel | DistributedDataParallel)
+    ]
+    result = []
+    for name in names:
+        name = _plain(name)
+        for prefix in sorted(parallel, key=len, reverse=True):
+            if name.startswith(prefix):
+                name = prefix.removesuffix("module.") + name.removeprefix(prefix)
+        result.append(name)
+    return result
+
+
+def _plain(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        if wrapper in name:
+            name = name.replace(wrapper, "")
+    return name

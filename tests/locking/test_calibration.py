@@ -1,0 +1,70 @@
+"""Statistics anew: from what a data loader gives, and never spoiled by what is no use."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fedkl.errors import DataError, LockError
+from fedkl.key import Key
+from fedkl.locking import calibrate, estimate_statistics, lock
+
+from .zoo import IMAGE, SMALL
+
+KEY = Key.generate()
+
+
+def locked() -> nn.Module:
+    return lock(SMALL["batch"][0](), KEY, example=IMAGE)
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {n: t.clone() for n, t in model.named_buffers()}
+
+
+def test_a_loader_of_inputs_and_labels_gives_the_inputs() -> None:
+    by_hand = locked()
+    by_loader, by_name = copy.deepcopy(by_hand), copy.deepcopy(by_hand)
+    labels = torch.arange(len(IMAGE))
+    calibrate(by_hand, IMAGE.split(2))
+    calibrate(by_loader, DataLoader(TensorDataset(IMAGE, labels), batch_size=2))
+    calibrate(by_name, [{"input": x} for x in IMAGE.split(2)])
+    for model in (by_loader, by_name):
+        assert all(torch.equal(t, buffers(by_hand)[n]) for n, t in model.named_buffers())
+    assert bool(by_hand[1].running_mean.any())  # type: ignore[index, union-attr, operator]
+
+
+@pytest.mark.parametrize(
+    "batches, message",
+    [
+        ([IMAGE * torch.nan], "NaN or infinity"),
+        ([IMAGE, IMAGE / 0.0], "NaN or infinity"),
+        ([IMAGE * 1e38], "statistics on these batches"),
+        ([IMAGE, "x"], "tensor, a dict of them, or"),
+        ([()], "tensor, a dict of them, or"),
+        (IMAGE, r"pass a list of them \(\[x\] for one\)"),
+        (None, "got NoneType"),
+        (3, "got int"),
+    ],
+)
+def test_what_is_no_use_changes_nothing(batches: Iterable[Any], message: str) -> None:
+    model = locked()
+    before = buffers(model)
+    with pytest.raises(DataError, match=message):
+        calibrate(model, batches)
+    assert all(torch.equal(t, before[n]) for n, t in model.named_buffers())
+    assert model.training
+
+
+def test_a_model_without_a_lock_is_an_error_but_for_the_engine() -> None:
+    plain = SMALL["batch"][0]()
+    with pytest.raises(LockError, match="not locked"):
+        calibrate(plain, [IMAGE])
+    estimate_statistics(plain, [IMAGE], every_norm=True)
+    assert bool(plain[1].running_mean.any())  # type: ignore[index, union-attr, operator]

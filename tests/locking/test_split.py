@@ -1,0 +1,214 @@
+"""What may leave the client is told by the tensors: wrappers and changed models send no secret."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
+from torch.nn.utils.parametrizations import weight_norm
+
+from fedkl.errors import LockError, StateError
+from fedkl.key import Key
+from fedkl.locking import (
+    check_optimizer,
+    load_shared_state,
+    lock,
+    lock_spec,
+    private_state,
+    renew,
+    shared_state,
+    shared_views,
+    unlock,
+)
+
+KEY = Key.generate()
+X = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def cnn() -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)),
+    )
+
+
+def locked(scheme: str = "pad") -> Any:
+    return lock(cnn(), KEY, scheme=scheme, example=X)
+
+
+def checkpointed(model: Any) -> nn.Module:
+    apply_activation_checkpointing(model)
+    return model  # type: ignore[no-any-return]
+
+
+def replacing(index: int, make: Callable[[nn.Module], Any]) -> Callable[[Any], nn.Module]:
+    def change(model: Any) -> nn.Module:
+        model[index] = make(model[index])
+        return model  # type: ignore[no-any-return]
+
+    return change
+
+
+def compiled(module: nn.Module) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+KEEPING: dict[str, Callable[[Any], nn.Module]] = {
+    "activation checkpointing": checkpointed,
+    "compiled stem": replacing(0, compiled),
+    "compiled norm": replacing(1, compiled),
+    "compiled shared layer": replacing(3, compiled),
+    "compiled model": compiled,
+    "data parallel head": replacing(8, nn.DataParallel),
+    "compiled, then parallel": replacing(0, lambda m: nn.DataParallel(compiled(m))),
+    "copy": copy.deepcopy,
+    "copy after checkpointing": lambda m: copy.deepcopy(checkpointed(m)),
+    "double": lambda m: m.double(),
+}
+
+
+@pytest.mark.parametrize("scheme", ["channel", "pad"])
+@pytest.mark.parametrize("how", KEEPING)
+def test_wrappers_that_keep_the_tensors_change_nothing(how: str, scheme: str) -> None:
+    plain = locked(scheme)
+    model = KEEPING[how](copy.deepcopy(plain))
+    for part in (shared_state, private_state):
+        assert list(part(model)) == list(part(plain))
+    state = {n: t + 1 for n, t in shared_state(model).items()}
+    load_shared_state(model, state)
+    assert all(torch.equal(t, state[n]) for n, t in shared_state(model).items())
+    check_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def old_weight_norm(layer: nn.Module) -> Any:
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(layer)
+
+
+def pruned(layer: nn.Module) -> Any:
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def parts(model: Any) -> nn.Module:
+    return nn.Sequential(*model.children())
+
+
+def spoiled_norm(model: Any) -> nn.Module:
+    """Neither a locked norm any more, nor without what the lock computed from private features."""
+    class_ = type(model[1])
+    model[1].__class__ = class_._fedkl_base
+    return model  # type: ignore[no-any-return]
+
+
+LOSING: dict[str, Callable[[Any], nn.Module]] = {
+    "weight norm": replacing(0, weight_norm),
+    "old weight norm": replacing(0, old_weight_norm),
+    "pruning": replacing(8, pruned),
+    "parts": parts,
+    "a part": lambda m: m[:2],
+    "the stem": lambda m: m[0],
+    "the head": lambda m: m[8],
+    "a locked norm": lambda m: m[1],
+    "another stem": replacing(0, lambda m: nn.Conv2d(3, 8, 3)),
+    "another norm": replacing(1, lambda m: nn.BatchNorm2d(8)),
+    "a norm without its class": spoiled_norm,
+    "another parameter": replacing(0, lambda m: setattr(m, "weight", None) or m),  # type: ignore[func-returns-value]
+    "sync batch norm": nn.SyncBatchNorm.convert_sync_batchnorm,
+}
+
+
+@pytest.mark.parametrize("how", LOSING)
+def test_a_changed_model_sends_nothing(how: str) -> None:
+    model = LOSING[how](locked())
+    with pytest.raises(StateError, match=r"(since lock\(\)|parts of a locked model).*undo"):
+        shared_state(model)
+
+
+def test_sequences_around_layers_send_nothing_private() -> None:
+    model = locked()
+    before = {t.data_ptr() for t in private_state(model).values()}
+    model[0] = nn.Sequential(model[0])
+    model[8] = nn.Sequential(nn.Dropout(), model[8])
+    assert set(shared_state(model)) == {"3.weight", "3.bias"}
+    assert not before & {t.data_ptr() for t in shared_state(model).values()}
+    renew(model, KEY, 1)
+    assert lock_spec(nn.Sequential(model)) == lock_spec(model)
+    assert set(shared_state(nn.Sequential(model))) == {"0.3.weight", "0.3.bias"}
+
+
+def test_a_secret_is_private_under_every_name() -> None:
+    model = locked()
+    model.register_parameter("alias", model[0].weight)
+    model.register_module("again", model[1])
+    assert set(shared_state(model)) == {"3.weight", "3.bias"}
+
+
+def test_two_locked_models_in_one() -> None:
+    both = nn.ModuleDict({"a": locked(), "b": locked("channel")})
+    names = set(shared_state(both))
+    assert {"a.3.weight", "b.0.weight", "b.8.weight"} <= names
+    assert not {"a.0.weight", "a.8.weight"} & names
+
+
+def test_unlock_and_locks_drawn_again_find_wrapped_layers() -> None:
+    plain = cnn()
+    model = checkpointed(lock(plain, KEY, scheme="pad", example=X))
+    opened = unlock(model).state_dict()
+    assert all(torch.equal(t, opened[n]) for n, t in plain.state_dict().items())
+
+
+def test_tensors_of_a_tied_head_stay_private() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm = nn.Embedding(9, 6), nn.LayerNorm(6)
+            self.middle, self.head = nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.middle(self.norm(self.embed(x))))
+            return out
+
+    model = lock(Tied(), KEY, scheme="pad", example=torch.arange(8).reshape(2, 4))
+    assert set(shared_state(checkpointed(model))) == {"middle.weight", "middle.bias"}
+
+
+@pytest.mark.parametrize("use", [shared_state, lambda m: check_optimizer(m, SGD(m))])
+def test_without_a_lock_there_is_nothing_to_tell_apart(use: Callable[[nn.Module], object]) -> None:
+    with pytest.raises(LockError, match="not locked"):
+        use(cnn())
+    with pytest.raises(LockError, match="not locked"):
+        use(unlock(locked()))
+    use(lock(cnn(), None, scheme="norm", example=X))
+    assert list(shared_views(cnn())) == list(cnn().state_dict())
+
+
+def SGD(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_views_of_one_vector_are_sent_without_the_rest_of_it(tmp_path: Path) -> None:
+    model = locked()
+    vector_to_parameters(parameters_to_vector(model.parameters()), model.parameters())
+    torch.save(shared_state(model), tmp_path / "update")
+    sent = (tmp_path / "update").read_bytes()
+    for name in ("0.weight", "8.weight"):
+        secret = private_state(model)[name].numpy().tobytes()
+        assert secret not in sent
+    for tensor in shared_state(model).values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert shared_state(model)["3.weight"].data_ptr() != model[3].weight.data_ptr()
+    load_shared_state(model, {n: t + 1 for n, t in shared_state(model).items()})
+    assert torch.equal(shared_state(model)["3.weight"], model[3].weight)
+    fresh = locked()
+    assert shared_state(fresh)["3.weight"].data_ptr() == fresh[3].weight.data_ptr()
