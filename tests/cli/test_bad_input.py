@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -212,6 +213,49 @@ def lock_key(run: Path) -> None:
     Key.generate().save(run / "keys" / "client-00001.key", passphrase="x", overwrite=True)
 
 
+def other_key(run: Path) -> None:
+    shutil.copy(run / "keys" / "client-00001.key", run / "keys" / "client-00000.key")
+
+
+def new_group(run: Path) -> None:
+    Key.generate().save(run / "keys" / "group.key", overwrite=True)
+
+
+def lose_clients(run: Path) -> None:
+    shutil.rmtree(run / "clients")
+
+
+def lose_client(run: Path) -> None:
+    shutil.rmtree(run / "clients" / "00002")
+
+
+def lose_checkpoints(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+def lose_most(run: Path) -> None:
+    """As a run looks that was killed in its second round, without its checkpoints."""
+    lose_checkpoints(run)
+    (run / "summary.json").unlink()
+    (run / "metrics.jsonl").unlink()
+
+
+def lose_config(run: Path) -> None:
+    (run / "config.json").unlink()
+
+
+def begin(run: Path) -> None:
+    """As a run looks that was killed in its first round."""
+    lose_most(run)
+    lose_clients(run)
+
+
+def short_key_only(run: Path) -> None:
+    begin(run)
+    lose_config(run)
+    short_key(run)
+
+
 def short_key(run: Path) -> None:
     Key.from_vector([1.0] * 10).save(run / "keys" / "client-00001.key", overwrite=True)
 
@@ -244,12 +288,35 @@ DAMAGED: list[tuple[str, Callable[[Path], None], Sequence[str], Sequence[str]]] 
     ("key cut", spoil_key, RESUME, ["client-00001.key", "not a whole FedKL key file"]),
     ("key lost", lose_key, RESUME, ["client-00001.key is missing", "Restore"]),
     ("key open to all", open_key, RESUME, ["0644", "chmod 600"]),
-    ("key encrypted", lock_key, RESUME, ["is encrypted"]),
-    ("key too short", short_key, RESUME, ["10 entries", "1024"]),
+    ("key encrypted", lock_key, RESUME, ["is encrypted", "a run takes no passphrase", "keygen"]),
+    ("key too short", short_key_only, [*TRAIN[:-1], "{tmp}/run", *CHANNEL], ["10 entries", "1024"]),
+    ("another's key", other_key, RESUME,
+     ["client-00000.key is another key", "client 0", "round-000002", "Put that key file back"]),
+    ("a new key", short_key, RESUME, ["client-00001.key is another key", "client 1"]),
+    ("a new group key", new_group, RESUME, ["group.key is another key", "Put that key file back"]),
+    ("locks lost", lose_clients, [*RESUME, "--rounds", "3"],
+     ["00000/round-000002", "and 2 more", "Restore clients/"]),
+    ("one lock lost", lose_client, [*RESUME, "--rounds", "3"], ["00002/round-000002", "Restore"]),
+    ("checkpoints lost", lose_checkpoints, RESUME, ["no checkpoint", "summary.json", "Restore"]),
+    ("checkpoints lost on the way", lose_most, RESUME, ["no checkpoint", "clients/", "round 2"]),
+    ("config lost", lose_config, [*TRAIN[:-1], "{tmp}/run"],
+     ["what is left of a run", "no config.json", "choose another --out"]),
     ("evaluate: checkpoints cut", cut_all, EVALUATE, ["checkpoint", "can be used"]),
     ("evaluate: best is cut", lambda run: cut(run / "checkpoints" / "best.safetensors"),
      [*EVALUATE, "--checkpoint", "best"], ["best.safetensors"]),
-    ("evaluate: none yet", no_checkpoint, EVALUATE, ["no checkpoint", "--resume"]),
+    ("evaluate: none yet", begin, EVALUATE, ["no checkpoint", "first round", "--resume"]),
+    ("evaluate: none left", no_checkpoint, EVALUATE, ["no checkpoint", "summary.json", "Restore"]),
+    ("evaluate: another's key", other_key, EVALUATE, ["client-00000.key is another key"]),
+    ("evaluate: locks lost", lose_clients, EVALUATE, ["00000/round-000002", "Restore clients/"]),
+    ("evaluate: one lock lost", lose_client, EVALUATE, ["00002/round-000002"]),
+    ("audit: another's key", other_key, ["audit", "--candidates", "10", "--run", "{tmp}/run", "--out", "{tmp}/new"],
+     ["client-00000.key is another key"]),
+    ("audit: locks lost", lose_clients, ["audit", "--candidates", "10", "--run", "{tmp}/run", "--out", "{tmp}/new"],
+     ["00000/round-000002"]),
+    ("certify: another's key", other_key, ["certify", "--run", "{tmp}/run", "--out", "{tmp}/new"],
+     ["client-00000.key is another key"]),
+    ("certify: locks lost", lose_clients, ["certify", "--run", "{tmp}/run", "--out", "{tmp}/new"],
+     ["00000/round-000002"]),
     ("evaluate: key lost", lose_key, EVALUATE, ["client-00001.key is missing"]),
     ("evaluate: split", nothing, [*EVALUATE, "--split", "tset"], ["'tset'", "'test'"]),
     ("evaluate: checkpoint", nothing, [*EVALUATE, "--checkpoint", "lst"], ["'lst'", "'last'"]),

@@ -15,6 +15,7 @@ from fedkl.audit.config import AuditConfig
 from fedkl.errors import CheckpointError, ConfigError
 from fedkl.federation import RunConfig, config_from
 from fedkl.federation.checkpoint import Checkpoints
+from fedkl.federation.remains import check_remains
 from fedkl.files import make_folder, read_json, write_json
 
 SETTINGS: Final = "audit-config.json"
@@ -40,15 +41,18 @@ def identity(run: Path) -> dict[str, str]:
     """What a finished run is, wherever it lies: digests of its settings and of its last model.
 
     Raises:
-        CheckpointError: It has no whole checkpoint, or no settings.
+        CheckpointError: It has no whole checkpoint, no settings, or has lost a private state.
+        KeyFileError: A client's key is not the one its lock was trained with.
     """
+    path = run / "config.json"
+    check_remains(run, config_from(read_json(path), source=str(path)))
     latest, _ = Checkpoints(run / "checkpoints").latest()
     if latest is None:
         raise CheckpointError(
             f"there is no checkpoint in {run}; give the folder of a finished run, or finish it "
             "with: fedkl train --out … --resume."
         )
-    found = read_json(run / "config.json")
+    found = read_json(path)
     kept = {n: v for n, v in found.items() if n not in INDIFFERENT}
     settings = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return {

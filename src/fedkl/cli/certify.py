@@ -66,6 +66,7 @@ def certify(
     from fedkl.audit.certified import certify_victims
     from fedkl.audit.victims import Victims, draw_victims
     from fedkl.federation.engine import one_thread
+    from fedkl.federation.remains import check_remains
     from fedkl.federation.session import load_data
     from fedkl.files import make_folder, write_json
 
@@ -80,6 +81,8 @@ def certify(
         batch_size=batch_size,
         observations=updates[-1],
     )
+    if run_folder is not None:
+        check_remains(run_folder, run)
     make_folder(out_folder)
     bundle = load_data(run)
     with one_thread():

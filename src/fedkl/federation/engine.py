@@ -32,6 +32,7 @@ from fedkl.federation.optim import (
     optimizer_tensors,
 )
 from fedkl.federation.pool import Pool, ProcessPool, SerialPool
+from fedkl.federation.remains import check_remains
 from fedkl.federation.session import Job, Result, Session, check_device
 from fedkl.files import write_json
 from fedkl.rng import derive
@@ -50,6 +51,7 @@ class _Progress:
     best: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: {"refused": 0, "dropped": 0})
     pads: dict[str, int] = field(default_factory=lambda: {"renewals": 0, "most_presentations": 0})
+    kept: dict[str, int] = field(default_factory=dict)  # client → round of its private state
 
 
 def run(
@@ -81,8 +83,7 @@ def run(
     emit = on_event or (lambda event: None)
     check_device(config.device)
     with claimed(folder, resume=resume) as found, one_thread():
-        if found is not None:
-            check_same(config_from(found, source=str(folder / "config.json")), config)
+        _check_found(found, config, folder)
         write_json(folder / "config.json", config.to_dict())
         session = Session(config, folder, bundle)
         engine = _Engine(config, folder, session, emit)
@@ -114,12 +115,22 @@ def run_on(
         FedKLError: As :func:`run`.
     """
     with claimed(folder, resume=resume) as found, one_thread():
-        if found is not None:
-            check_same(config_from(found, source=str(folder / "config.json")), session.config)
+        _check_found(found, session.config, folder, clients=False)
         write_json(folder / "config.json", session.config.to_dict())
         engine = _Engine(session.config, folder, session, on_event or (lambda event: None))
         engine.combined = combined or engine.combined
         return engine.run(pool)
+
+
+def _check_found(
+    found: Mapping[str, Any] | None, config: RunConfig, folder: Path, *, clients: bool = True
+) -> None:
+    """Raises unless ``config`` may go on with what is in ``folder``; ``found`` is None if new."""
+    if found is None:
+        return
+    before = config_from(found, source=str(folder / "config.json"))
+    check_same(before, config)
+    check_remains(folder, before, clients=clients)
 
 
 def check_same(old: RunConfig, new: RunConfig) -> None:
@@ -214,6 +225,7 @@ class _Engine:
             best=dict(facts["best"]),
             counts=dict(facts["counts"]),
             pads=dict(facts.get("pads") or _Progress({}).pads),
+            kept=dict(facts.get("kept") or {}),
         )
 
     def _seconds(self) -> float:
@@ -284,6 +296,8 @@ class _Engine:
             rounds = self.config.federation.rounds
             self.emit(Event("client", number, rounds, done, of, result.facts["loss"]))
             self._count_pads(result.facts)
+            if result.facts.get("kept"):  # clients behind a wire keep their states to themselves
+                self.state.kept[str(result.job.client)] = number
             yield result
 
     def _count_pads(self, facts: Mapping[str, Any]) -> None:
@@ -355,7 +369,7 @@ class _Engine:
     def _snapshot(self) -> Checkpoint:
         state = self.state
         facts = {"seconds": self._seconds(), "best": state.best, "counts": state.counts}
-        facts |= {"pads": state.pads}
+        facts |= {"pads": state.pads, "kept": state.kept}
         return Checkpoint(state.round, state.shared, state.server, facts)
 
     def _checkpoint(self) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fedkl.errors import CheckpointError, OutputError
 from fedkl.files import make_folder, read_json
@@ -39,6 +39,16 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         raise OutputError(
             f"{folder} already holds a run; continue it with --resume or choose another --out."
         )
+    rest = [p for pattern in PARTS for p in folder.glob(pattern)]
+    if not resume and rest:
+        raise OutputError(
+            f"{folder} holds what is left of a run ({rest[0].relative_to(folder)}), but no "
+            "config.json; restore that from a copy and --resume, or choose another --out."
+        )
+
+
+PARTS: Final = ("summary.json", "metrics.jsonl", "checkpoints/round-*.json", "clients/*/round-*")
+"""What a run writes as it goes on. Keys are not among it: they may be there before it starts."""
 
 
 @contextmanager

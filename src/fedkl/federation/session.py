@@ -151,10 +151,12 @@ class Session:
         spent = result.presentations + (0 if verdict.renew else state.spent)
         kept = ClientState(job.round, result.private, result.moments, spent)
         # A client that diverged goes back to its last good state instead of staying refused.
-        if (result.private or result.moments) and _finite(kept):
+        keep = bool(result.private or result.moments) and _finite(kept)
+        if keep:
             self.store.save(job.client, kept, keep=job.keep)
         update = result.update
         facts = {"kind": update.kind, "examples": update.examples, "loss": result.loss}
+        facts |= {"kept": keep}
         if self.padded:
             facts |= {"renewed": verdict.renew, "spent": spent, "note": verdict.note}
         return Result(job, facts, update.tensors)
