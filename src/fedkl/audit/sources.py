@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fedkl.audit.config import AuditConfig
 from fedkl.errors import CheckpointError, ConfigError
-from fedkl.federation import RunConfig, config_from
+from fedkl.federation import RunConfig
 from fedkl.federation.checkpoint import Checkpoints
+from fedkl.federation.folder import read_config
 from fedkl.federation.remains import check_remains
 from fedkl.files import make_folder, read_json, write_json
 
@@ -30,8 +31,7 @@ def federations(
     for seed in range(audit.seeds):
         for defense in audit.grid:
             if seed == 0 and defense in given:
-                path = given[defense] / "config.json"
-                yield defense, seed, config_from(read_json(path), source=str(path)), given[defense]
+                yield defense, seed, read_config(given[defense]), given[defense]
             else:
                 place = folder / "runs" / f"{defense}-seed{seed}"
                 yield defense, seed, audit.defended(defense, seed), place
@@ -44,15 +44,14 @@ def identity(run: Path) -> dict[str, str]:
         CheckpointError: It has no whole checkpoint, no settings, or has lost a private state.
         KeyFileError: A client's key is not the one its lock was trained with.
     """
-    path = run / "config.json"
-    check_remains(run, config_from(read_json(path), source=str(path)))
+    check_remains(run, read_config(run))
     latest, _ = Checkpoints(run / "checkpoints").latest()
     if latest is None:
         raise CheckpointError(
             f"there is no checkpoint in {run}; give the folder of a finished run, or finish it "
             "with: fedkl train --out … --resume."
         )
-    found = read_json(path)
+    found = read_json(run / "config.json")
     kept = {n: v for n, v in found.items() if n not in INDIFFERENT}
     settings = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return {
