@@ -6,10 +6,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fedkl.data import DataBundle
-from fedkl.federation.config import RunConfig, config_from
-from fedkl.federation.engine import check_same
+from fedkl.federation.config import RunConfig
 from fedkl.federation.folder import check_folder
-from fedkl.federation.remains import check_remains
+from fedkl.federation.remains import check_resumable
 from fedkl.federation.session import Session, check_device, load_data
 from fedkl.federation.store import open_key
 from fedkl.files import read_json
@@ -37,13 +36,12 @@ def preflight(
     check_device(config.device)
     check_folder(folder, resume=resume)
     if resume:
-        path = folder / "config.json"
-        found = config_from(read_json(path), source=str(path))
-        check_same(found, config)
-        check_remains(folder, found)
+        check_resumable(read_json(folder / "config.json"), config, folder)
     data = load_data(config) if bundle is None else bundle
     with TemporaryDirectory() as scratch:
         session = Session(config, Path(scratch), data)
+        if not resume:  # a run that goes on has spent a part, which only its clients know
+            session.check_budget()
         if session.store.keyed:
             _check_keys(session, folder)
     return data

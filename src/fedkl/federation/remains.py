@@ -6,26 +6,85 @@ that has learned nothing, or the first round once more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fedkl.defenses import Composed, LockDefense, make_defense
-from fedkl.errors import CheckpointError, KeyFileError
+from fedkl.errors import CheckpointError, ConfigError, KeyFileError
 from fedkl.federation.checkpoint import Checkpoint, Checkpoints
-from fedkl.federation.config import RunConfig
+from fedkl.federation.config import RunConfig, config_from, differences
 from fedkl.federation.logbook import read_lines
 from fedkl.federation.store import GROUP, OWN, check_key, open_key
 from fedkl.files import read_meta
 from fedkl.locking.schemes import SharedNorm
 
 
-def check_remains(folder: Path, config: RunConfig, *, clients: bool = True) -> None:
+def check_resumable(
+    found: Mapping[str, Any] | None, config: RunConfig, folder: Path, *, clients: bool = True
+) -> None:
+    """Raises unless the run in ``folder`` can go on as ``config``, or ``config`` begins a new one.
+
+    Args:
+        found: The run's settings as its config.json has them; None for a new run.
+        config: The settings wanted.
+        folder: Of the run.
+        clients: As in :func:`check_remains`.
+
+    Raises:
+        ConfigError: As :func:`check_same`; or fewer rounds are wanted than are done, or none is
+            left that could have what ``config`` changes.
+        CheckpointError: As :func:`check_remains`.
+        KeyFileError: As :func:`check_remains`.
+    """
+    if found is None:
+        return
+    before = config_from(found, source=str(folder / "config.json"))
+    check_same(before, config)
+    latest = check_remains(folder, before, clients=clients)
+    done, rounds = 0 if latest is None else latest.round, config.federation.rounds
+    if done > rounds:
+        raise ConfigError(
+            f"this run has done {done} rounds already, got rounds = {rounds}; ask for at least as "
+            "many."
+        )
+    changed = [d for d in differences(before, config) if d.startswith("renewal.")]
+    if changed and done == rounds:
+        raise ConfigError(
+            f"this run has done its {done} round(s) already, so {'; '.join(changed)} would "
+            "be on record for rounds that did not have it; leave that out, or ask for more rounds "
+            "with --rounds."
+        )
+
+
+def check_same(old: RunConfig, new: RunConfig) -> None:
+    """Raises unless a run of ``old`` may go on as ``new``.
+
+    Raises:
+        ConfigError: A setting differs that the result depends on.
+    """
+    # How a pad is renewed is for the clients to tighten (or loosen) at any time.
+    free = ["workers", "device", "checkpoint_every", "renewal.budget", "renewal.on_spent"]
+    if new.training.schedule != "cosine":  # whose every rate depends on the number of rounds
+        free.append("federation.rounds")
+    changed = [d for d in differences(old, new) if d.split(":")[0] not in free]
+    if changed:
+        raise ConfigError(
+            f"this run was started with other settings ({'; '.join(changed)}); resume with the "
+            "same ones or use another folder."
+        )
+
+
+def check_remains(folder: Path, config: RunConfig, *, clients: bool = True) -> Checkpoint | None:
     """Raises unless the run in ``folder`` can go on from its newest checkpoint, or start again.
 
     Args:
         folder: Of the run.
         config: Its settings, as its config.json has them.
         clients: Whether its clients have their keys and private states there too.
+
+    Returns:
+        That checkpoint; None before the first.
 
     Raises:
         CheckpointError: The checkpoints are gone or all damaged, or a client that took part has no
@@ -39,6 +98,7 @@ def check_remains(folder: Path, config: RunConfig, *, clients: bool = True) -> N
         _check_states(folder, config, latest)
     if clients and make_defense(config.defense).keyed:
         check_keys(folder, before=1 if latest is None else latest.round + 1)
+    return latest
 
 
 def _check_states(folder: Path, config: RunConfig, latest: Checkpoint) -> None:

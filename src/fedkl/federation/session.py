@@ -20,7 +20,7 @@ from fedkl.federation.client import ClientTask, Update, Workspace, client_update
 from fedkl.federation.config import RunConfig
 from fedkl.federation.evaluate import ClientAccuracy, Exam, examine
 from fedkl.federation.optim import learning_rate
-from fedkl.federation.renewal import Verdict, excess, judge, presentations
+from fedkl.federation.renewal import Verdict, excess, foresee, judge, presentations
 from fedkl.federation.store import ClientState, ClientStore
 from fedkl.key import Key
 from fedkl.locking import LockSpec, Pad, is_locked, lock_spec
@@ -195,6 +195,20 @@ class Session:
                 "layers behind, which the server knows, the pad makes no claim."
             )
         return [text for text in found if text]
+
+    def check_budget(self) -> None:
+        """Raises what a client would raise in some round whose pad is not allowed another one.
+
+        Raises:
+            FederationError: A budget does not cover the rounds that are certain to be asked of it.
+        """
+        if not self.padded or self.config.federation.method == "centralized":
+            return
+        federation = self.config.federation
+        # Whoever is asked, its first round is certain; all of them only where nobody is left out.
+        everybody = federation.sampled == len(self.parts) and not federation.dropout
+        ahead = [self._ahead(client) for client in range(len(self.parts))]
+        foresee(self.config.renewal, ahead, federation.rounds if everybody else 1)
 
     def _state(self, client: int, *, before: int) -> ClientState:
         if not (self.workspace.private or self.workspace.training.keep_momentum):
