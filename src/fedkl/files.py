@@ -26,6 +26,7 @@ from torch import Tensor
 from fedkl.errors import CheckpointError, OutputError, StateError
 
 _DIGEST: Final = "sha256"
+_MAX_HEADER: Final = 100 * 2**20  # the format's own limit
 _REMEDIES: Final[dict[int, str]] = {
     errno.ENOENT: "Create the folder first (fedkl.files.make_folder) or correct the path.",
     errno.ENOTDIR: "A part of the path is a file, not a folder; choose another path.",
@@ -179,6 +180,29 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             f"({expected[:16]}...). Restore it from a copy or write it again."
         )
     return tensors, meta
+
+
+def read_meta(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Metadata of a :func:`write_tensors` file without its digest; its tensors are not looked at.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or not a tensor file of FedKL.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            size = int.from_bytes(start := file.read(8), "little")
+            meta = _metadata(start + file.read(min(size, _MAX_HEADER)))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}. Restore it from a copy."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole tensor file of FedKL ({type(error).__name__}: {error}). "
+            "It was probably cut off or edited; restore it from a copy."
+        ) from error
+    meta.pop(_DIGEST, None)
+    return meta
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:

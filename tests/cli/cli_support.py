@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,3 +32,17 @@ def snapshot(folder: Path) -> dict[str, str]:
         )
         for path in sorted(folder.rglob("*"))
     }
+
+
+def refused(call: Call, folder: Path, words: Sequence[str], fragments: Sequence[str]) -> None:
+    """Asserts what acceptance 4 asks for."""
+    before = snapshot(folder)
+    answer = call(*(word.replace("{tmp}", str(folder)) for word in words))
+    assert answer.code == 2, answer
+    assert answer.out == ""
+    assert answer.err.startswith("error: ")
+    assert answer.err.count("\n") == 1  # one line
+    assert "Traceback" not in answer.err
+    for fragment in fragments:
+        assert fragment in answer.err
+    assert snapshot(folder) == before

@@ -11,10 +11,12 @@ import pytest
 import torch
 from fedhelp import assert_outcome, config, digits, make_keys, outcome, with_keys
 
-from fedkl.errors import CheckpointError, ConfigError
+from fedkl.errors import CheckpointError, ConfigError, KeyFileError
 from fedkl.federation import Event, run
 from fedkl.federation.checkpoint import Checkpoint, Checkpoints
 from fedkl.federation.store import ClientState, ClientStore
+from fedkl.files import read_tensors, write_tensors
+from fedkl.key import Key
 
 
 def save(place: Checkpoints, *rounds: int) -> None:
@@ -162,6 +164,78 @@ def test_damaged_metrics_cost_no_more_than_their_line(tmp_path: Path) -> None:
     got = run(config(federation={"rounds": 3}), tmp_path, resume=True, bundle=digits())
     assert [line["round"] for line in got.validation] == [1, 2, 3]
     assert [json.loads(line)["round"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("defense", ["fedbn", "channel"])
+def test_locks_lost_are_not_replaced(defense: str, tmp_path: Path) -> None:
+    run(config(defense, federation={"rounds": 1}), tmp_path, bundle=digits())
+    more = config(defense, federation={"rounds": 2})
+    for name in ("00001", ""):
+        shutil.rmtree(tmp_path / "clients" / name)
+        with pytest.raises(CheckpointError, match="Restore clients/"):
+            run(more, tmp_path, resume=True, bundle=digits())
+    assert json.loads((tmp_path / "config.json").read_text())["federation"]["rounds"] == 1
+    forget(tmp_path, "kept")  # as an older version wrote it
+    with pytest.raises(CheckpointError, match="no private state of any client"):
+        run(more, tmp_path, resume=True, bundle=digits())
+
+
+def forget(run: Path, name: str) -> None:
+    """Takes a fact out of the newest checkpoint, as if it had never been written."""
+    place = Checkpoints(run / "checkpoints")
+    found, _ = place.latest()
+    assert found is not None
+    facts = {n: value for n, value in found.facts.items() if n != name}
+    place.save(Checkpoint(found.round, found.shared, found.server, facts))
+
+
+def test_clients_that_never_took_part_need_no_lock(tmp_path: Path) -> None:
+    some = {"clients": 4, "fraction": 0.25}
+    run(config("channel", federation={"rounds": 1, **some}), tmp_path, bundle=digits())
+    assert len(list((tmp_path / "clients").iterdir())) == 1
+    run(config("channel", federation={"rounds": 2, **some}), tmp_path, resume=True, bundle=digits())
+
+
+def test_states_of_the_rounds_before_the_first_checkpoint_stop_nothing(tmp_path: Path) -> None:
+    wanted = config("channel", federation={"rounds": 3}, checkpoint_every=3)
+    run(wanted, tmp_path, bundle=digits())
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"summary\.json is there"):
+        run(wanted, tmp_path, resume=True, bundle=digits())
+    (tmp_path / "summary.json").unlink()  # killed in round 3, just before its checkpoint
+    assert run(wanted, tmp_path, resume=True, bundle=digits()).validation[-1]["round"] == 3
+
+
+def test_looking_for_checkpoints_makes_no_folder(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "checkpoints").latest() == (None, [])
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_state_belongs_to_the_key_it_was_made_with(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, keyed=True)
+    group, own = store.group(), store.key(3)
+    assert own is not None
+    store.save(3, state(1), keep=[])
+    assert store.load(3, before=2).round == 1
+    Key.generate().save(store.keys / "client-00003.key", overwrite=True)
+    with pytest.raises(KeyFileError, match=rf"client-00003.key .*client 3.*{own.fingerprint}"):
+        store.load(3, before=2)
+    own.save(store.keys / "client-00003.key", overwrite=True)
+    Key.generate().save(store.keys / "group.key", overwrite=True)
+    other = ClientStore(tmp_path, keyed=True)
+    assert other.group() != group
+    with pytest.raises(KeyFileError, match=rf"group.key .*{group.fingerprint}"):
+        other.load(3, before=2)
+
+
+def test_a_state_of_an_older_version_names_no_key(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, keyed=True)
+    store.key(0)
+    store.save(0, state(1), keep=[])
+    path = tmp_path / "clients" / "00000" / "round-000001.safetensors"
+    tensors, _ = read_tensors(path)
+    write_tensors(path, tensors, {"spent": "0"}, private=True)
+    assert store.load(0, before=2).round == 1
 
 
 def state(round_: int) -> ClientState:

@@ -24,7 +24,7 @@ from fedkl.federation import (
     load_config,
 )
 from fedkl.federation.config import differences
-from fedkl.federation.engine import check_same
+from fedkl.federation.remains import check_same
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "section": ({"trainning": {}}, "training"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +168,31 @@ def test_a_spent_pad_is_a_warning_or_an_error(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_budgets_are_on_record_with_their_rounds(tmp_path: Path) -> None:
+    short = {"rounds": 2, "join_steps": 2}
+    run(pads(renewal={"budget": 130}, federation=short), tmp_path, bundle=digits())
+    before = {n: (tmp_path / n).read_bytes() for n in ("config.json", "summary.json")}
+    done = pads(renewal={"budget": 500}, federation=short)
+    with pytest.raises(ConfigError, match=r"renewal\.budget: 130 → 500 .* --rounds"):
+        run(done, tmp_path, resume=True, bundle=digits())
+    with pytest.raises(ConfigError, match=r"renewal\.budget: 130 → 500"):
+        preflight(done, tmp_path, resume=True, bundle=digits())
+    assert {n: (tmp_path / n).read_bytes() for n in before} == before
+    more = pads(renewal={"budget": 500}, federation={**short, "rounds": 3})
+    run(more, tmp_path, resume=True, bundle=digits())
+    assert json.loads((tmp_path / "summary.json").read_text())["budgets"] == [
+        {"from_round": 1, "budget": 130, "on_spent": "warn"},
+        {"from_round": 3, "budget": 500, "on_spent": "warn"},
+    ]
+
+
 def test_a_round_over_the_budget_is_said_once_before_the_first(tmp_path: Path) -> None:
     _, notes, _ = played(tmp_path, pads())
     assert len(notes) == 1
-    assert "64 presentations under one pad, 4 times its budget of 16" in notes[0]
+    assert (
+        "up to 64 presentations (images × steps) under one pad, 4 times its budget of 16"
+        in notes[0]
+    )
     quiet = config("norm", data={"samples": 64})
     events: list[Event] = []
     result = run(quiet, tmp_path / "quiet", bundle=digits(), on_event=events.append)
@@ -268,6 +290,30 @@ def test_preflight_refuses_an_imported_key(tmp_path: Path) -> None:
     with pytest.raises(LockError, match="imported vector"):
         preflight(pads(), folder, bundle=digits())
     assert not (folder / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "renewal, federation, message",
+    [
+        ({"budget": 63}, {}, r"round 1: this round alone takes 64 .*--batch-size 63"),
+        ({"budget": 63}, {"fraction": 0.4}, r"round 1: .*budget of 63"),
+        ({"budget": 128}, {"rounds": 6}, r"round 3: the pad of client 0 .*--on-spent renew"),
+        ({"budget": 128, "every": 3}, {"rounds": 6}, r"round 3: "),
+        ({"budget": 128, "every": 2}, {"rounds": 6}, None),
+        ({"budget": 128}, {"rounds": 2}, None),
+        ({"budget": 128}, {"rounds": 6, "fraction": 0.4}, None),  # who is asked is not certain
+    ],
+)
+def test_preflight_knows_which_round_a_budget_does_not_cover(
+    renewal: dict[str, Any], federation: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    wanted = pads(renewal={"on_spent": "error", **renewal}, federation=federation)
+    if message is None:
+        preflight(wanted, tmp_path / "run", bundle=digits())
+    else:
+        with pytest.raises(FederationError, match=message):
+            preflight(wanted, tmp_path / "run", bundle=digits())
+    assert not (tmp_path / "run").exists()
 
 
 def test_initial_weights_are_said_to_weaken_the_claim(tmp_path: Path) -> None:

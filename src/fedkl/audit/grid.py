@@ -22,6 +22,7 @@ from fedkl.data import DataBundle
 from fedkl.errors import ConfigError
 from fedkl.federation import RunConfig, run
 from fedkl.federation.engine import one_thread
+from fedkl.federation.folder import read_summary
 from fedkl.federation.preflight import preflight
 from fedkl.federation.session import load_data
 from fedkl.files import make_folder, read_json, write_json
@@ -160,6 +161,7 @@ def _check(audit: AuditConfig, folder: Path, given: Mapping[str, Path], bundle: 
         )
     for _, _, config, place in federations(audit, folder, given):
         if place in given.values():
+            _accuracy_of(place)
             continue
         there = (place / "config.json").exists()
         if not there or audit.stage == "final":
@@ -168,7 +170,7 @@ def _check(audit: AuditConfig, folder: Path, given: Mapping[str, Path], bundle: 
 
 def _accuracy_of(place: Path) -> dict[str, Any]:
     """Accuracies of a finished run."""
-    found: dict[str, Any] = read_json(place / "summary.json")["accuracy"]
+    found: dict[str, Any] = read_summary(place)["accuracy"]
     return found
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fedkl.audit.config import AuditConfig
 from fedkl.errors import CheckpointError, ConfigError
-from fedkl.federation import RunConfig, config_from
+from fedkl.federation import RunConfig
 from fedkl.federation.checkpoint import Checkpoints
+from fedkl.federation.folder import read_config
+from fedkl.federation.remains import check_remains
 from fedkl.files import make_folder, read_json, write_json
 
 SETTINGS: Final = "audit-config.json"
@@ -29,8 +31,7 @@ def federations(
     for seed in range(audit.seeds):
         for defense in audit.grid:
             if seed == 0 and defense in given:
-                path = given[defense] / "config.json"
-                yield defense, seed, config_from(read_json(path), source=str(path)), given[defense]
+                yield defense, seed, read_config(given[defense]), given[defense]
             else:
                 place = folder / "runs" / f"{defense}-seed{seed}"
                 yield defense, seed, audit.defended(defense, seed), place
@@ -40,8 +41,10 @@ def identity(run: Path) -> dict[str, str]:
     """What a finished run is, wherever it lies: digests of its settings and of its last model.
 
     Raises:
-        CheckpointError: It has no whole checkpoint, or no settings.
+        CheckpointError: It has no whole checkpoint, no settings, or has lost a private state.
+        KeyFileError: A client's key is not the one its lock was trained with.
     """
+    check_remains(run, read_config(run))
     latest, _ = Checkpoints(run / "checkpoints").latest()
     if latest is None:
         raise CheckpointError(

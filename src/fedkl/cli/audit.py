@@ -12,6 +12,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedkl.cli.configure import build_config, with_settings
+from fedkl.cli.folders import AUDIT, check_audit_folder, named
 from fedkl.cli.provenance import command_line, versions
 from fedkl.cli.settings import ATTACKS, DEFENSES, EFFORTS, STAGES, THREATS
 from fedkl.cli.show import err, out, plain, say, table_of
@@ -32,7 +33,12 @@ OWN_FLAGS: Final = ("defense.name", "training.batch_size", "training.local_steps
 
 @functools.partial(with_settings, without=OWN_FLAGS)
 def audit(
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for audit.json and the page.")],
+    out_folder: Annotated[
+        Path,
+        typer.Option(
+            "--out", parser=named, metavar="PATH", help="Folder for audit.json and the page."
+        ),
+    ],
     run_folder: Annotated[
         Path | None,
         typer.Option("--run", help="Folder of a finished run; its settings and keys are used."),
@@ -103,7 +109,12 @@ def audit(
 
     if run_folder is not None and config_file is not None:
         raise ConfigError("--run takes its settings from the run; leave --config out.")
+    check_audit_folder(out_folder, resume=resume)
     base, asked = base_of(run_folder, settings), _listed(defenses)
+    if not asked:
+        raise ConfigError(
+            f"--defenses is empty, got {defenses!r}; name one or more of: {', '.join(DEFENSES)}."
+        )
     config = AuditConfig(
         run=build_config(flags=settings, file=config_file, base=base),
         defenses=asked if run_folder is None else _with_own(asked, base),
@@ -132,7 +143,8 @@ def audit(
             )
     except KeyboardInterrupt:
         again = command_line() + ("" if resume else " --resume")
-        say(f"interrupted; continue with: {again}")
+        begun = (out_folder / AUDIT).exists()
+        say(f"interrupted; continue with: {again}" if begun else "interrupted before it began.")
         raise typer.Exit(130) from None
     from fedkl.report import write_audit_page
 
@@ -145,13 +157,13 @@ def base_of(run_folder: Path | None, settings: Mapping[str, Any]) -> dict[str, A
     """Nested settings to start from: an audit's own, or those of a finished run.
 
     Raises:
-        CheckpointError: The folder holds no finished run.
+        CheckpointError: The folder holds no finished run, or its settings or summary are damaged.
         ConfigError: Settings were given that the run has already.
     """
     if run_folder is None:
         return dict(START)
     from fedkl.errors import CheckpointError
-    from fedkl.files import read_json
+    from fedkl.federation.folder import read_config, read_summary
 
     if not (run_folder / "summary.json").is_file():
         raise CheckpointError(
@@ -164,8 +176,8 @@ def base_of(run_folder: Path | None, settings: Mapping[str, Any]) -> dict[str, A
             f"--run takes its settings from the run, but {', '.join(given)} was given too; leave "
             "one of them out."
         )
-    found: dict[str, Any] = read_json(run_folder / "config.json")
-    return found
+    read_summary(run_folder)
+    return read_config(run_folder).to_dict()
 
 
 def _with_own(asked: tuple[str, ...], base: Mapping[str, Any]) -> tuple[str, ...]:

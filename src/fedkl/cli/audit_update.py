@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedkl.cli.audit import watching_audit
+from fedkl.cli.folders import named
 from fedkl.cli.provenance import command_line, versions
 from fedkl.cli.settings import ATTACKS, DATASETS, EFFORTS
 from fedkl.cli.show import out, plain, table_of
@@ -29,7 +30,12 @@ def audit_update(
     config_file: Annotated[
         Path, typer.Option("--config", help="TOML file: how the update was made.")
     ],
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for update.json, pictures/.")],
+    out_folder: Annotated[
+        Path,
+        typer.Option(
+            "--out", parser=named, metavar="PATH", help="Folder for update.json, pictures/."
+        ),
+    ],
     attacks: Annotated[
         str, typer.Option(help=f"With commas, of: {', '.join(ATTACKS)}.")
     ] = "inverting-gradients",

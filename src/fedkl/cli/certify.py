@@ -11,6 +11,7 @@ import typer
 
 from fedkl.cli.audit import OWN_FLAGS, base_of
 from fedkl.cli.configure import build_config, with_settings
+from fedkl.cli.folders import check_apart, named
 from fedkl.cli.provenance import command_line, versions
 from fedkl.cli.show import out, plain, say, table_of
 from fedkl.errors import ConfigError
@@ -26,7 +27,13 @@ _WITHOUT = tuple(path for path in OWN_FLAGS if path != "defense.name")
 @functools.partial(with_settings, without=_WITHOUT)
 def certify(
     out_folder: Annotated[
-        Path, typer.Option("--out", help="Folder for certificate.json and spectrum.png.")
+        Path,
+        typer.Option(
+            "--out",
+            parser=named,
+            metavar="PATH",
+            help="Folder for certificate.json and spectrum.png.",
+        ),
     ],
     run_folder: Annotated[
         Path | None,
@@ -66,9 +73,11 @@ def certify(
     from fedkl.audit.certified import certify_victims
     from fedkl.audit.victims import Victims, draw_victims
     from fedkl.federation.engine import one_thread
+    from fedkl.federation.remains import check_remains
     from fedkl.federation.session import load_data
     from fedkl.files import make_folder, write_json
 
+    check_apart(out_folder, "a certificate")
     updates = _updates(presentations, batch_size)
     base = START if run_folder is None else base_of(run_folder, settings)
     run = build_config(flags=settings, file=config_file, base=base)
@@ -80,6 +89,8 @@ def certify(
         batch_size=batch_size,
         observations=updates[-1],
     )
+    if run_folder is not None:
+        check_remains(run_folder, run)
     make_folder(out_folder)
     bundle = load_data(run)
     with one_thread():

@@ -12,6 +12,7 @@ import typer
 
 from fedkl.cli.audit import show_audit, watching_audit
 from fedkl.cli.configure import build_config
+from fedkl.cli.folders import named
 from fedkl.cli.provenance import command_line, versions
 from fedkl.cli.show import accuracy_table, out, percent, say
 from fedkl.cli.train import train_one
@@ -49,7 +50,12 @@ VICTIMS, QUICK_VICTIMS = 40, 20
 
 
 def demo(
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the runs and the report.")],
+    out_folder: Annotated[
+        Path,
+        typer.Option(
+            "--out", parser=named, metavar="PATH", help="Folder for the runs and the report."
+        ),
+    ],
     rounds: Annotated[
         int | None,
         typer.Option(help=f"Rounds of every run. Default: {ROUNDS}.", show_default=False),

@@ -168,13 +168,13 @@ def _header(path: Path) -> Mapping[str, Any]:
 
 def _show_run(folder: Path) -> None:
     from fedkl.errors import CheckpointError
-    from fedkl.federation import config_from
-    from fedkl.files import read_json
+    from fedkl.federation.folder import is_accuracy, read_config, read_summary
+    from fedkl.federation.logbook import read_lines
 
-    path = folder / "config.json"
-    if not path.exists():
+    if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds no run (no config.json); check the path.")
-    config = config_from(read_json(path), source=str(path))
+    config = read_config(folder)
+    summary = read_summary(folder) if (folder / "summary.json").exists() else None
     console = out()
     rows = []
     for section, values in config.to_dict().items():
@@ -183,28 +183,14 @@ def _show_run(folder: Path) -> None:
         rows.append([section, ", ".join(given)])
     console.print(table_of(str(folder), ["section", "settings"], rows))
     name = f"{config.federation.method} {config.defense.name}"
-    lines = _metrics(folder / "metrics.jsonl")
+    known = read_lines(folder / "metrics.jsonl")
+    lines = [line for line in known if is_accuracy(line.get("accuracy"))]
     if lines:
         last = lines[-1]
         figures = [f"{COLUMNS[n]} {percent(last['accuracy'].get(n))}" for n in COLUMNS]
         print(f"Validation after round {last['round']}: {', '.join(figures)}")
-    if not (folder / "summary.json").exists():
+    if summary is None:
         print(f"Not finished; continue with: fedkl train --out {folder} --resume")
         return
-    summary = read_json(folder / "summary.json")
     title = f"Accuracy on the test set after {summary['rounds']} rounds"
     console.print(accuracy_table(title, [(name, summary["accuracy"])]))
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("accuracy"), dict) and "round" in line:
-            found.append(line)
-    return found

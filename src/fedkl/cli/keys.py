@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedkl.cli.folders import named
 from fedkl.errors import ConfigError, KeyFileError
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def _first_line(file: Path) -> str:
 
 
 def keygen(
-    path: Annotated[Path, typer.Argument(help="Key file to write (mode 0600); must not exist.")],
+    path: Annotated[
+        Path, typer.Argument(parser=named, help="Key file to write (mode 0600); must not exist.")
+    ],
     passphrase: AskPassphrase = False,
     passphrase_file: PassphraseFile = None,
     from_vector: Annotated[

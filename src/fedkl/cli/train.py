@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedkl.cli.configure import build_config, with_settings
+from fedkl.cli.folders import named
 from fedkl.cli.provenance import command_line, versions
 from fedkl.cli.settings import PRESETS
 from fedkl.cli.show import accuracy_table, duration, out, percent, say, watching
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 
 @with_settings
 def train(
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder of the run; made if missing.")],
+    out_folder: Annotated[
+        Path,
+        typer.Option(
+            "--out", parser=named, metavar="PATH", help="Folder of the run; made if missing."
+        ),
+    ],
     resume: Annotated[
         bool,
         typer.Option(

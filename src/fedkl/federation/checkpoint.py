@@ -27,7 +27,8 @@ class Checkpoint:
         round: Last finished round.
         shared: Global shared state.
         server: The server's own tensors (momentum of fedsgd).
-        facts: Plain data: configuration, counts, best validation accuracy.
+        facts: Plain data: counts, best validation accuracy, after which round each client kept a
+            private state.
     """
 
     round: int
@@ -40,13 +41,15 @@ class Checkpoints:
     """The folder ``checkpoints/`` of a run; keeps the newest two and the best."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = make_folder(folder)
+        self.folder = folder  # made by the first that is saved: looking leaves no trace
 
     def _stem(self, round_: int) -> Path:
         return self.folder / f"round-{round_:06d}"
 
     def rounds(self) -> list[int]:
         """Rounds with a committed checkpoint, valid or not, ascending."""
+        if not self.folder.is_dir():
+            return []
         names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
@@ -55,6 +58,7 @@ class Checkpoints:
 
         A newer one is damaged, or the run would have gone on from there.
         """
+        make_folder(self.folder)
         stem = self._stem(checkpoint.round)
         tensors = {f"shared/{n}": t for n, t in checkpoint.shared.items()}
         tensors |= {f"server/{n}": t for n, t in checkpoint.server.items()}
@@ -69,6 +73,7 @@ class Checkpoints:
 
     def save_best(self, checkpoint: Checkpoint) -> None:
         """Keeps ``checkpoint``'s shared state as ``best.safetensors``."""
+        make_folder(self.folder)
         facts = {
             "round": str(checkpoint.round),
             "own_key": str(checkpoint.facts["best"]["own_key"]),

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fedkl.data import DataBundle
-from fedkl.errors import ConfigError, FederationError
+from fedkl.errors import FederationError
 from fedkl.federation.aggregate import Tally, accepted, aggregate
 from fedkl.federation.checkpoint import Checkpoint, Checkpoints
 from fedkl.federation.client import Update
-from fedkl.federation.config import RunConfig, config_from, differences
+from fedkl.federation.config import RunConfig
 from fedkl.federation.evaluate import Accuracy, combine
 from fedkl.federation.events import Event, RunResult
 from fedkl.federation.folder import claimed
@@ -32,6 +32,7 @@ from fedkl.federation.optim import (
     optimizer_tensors,
 )
 from fedkl.federation.pool import Pool, ProcessPool, SerialPool
+from fedkl.federation.remains import check_resumable
 from fedkl.federation.session import Job, Result, Session, check_device
 from fedkl.files import write_json
 from fedkl.rng import derive
@@ -50,6 +51,8 @@ class _Progress:
     best: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: {"refused": 0, "dropped": 0})
     pads: dict[str, int] = field(default_factory=lambda: {"renewals": 0, "most_presentations": 0})
+    budgets: list[dict[str, Any]] = field(default_factory=list)  # from which round on
+    kept: dict[str, int] = field(default_factory=dict)  # client → round of its private state
 
 
 def run(
@@ -81,8 +84,7 @@ def run(
     emit = on_event or (lambda event: None)
     check_device(config.device)
     with claimed(folder, resume=resume) as found, one_thread():
-        if found is not None:
-            check_same(config_from(found, source=str(folder / "config.json")), config)
+        check_resumable(found, config, folder)
         write_json(folder / "config.json", config.to_dict())
         session = Session(config, folder, bundle)
         engine = _Engine(config, folder, session, emit)
@@ -114,30 +116,11 @@ def run_on(
         FedKLError: As :func:`run`.
     """
     with claimed(folder, resume=resume) as found, one_thread():
-        if found is not None:
-            check_same(config_from(found, source=str(folder / "config.json")), session.config)
+        check_resumable(found, session.config, folder, clients=False)
         write_json(folder / "config.json", session.config.to_dict())
         engine = _Engine(session.config, folder, session, on_event or (lambda event: None))
         engine.combined = combined or engine.combined
         return engine.run(pool)
-
-
-def check_same(old: RunConfig, new: RunConfig) -> None:
-    """Raises unless a run of ``old`` may go on as ``new``.
-
-    Raises:
-        ConfigError: A setting differs that the result depends on.
-    """
-    # How a pad is renewed is for the clients to tighten (or loosen) at any time.
-    free = ["workers", "device", "checkpoint_every", "renewal.budget", "renewal.on_spent"]
-    if new.training.schedule != "cosine":  # whose every rate depends on the number of rounds
-        free.append("federation.rounds")
-    changed = [d for d in differences(old, new) if d.split(":")[0] not in free]
-    if changed:
-        raise ConfigError(
-            f"this run was started with other settings ({'; '.join(changed)}); resume with the "
-            "same ones or use another folder."
-        )
 
 
 def _pool(config: RunConfig, session: Session, folder: Path) -> Pool:
@@ -199,11 +182,6 @@ class _Engine:
             self.emit(Event("note", message=problem))
         if checkpoint is None:
             return _Progress(self.session.initial())
-        if checkpoint.round > self.config.federation.rounds:
-            raise ConfigError(
-                f"this run has done {checkpoint.round} rounds already, got rounds = "
-                f"{self.config.federation.rounds}; ask for at least as many."
-            )
         self.emit(Event("note", message=f"resumed after round {checkpoint.round}"))
         facts = checkpoint.facts
         return _Progress(
@@ -214,6 +192,8 @@ class _Engine:
             best=dict(facts["best"]),
             counts=dict(facts["counts"]),
             pads=dict(facts.get("pads") or _Progress({}).pads),
+            budgets=list(facts.get("budgets") or []),
+            kept=dict(facts.get("kept") or {}),
         )
 
     def _seconds(self) -> float:
@@ -222,6 +202,7 @@ class _Engine:
     def run(self, pool: Pool) -> RunResult:
         """All rounds that are left, then the test set, once."""
         rounds = self.config.federation.rounds
+        self._note_budget()
         for warning in self.session.warnings():
             self.emit(Event("note", message=warning))
         try:
@@ -238,12 +219,20 @@ class _Engine:
             best=self.state.best,
             counts=self.state.counts,
             pads=self.state.pads if self.session.padded else None,
+            budgets=self.state.budgets if self.session.padded else None,
             spec=None if self.session.spec is None else self.session.spec.to_dict(),
             origin=self.session.bundle.origin,
             shared=self.state.shared,
         )
         write_json(self.folder / "summary.json", result.to_dict())
         return result
+
+    def _note_budget(self) -> None:
+        """Budgets may change on resume; the record says which rounds had which."""
+        now = {"budget": self.config.renewal.budget, "on_spent": self.config.renewal.on_spent}
+        known = self.state.budgets
+        if not known or any(known[-1].get(name) != value for name, value in now.items()):
+            known.append({"from_round": self.state.round + 1, **now})
 
     def _round(self, pool: Pool, number: int) -> None:
         config, state = self.config.federation, self.state
@@ -284,6 +273,8 @@ class _Engine:
             rounds = self.config.federation.rounds
             self.emit(Event("client", number, rounds, done, of, result.facts["loss"]))
             self._count_pads(result.facts)
+            if result.facts.get("kept"):  # clients behind a wire keep their states to themselves
+                self.state.kept[str(result.job.client)] = number
             yield result
 
     def _count_pads(self, facts: Mapping[str, Any]) -> None:
@@ -355,7 +346,7 @@ class _Engine:
     def _snapshot(self) -> Checkpoint:
         state = self.state
         facts = {"seconds": self._seconds(), "best": state.best, "counts": state.counts}
-        facts |= {"pads": state.pads}
+        facts |= {"pads": state.pads, "budgets": state.budgets, "kept": state.kept}
         return Checkpoint(state.round, state.shared, state.server, facts)
 
     def _checkpoint(self) -> None:

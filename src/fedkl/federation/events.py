@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,8 @@ class RunResult:
     """A finished run; ``to_dict`` is ``summary.json``.
 
     ``pads`` has, for locks with a pad, ``renewals`` (over all clients) and ``most_presentations``
-    (that any pad has served).
+    (that any pad has served); ``budgets`` has what a pad was allowed, and from which round on, for
+    that may change when a run is resumed.
     """
 
     config: RunConfig
@@ -46,6 +47,7 @@ class RunResult:
     best: Mapping[str, Any]
     counts: Mapping[str, int]
     pads: Mapping[str, int] | None
+    budgets: Sequence[Mapping[str, Any]] | None
     spec: Mapping[str, Any] | None
     origin: str
     shared: Mapping[str, Tensor]
@@ -62,6 +64,7 @@ class RunResult:
             "best_validation": dict(self.best),
             "counts": dict(self.counts),
             "pads": None if self.pads is None else dict(self.pads),
+            "budgets": None if self.budgets is None else [dict(one) for one in self.budgets],
             "data": self.origin,
             "lock_spec": self.spec,
             "config": self.config.to_dict(),

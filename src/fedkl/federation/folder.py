@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fedkl.errors import CheckpointError, OutputError
+from fedkl.federation.config import RunConfig, config_from
 from fedkl.files import make_folder, read_json
 
 try:
@@ -39,6 +40,64 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         raise OutputError(
             f"{folder} already holds a run; continue it with --resume or choose another --out."
         )
+    rest = [p for pattern in PARTS for p in folder.glob(pattern)]
+    if not resume and rest:
+        raise OutputError(
+            f"{folder} holds what is left of a run ({rest[0].relative_to(folder)}), but no "
+            "config.json; restore that from a copy and --resume, or choose another --out."
+        )
+
+
+FIGURES: Final = (
+    "own_key",
+    "wrong_key",
+    "wrong_key_p95",
+    "other_client",
+    "outsider",
+    "no_lock",
+)
+"""Entries of an accuracy that are one number, or null where the thing does not apply."""
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The settings of the run in ``folder``.
+
+    Raises:
+        CheckpointError: There is no config.json, or it is not JSON.
+        ConfigError: It is not a run's configuration.
+    """
+    path = folder / "config.json"
+    return config_from(read_json(path), source=str(path))
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of the finished run in ``folder``; its rounds and accuracy are what they should.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or no summary.
+    """
+    path = folder / "summary.json"
+    found = read_json(path)
+    whole = isinstance(found, dict) and type(found.get("rounds")) is int
+    if not whole or not is_accuracy(found.get("accuracy")):
+        raise CheckpointError(
+            f"{path} is not a run's summary: expected a table with rounds and accuracy. It was "
+            f"edited or is something else; write it again with: fedkl train --out {folder} "
+            "--resume."
+        )
+    return dict(found)
+
+
+def is_accuracy(value: object) -> bool:
+    """Whether ``value`` is what ``Accuracy.to_dict`` gives, as far as it is shown."""
+    if not isinstance(value, dict):
+        return False
+    figures = [value.get(name) for name in FIGURES]
+    return figures[0] is not None and all(type(f) in (int, float, type(None)) for f in figures)
+
+
+PARTS: Final = ("summary.json", "metrics.jsonl", "checkpoints/round-*.json", "clients/*/round-*")
+"""What a run writes as it goes on. Keys are not among it: they may be there before it starts."""
 
 
 @contextmanager

@@ -22,7 +22,7 @@ class Logbook:
 
     def __init__(self, folder: Path, *, after: int) -> None:
         self.path = folder / "metrics.jsonl"
-        self.lines = [line for line in _read(self.path) if line["round"] <= after]
+        self.lines = [line for line in read_lines(self.path) if line["round"] <= after]
         self._write()
         self._board: Any = None
         if importlib.util.find_spec("tensorboard") is not None:
@@ -51,11 +51,12 @@ class Logbook:
         write_bytes(self.path, text.encode())
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a ``metrics.jsonl``; none where there is no such file."""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

@@ -11,14 +11,13 @@ from typing import Final
 from torch import Tensor
 
 from fedkl.data import DataBundle
-from fedkl.defenses import make_defense
 from fedkl.errors import CheckpointError, ConfigError, unknown
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.config import RunConfig, config_from
 from fedkl.federation.engine import exam_jobs, one_thread
 from fedkl.federation.evaluate import Accuracy, combine
 from fedkl.federation.folder import claimed
-from fedkl.federation.preflight import check_lost_keys
+from fedkl.federation.remains import check_remains
 from fedkl.federation.session import Session, check_device
 from fedkl.files import read_tensors
 
@@ -60,7 +59,7 @@ def reevaluate(
         ConfigError: An unknown split or checkpoint, or the device is not there.
         CheckpointError: There is no run or no usable checkpoint, or the private states of that
             round are no longer kept.
-        KeyFileError: A key is missing or damaged.
+        KeyFileError: A key is missing or damaged, or is not the one the lock was trained with.
     """
     if split not in SPLITS:
         raise ConfigError(unknown("split", split, SPLITS))
@@ -73,9 +72,7 @@ def reevaluate(
         config = config_from(found, source=str(folder / "config.json"))
         config = dataclasses.replace(config, device=device or config.device)
         check_device(config.device)
-        if make_defense(config.defense).keyed:
-            check_lost_keys(folder)
-        round_, shared, notes = _state(folder, checkpoint)
+        round_, shared, notes = _state(folder, checkpoint, config)
         session = Session(config, folder, bundle)
         _check_private(session, round_)
         jobs = exam_jobs(session, round_, split)
@@ -83,10 +80,19 @@ def reevaluate(
     return Reevaluation(config, round_, split, accuracy, tuple(notes))
 
 
-def _state(folder: Path, checkpoint: str) -> tuple[int, Mapping[str, Tensor], list[str]]:
-    """Round and shared state of a checkpoint."""
+def _state(
+    folder: Path, checkpoint: str, config: RunConfig
+) -> tuple[int, Mapping[str, Tensor], list[str]]:
+    """Round and shared state of a checkpoint whose keys and private states are all there."""
+    check_remains(folder, config)
     if checkpoint == "best":
-        tensors, meta = read_tensors(folder / "checkpoints" / "best.safetensors")
+        path = folder / "checkpoints" / "best.safetensors"
+        if not path.exists() and not config.evaluation.every:
+            raise CheckpointError(
+                f"{folder} has no best checkpoint, for the run never validated (--eval-every 0); "
+                "use --checkpoint last."
+            )
+        tensors, meta = read_tensors(path)
         return int(meta["round"]), tensors, []
     latest, problems = Checkpoints(folder / "checkpoints").latest()
     if latest is None:

@@ -7,6 +7,7 @@ under one pad share its β, so what a pad hides wears off with their number.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedkl.errors import FederationError
@@ -75,6 +76,12 @@ def judge(
     budget = config.budget
     if budget is None or spent + ahead <= budget:
         return Verdict(renew=False)
+    if config.on_spent == "error" and ahead > budget:
+        raise FederationError(
+            f"round {round_}: this round alone takes {ahead} presentations (images × steps) under "
+            f"one pad of client {client}, over its budget of {budget}. Send fewer images a round "
+            f"(--local-steps 1 --batch-size {budget}), raise --budget, or give --on-spent warn."
+        )
     if config.on_spent == "error":
         raise FederationError(
             f"round {round_}: the pad of client {client} has served {spent} presentations and this "
@@ -94,13 +101,37 @@ def judge(
     )
 
 
+def foresee(config: RenewalConfig, ahead: Sequence[int], rounds: int) -> None:
+    """Plays the budgets through: raises now what :func:`judge` would raise in a later round.
+
+    Args:
+        config: The settings.
+        ahead: Presentations of one round, by client.
+        rounds: Rounds that every client takes part in, from the first on.
+
+    Raises:
+        FederationError: As :func:`judge`; names the first round that the budget does not cover.
+    """
+    if config.budget is None or config.on_spent != "error":
+        return
+    spent = [0] * len(ahead)
+    for round_ in range(1, rounds + 1):
+        for client, count in enumerate(ahead):
+            facts = {"client": client, "clients": len(ahead), "round_": round_, "last": round_ - 1}
+            verdict = judge(config, spent=spent[client], ahead=count, **facts)
+            spent[client] = count + (0 if verdict.renew else spent[client])
+
+
 def excess(config: RenewalConfig, ahead: int) -> str:
     """A warning where one round is over the budget by itself, else ""."""
     if config.budget is None or ahead <= config.budget:
         return ""
     times = math.ceil(ahead / config.budget)
     return (
-        f"one round is up to {ahead} presentations under one pad, {times} times its budget of "
-        f"{config.budget}: renewal cannot keep to it. What is left is the unknown stem and the "
-        "averaging over steps; take fewer images a round (--local-steps, --batch-size)."
+        f"this run is outside what the pad was tested for: a round shows up to {ahead} "
+        f"presentations (images × steps) under one pad, {times} times its budget of "
+        f"{config.budget}. How much such updates give away is not known, so do not count on the "
+        "pad to hide the images; renewing does not help, for a pad serves a round at least. Send "
+        f"fewer images a round (--local-steps 1 --batch-size {config.budget} --on-spent renew), or "
+        "use this run for its accuracy alone."
     )

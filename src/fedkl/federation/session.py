@@ -20,7 +20,7 @@ from fedkl.federation.client import ClientTask, Update, Workspace, client_update
 from fedkl.federation.config import RunConfig
 from fedkl.federation.evaluate import ClientAccuracy, Exam, examine
 from fedkl.federation.optim import learning_rate
-from fedkl.federation.renewal import Verdict, excess, judge, presentations
+from fedkl.federation.renewal import Verdict, excess, foresee, judge, presentations
 from fedkl.federation.store import ClientState, ClientStore
 from fedkl.key import Key
 from fedkl.locking import LockSpec, Pad, is_locked, lock_spec
@@ -151,10 +151,12 @@ class Session:
         spent = result.presentations + (0 if verdict.renew else state.spent)
         kept = ClientState(job.round, result.private, result.moments, spent)
         # A client that diverged goes back to its last good state instead of staying refused.
-        if (result.private or result.moments) and _finite(kept):
+        keep = bool(result.private or result.moments) and _finite(kept)
+        if keep:
             self.store.save(job.client, kept, keep=job.keep)
         update = result.update
         facts = {"kind": update.kind, "examples": update.examples, "loss": result.loss}
+        facts |= {"kept": keep}
         if self.padded:
             facts |= {"renewed": verdict.renew, "spent": spent, "note": verdict.note}
         return Result(job, facts, update.tensors)
@@ -193,6 +195,20 @@ class Session:
                 "layers behind, which the server knows, the pad makes no claim."
             )
         return [text for text in found if text]
+
+    def check_budget(self) -> None:
+        """Raises what a client would raise in some round whose pad is not allowed another one.
+
+        Raises:
+            FederationError: A budget does not cover the rounds that are certain to be asked of it.
+        """
+        if not self.padded or self.config.federation.method == "centralized":
+            return
+        federation = self.config.federation
+        # Whoever is asked, its first round is certain; all of them only where nobody is left out.
+        everybody = federation.sampled == len(self.parts) and not federation.dropout
+        ahead = [self._ahead(client) for client in range(len(self.parts))]
+        foresee(self.config.renewal, ahead, federation.rounds if everybody else 1)
 
     def _state(self, client: int, *, before: int) -> ClientState:
         if not (self.workspace.private or self.workspace.training.keep_momentum):

@@ -6,6 +6,8 @@ before, so what a killed run had written already does not matter.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from fedkl.key import Key
 _PRIVATE: Final = "private/"
 _MOMENT: Final = "moment/"
 _SPENT: Final = "spent"
+_KEY: Final = "key/"  # then whose: the client's own, or the group's
+OWN, GROUP = "own", "group"
 
 
 def _refuse_to_replace(path: Path, used: bool, what: str) -> None:
@@ -29,6 +33,53 @@ def _refuse_to_replace(path: Path, used: bool, what: str) -> None:
         raise KeyFileError(
             f"{path} is missing, but {what} that started from it. Restore the key from a copy, or "
             "start again in another folder."
+        )
+
+
+def open_key(path: Path) -> Key:
+    """The key of a run's file, which has no passphrase: clients work without anybody to ask.
+
+    Raises:
+        KeyFileError: As :meth:`fedkl.key.Key.load`, or the file is encrypted.
+    """
+    try:
+        return Key.load(path)
+    except KeyFileError:
+        if not _encrypted(path):
+            raise
+    raise KeyFileError(
+        f"{path} is encrypted, but a run takes no passphrase: its keys are files without one. Make "
+        "one with 'fedkl keygen' for a client that is new; to go on with this key, put a decrypted "
+        "copy in its place (Python: Key.load(file, passphrase=...).save(copy))."
+    )
+
+
+def _encrypted(path: Path) -> bool:
+    # Suppressed: a file that is no JSON has a message of its own already.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads(path.read_bytes()).get("encryption") is not None
+    return False
+
+
+def check_key(path: Path, now: str, state: Path, meta: Mapping[str, str], whose: str) -> None:
+    """Raises unless ``state`` was made with the key that is there now.
+
+    Args:
+        path: The key's file.
+        now: Its fingerprint.
+        state: File of a client's private state.
+        meta: Its metadata. Files of older versions name no key and are believed.
+        whose: ``OWN`` or ``GROUP``.
+
+    Raises:
+        KeyFileError: It was made with another key; a lock is worth nothing without its own.
+    """
+    before = meta.get(_KEY + whose, now)
+    if before != now:
+        raise KeyFileError(
+            f"{path} is another key ({now}) than the one that the lock of client "
+            f"{int(state.parent.name)} was trained with ({before}, says {state}). Put that key "
+            "file back, or start again in another folder."
         )
 
 
@@ -60,6 +111,8 @@ class ClientStore:
         self.keys = folder / "keys"
         self.states = folder / "clients"
         self.keyed = keyed
+        # Fingerprint and file of every key besides the client's own that states are made with.
+        self.known: dict[str, tuple[str, Path]] = {}
         for path in [self.states, *([self.keys] if keyed else [])]:
             make_folder(path)
             os.chmod(path, 0o700)
@@ -68,11 +121,14 @@ class ClientStore:
         """The client's key; made on first use, from the operating system's randomness."""
         if not self.keyed:
             return None
-        path = self.keys / f"client-{client:05d}.key"
+        path = self._key_path(client)
         if not path.exists():
             _refuse_to_replace(path, bool(self.rounds(client)), f"client {client} has a lock")
             Key.generate().save(path)
-        return Key.load(path)
+        return open_key(path)
+
+    def _key_path(self, client: int) -> Path:
+        return self.keys / f"client-{client:05d}.key"
 
     def group(self) -> Key:
         """The key that all clients share and the server does not have; made on first use."""
@@ -80,7 +136,14 @@ class ClientStore:
         if not path.exists():
             _refuse_to_replace(path, any(self.states.iterdir()), "there are locks")
             Key.generate().save(path)
-        return Key.load(path)
+        key = open_key(path)
+        self.known[GROUP] = (key.fingerprint, path)
+        return key
+
+    def _made_with(self, client: int) -> dict[str, tuple[str, Path]]:
+        key = self.key(client)
+        own = {} if key is None else {OWN: (key.fingerprint, self._key_path(client))}
+        return {**self.known, **own}
 
     def _folder(self, client: int) -> Path:
         return self.states / f"{client:05d}"
@@ -101,11 +164,15 @@ class ClientStore:
 
         Raises:
             CheckpointError: The file is truncated or was edited.
+            KeyFileError: The client's key or the group's is not the one it was made with.
         """
         past = [r for r in self.rounds(client) if r < before]
         if not past:
             return ClientState(0, None, {})
-        tensors, meta = read_tensors(self._path(client, past[-1]))
+        path = self._path(client, past[-1])
+        tensors, meta = read_tensors(path)
+        for whose, (now, key) in self._made_with(client).items():
+            check_key(key, now, path, meta, whose)
         private = {n[len(_PRIVATE) :]: t for n, t in tensors.items() if n.startswith(_PRIVATE)}
         moments = {n[len(_MOMENT) :]: t for n, t in tensors.items() if n.startswith(_MOMENT)}
         return ClientState(past[-1], private, moments, int(meta.get(_SPENT, "0")))
@@ -123,6 +190,7 @@ class ClientStore:
         tensors |= {_MOMENT + n: t for n, t in state.moments.items()}
         # Not synced to the disk one by one: the digest in the file finds a torn write.
         path, meta = self._path(client, state.round), {_SPENT: str(state.spent)}
+        meta |= {_KEY + whose: now for whose, (now, _) in self._made_with(client).items()}
         write_tensors(path, tensors, meta, private=True, durable=False)
         past = [r for r in self.rounds(client) if r < state.round]
         needed = {max((r for r in past if r <= back), default=0) for back in keep}

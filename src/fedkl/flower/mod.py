@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Context, Error, Message, MessageType
 from torch import Tensor, nn
 
 from fedkl.errors import FedKLError, KeyFileError, LockError, StateError
-from fedkl.federation.store import ClientState, ClientStore
+from fedkl.federation.store import GROUP, OWN, ClientState, ClientStore
 from fedkl.flower.guard import Secrets
 from fedkl.flower.wire import decoded, encoded
 from fedkl.key import Key
@@ -109,6 +109,7 @@ class _Passage:
         self.message = message
         folder, self.client = _home(context)
         self.store = ClientStore(folder, keyed=False)
+        self.store.known = _in_use(context)
         self.round = self._round()
         self.state = self.store.load(self.client, before=self.round)
         if self.state.private is not None:
@@ -181,6 +182,18 @@ def _keys(context: Context) -> list[Key]:
     paths = [Path(str(path)).expanduser() for path in given if path is not None]
     paths.append(folder / "keys" / f"client-{client:05d}.key")
     return [Key.load(path) for path in paths if path.is_file()]
+
+
+def _in_use(context: Context) -> dict[str, tuple[str, Path]]:
+    """Fingerprint and file of the keys that key_of and group_key_of give, as far as they exist."""
+    folder, client = _home(context)
+    own = str(folder / "keys" / f"client-{client:05d}.key")
+    given = {
+        OWN: context.node_config.get("key-file", own),
+        GROUP: context.node_config.get("group-key-file"),
+    }
+    paths = {whose: Path(str(path)).expanduser() for whose, path in given.items() if path}
+    return {w: (Key.load(path).fingerprint, path) for w, path in paths.items() if path.is_file()}
 
 
 def outgoing(reply: Message) -> Iterator[tuple[str, Any]]:
