@@ -47,7 +47,9 @@ CASES: list[tuple[str, Any, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize("kind, layers, expected", CASES, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(
+    "kind, layers, expected", CASES, ids=lambda v: getattr(v, "__name__", str(v)[:30])
+)
 def test_layers(kind: str, layers: Any, expected: list[str]) -> None:
     factory, example = SMALL[kind]
     if kind == "tokens":  # its first linear layer is read past by the fused path
