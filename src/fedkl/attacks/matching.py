@@ -136,6 +136,7 @@ class GradientMatching(Attack):
         progress: Progress | None = None,
         secrets: Secrets | None = None,
         guesses: Sequence[Tensor] | None = None,
+        keep_lost: bool = False,
     ) -> list[Reconstruction]:
         """As :meth:`Attack.reconstruct`.
 
@@ -146,33 +147,12 @@ class GradientMatching(Attack):
             secrets: What is made of the private tensors; None takes :class:`Held`.
             guesses: Images (T, images, C, H, W) per observation, such as the floor, from which
                 one restart more starts.
+            keep_lost: Victims whose loss was never finite come back with a loss of inf, for whoever
+                has another way to try before giving them up (:func:`refuse_lost`).
 
         Raises:
             AttackError: As there; also of victims with an update of zeros, or whose loss was never
                 finite.
-        """
-        return refuse_lost(
-            self.matched(
-                observations,
-                generator=generator,
-                progress=progress,
-                secrets=secrets,
-                guesses=guesses,
-            )
-        )
-
-    def matched(
-        self,
-        observations: Sequence[Observation],
-        *,
-        generator: torch.Generator,
-        progress: Progress | None = None,
-        secrets: Secrets | None = None,
-        guesses: Sequence[Tensor] | None = None,
-    ) -> list[Reconstruction]:
-        """As :meth:`reconstruct`, but victims whose loss was never finite have a loss of inf.
-
-        For whoever has another way to try before giving them up (:func:`refuse_lost`).
         """
         _alike(observations)
         network = Network.of(observations)
@@ -181,18 +161,20 @@ class GradientMatching(Attack):
         compared = [name for name in network.names if name not in left_out]
         each(observations, lambda o: _check_size(o, compared))
         if self.infers and not tells_labels(observations[0], network):
-            return self._unlabelled(observations, generator, progress, secrets, guesses)
+            found = self._unlabelled(observations, generator, progress, secrets, guesses)
+            return found if keep_lost else refuse_lost(found)
         jobs = self._jobs(observations, network, guesses, generator)
         best: dict[int, Reconstruction] = {}
         for at in range(0, len(jobs), self.parallel):
             part = jobs[at : at + self.parallel]
             trials = Trials.of(observations, network, part, held)
             done = (at, len(jobs), progress)
-            for job, found in zip(part, self._run(trials, generator, done), strict=True):
+            for job, one in zip(part, self._run(trials, generator, done), strict=True):
                 i, notes = job.victim, () if job.note is None else (job.note,)
-                if i not in best or not best[i].loss <= found.loss:
-                    best[i] = replace(found, notes=(*found.notes, *notes))
-        return [best[i] for i in range(len(observations))]
+                if i not in best or not best[i].loss <= one.loss:
+                    best[i] = replace(one, notes=(*one.notes, *notes))
+        found = [best[i] for i in range(len(observations))]
+        return found if keep_lost else refuse_lost(found)
 
     def _jobs(
         self,
@@ -241,8 +223,13 @@ class GradientMatching(Attack):
         guesses: Sequence[Tensor] | None,
     ) -> list[Reconstruction]:
         """Where the classifier is private: labels are searched along with the images."""
-        found = self.searching().matched(
-            observations, generator=generator, progress=progress, secrets=secrets, guesses=guesses
+        found = self.searching().reconstruct(
+            observations,
+            generator=generator,
+            progress=progress,
+            secrets=secrets,
+            guesses=guesses,
+            keep_lost=True,
         )
         note = "labels were searched along with the image: nothing that is shared tells them"
         return [replace(one, notes=(*one.notes, note)) for one in found]

@@ -64,12 +64,13 @@ class Adaptive(Attack):
         variants = self.secrets.variants(_first(observations), generator)
         best: list[Reconstruction] = []
         for number, secrets in enumerate(variants):
-            found = self.attack.matched(
+            found = self.attack.reconstruct(
                 observations,
                 generator=generator,
                 progress=_part(progress, number, len(variants)),
                 secrets=secrets,
                 guesses=guesses if number == len(variants) - 1 else None,
+                keep_lost=True,
             )
             best = [_better(a, b) for a, b in zip(best or found, found, strict=True)]
         note = f"{self.name}: {self.secrets.words}"
