@@ -59,9 +59,11 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
     as reconstructions are, for an attack is allowed both.
 
     Raises:
-        DataError: A class has too few images for the candidates asked for.
+        DataError: There are too few test images for the victims or the candidates asked for; says
+            how many there are.
     """
     flat = rows.flatten()
+    _check_enough(bundle, flat, audit)
     images, labels = bundle.test.batch(flat)
     floor = floor_of(bundle.public, bundle.num_classes, labels)
     decoys = metrics.draw_decoys(
@@ -78,6 +80,24 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
         floor = floor[in_order(floor, images, size)]
     truth = Truth(flat, images, labels, floor, places, pool, {}, pool_rows)
     return replace(truth, floor_figures=measured(floor, truth, size))
+
+
+def _check_enough(bundle: DataBundle, flat: Tensor, audit: AuditConfig) -> None:
+    """Each victim once, or intervals would count one image as several; candidates as well."""
+    labels = bundle.test.labels
+    if audit.per_victim == 1 and audit.images > len(labels):
+        raise DataError(
+            f"{audit.images} victims are asked for, but {bundle.name} has {len(labels)} test "
+            f"images; give --images {len(labels)} or fewer."
+        )
+    counts = torch.bincount(labels)[labels[flat]]
+    most = int(counts.min())
+    if audit.candidates > most:
+        raise DataError(
+            f"the true image is to be found among {audit.candidates} of its class, but "
+            f"{bundle.name} has {most} test images of class {int(labels[flat][counts.argmin()])}; "
+            f"give --candidates {most} or fewer."
+        )
 
 
 def in_order(guesses: Tensor, images: Tensor, size: int) -> Tensor:
