@@ -258,7 +258,7 @@ def test_errors_name_the_path_and_the_remedy(
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_a_folder_that_nobody_can_write_to() -> None:
-    with pytest.raises(OutputError, match="cannot write /proc/nope"):
+    with pytest.raises(OutputError, match=r"cannot write /proc/nope: no folder can be made"):
         make_folder("/proc/nope")
     with pytest.raises(OutputError, match="cannot write /proc"):
         make_folder("/proc")  # exists, root or not: no files can be made in it

@@ -28,7 +28,7 @@ from fedkl.errors import CheckpointError, OutputError, StateError
 _DIGEST: Final = "sha256"
 _MAX_HEADER: Final = 100 * 2**20  # the format's own limit
 _REMEDIES: Final[dict[int, str]] = {
-    errno.ENOENT: "Create the folder first (fedkl.files.make_folder) or correct the path.",
+    errno.ENOENT: "Create the folder first or correct the path.",
     errno.ENOTDIR: "A part of the path is a file, not a folder; choose another path.",
     errno.EISDIR: "There is a folder of that name; choose another path or remove it.",
     errno.EEXIST: "Something of that name exists already; choose another path or remove it.",
@@ -221,6 +221,10 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         # Permission bits tell little (root, read-only mounts, quotas): only trying tells.
         _create(probe, b"", mode=0o600, durable=False)
+    except FileNotFoundError as error:  # it was just made: file systems such as /proc hold no files
+        raise OutputError(
+            f"cannot write {folder}: no folder can be made there. Choose another path."
+        ) from error
     except OSError as error:
         _cannot_write(folder, error)
     finally:

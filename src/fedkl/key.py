@@ -312,6 +312,7 @@ def _read(path: _Path) -> bytes:
             "key with Key.generate().save(path)."
         ) from None
     if os.name == "posix" and mode & 0o077:
+        _parse(path, data)  # nobody shall be told to close a file that is no key
         raise KeyFileError(
             f"{path} has mode {mode:04o}, so others than its owner may use the key; "
             f"expected 0600. Run: chmod 600 {path}"

@@ -46,6 +46,25 @@ def test_train_writes_what_it_promises(finished: Path) -> None:
     assert all(stat.S_IMODE(key.stat().st_mode) == 0o600 for key in keys)
 
 
+def test_train_says_what_is_secret(call: Call, finished: Path) -> None:
+    answer = call("train", "--out", finished, "--resume")
+    assert f"Secret, for the clients alone: keys/ and clients/ in {finished}" in answer.out
+    files = next(line for line in answer.out.splitlines() if "In " in line)
+    assert "keys/" not in files
+    assert "insider: another client" in answer.out
+
+
+@pytest.mark.parametrize("command", ["audit", "certify"])
+def test_settings_that_a_run_has_already_stand_under_a_heading(call: Call, command: str) -> None:
+    text = call(command, "--help").out
+    assert text.count("Without --run") == 1
+    head, _, below = text.partition("Without --run")
+    for option in ("--rounds", "--lr", "--key-length", "--budget"):
+        assert option not in head
+        assert option in below
+    assert "--run" in head
+
+
 def test_train_prints_progress_and_a_table(call: Call, tmp_path: Path) -> None:
     words = ["train", *SMALL, "--defense", "norm", "--rounds", "2", "--out", tmp_path / "run"]
     answer = call(*words)

@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 
 from fedkl.attacks import ATTACKS, EFFORTS
-from fedkl.audit import STAGES
+from fedkl.audit import STAGES, AuditConfig
 from fedkl.cli import settings
 from fedkl.cli.configure import build_config
 from fedkl.cli.settings import PRESETS, SETTINGS
 from fedkl.data import DATASETS, PARTITIONS
-from fedkl.defenses import DEFENSES
+from fedkl.defenses import DEFENSES, DefenseConfig
+from fedkl.defenses.registry import _SETTINGS
 from fedkl.errors import ConfigError
 from fedkl.federation import METHODS, RunConfig
 from fedkl.federation.config import ON_SPENT
 from fedkl.federation.optim import OPTIMIZERS, SCHEDULES
 from fedkl.locking import PRESETS as LOCK_PRESETS
 from fedkl.locking.pad import LEARNED, SCALE_LAWS
-from fedkl.locking.schemes import KEY_LAWS
+from fedkl.locking.schemes import KEY_LAWS, SCHEMES
 from fedkl.locking.sources import ACTIVATIONS
 from fedkl.models import MODELS
 from fedkl.observation import THREATS
@@ -76,6 +77,54 @@ def test_choices_are_those_of_the_registry(path: str, names: typing.Iterable[str
     (setting,) = [s for s in SETTINGS if s.path == path]
     assert set(setting.choices) == set(names)
     assert all(name in setting.text for name in names)
+
+
+def test_defaults_by_defense_are_those_of_the_schemes() -> None:
+    for setting in SETTINGS:
+        name = setting.path.rpartition(".")[2]
+        if setting.section != "defense" or setting.default is not None or name == "preset":
+            assert not setting.defaults
+            continue
+        schemes = {one: SCHEMES[one]() for one in ("channel", "pad", "open-pad")}
+        has = {one: s.settings()[name] for one, s in schemes.items() if name in s.settings()}
+        assert dict(setting.defaults) == {one: v for one, v in has.items() if v is not None}
+
+
+def test_settings_of_a_defense_say_so_and_are_those_it_reads() -> None:
+    for setting in SETTINGS:
+        name = setting.path.rpartition(".")[2]
+        readers = {d for d, names in _SETTINGS.items() if name in names}
+        if setting.section != "defense" or not readers:
+            continue
+        assert (
+            f"Only for --defense {' or '.join(d for d in DEFENSES if d in readers)}" in setting.text
+        )
+        for defense in DEFENSES:
+            config = RunConfig(defense=DefenseConfig(name=defense))
+            assert setting.needs[0].holds(config) == (defense in readers)
+
+
+def test_a_need_is_of_an_option_that_exists() -> None:
+    paths = {setting.path for setting in SETTINGS}
+    assert {need.path for setting in SETTINGS for need in setting.needs} <= paths
+
+
+def test_an_audit_takes_what_any_of_its_defenses_takes() -> None:
+    flags = {"defense.length": 64}
+    config = build_config(flags=flags, defenses=["none", "channel"])
+    assert config.defense.length == 64
+    with pytest.raises(ConfigError, match=r"--key-length does nothing .*--defenses none,norm"):
+        build_config(flags=flags, defenses=["none", "norm"])
+    preset = build_config(flags={"defense.preset": "paper"}, defenses=["none", "channel"])
+    audit = AuditConfig(run=preset)
+    assert audit.defended("channel", 0).defense.preset == "paper"
+    assert audit.defended("norm", 0).defense.preset is None
+
+
+def test_what_comes_from_a_run_or_a_preset_needs_no_effect() -> None:
+    base = {"renewal": {"budget": 9}, "data": {"alpha": 3.0}, "defense": {"length": 5}}
+    assert build_config(flags={"data.channels": 1}, base=base).renewal.budget == 9
+    assert build_config(flags={"defense.name": "norm"}, preset="paper").training.decay == 0.2
 
 
 @pytest.mark.parametrize(

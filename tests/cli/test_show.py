@@ -68,8 +68,8 @@ def test_lines_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.out == ""
     lines = captured.err.splitlines()
     assert lines[1].endswith("own key 80.0 %, wrong key 12.5 %, wrong key p95 25.0 %, "
-                             "other client 80.0 %, no lock (outsider) 10.0 %, "
-                             "no lock (insider) 70.0 %")  # fmt: skip
+                             "other client 80.0 %, outsider (no lock) 10.0 %, "
+                             "insider (no lock) 70.0 %")  # fmt: skip
     assert lines[2].startswith("run: round 5/6 loss 0.500 own key 80.0 %")
     assert lines[3].endswith("about 0 s left")
     assert len(lines) == 4

@@ -247,6 +247,17 @@ def test_refuses_a_key(form: str, tmp_path: Path) -> None:
     assert "the key" in reply.error.reason
 
 
+def test_refuses_another_key_in_place_of_its_own(tmp_path: Path) -> None:
+    grid = grid_of(app_of(), tmp_path, nodes=1)
+    first = train(grid, start(), 1)[0]
+    fixed_key(77).save(tmp_path / "node-0" / "my.key", overwrite=True)
+    reply = train(grid, first.content["arrays"], 2)[0]
+    assert reply.has_error()
+    assert "my.key is another key" in reply.error.reason
+    fixed_key(0).save(tmp_path / "node-0" / "my.key", overwrite=True)
+    assert not train(grid, first.content["arrays"], 2)[0].has_error()
+
+
 def test_honest_updates_are_never_refused() -> None:
     """Fresh, constant and trained tensors of other models are let through."""
     model = lock(net(), fixed_key(0), example=X)

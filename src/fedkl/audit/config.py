@@ -149,8 +149,7 @@ class AuditConfig:
     def defended(self, defense: str, seed: int) -> RunConfig:
         """The federation with ``defense`` and the ``seed``-th seed."""
         base = self.run.defense
-        own = defense == base.name
-        settings = base if own else dataclasses.replace(base, name=defense, preset=None)
+        settings = dataclasses.replace(base, name=defense)
         if "channel" not in defense:
             settings = dataclasses.replace(settings, preset=None)
         return dataclasses.replace(self.run, defense=settings, seed=self.run.seed + seed)

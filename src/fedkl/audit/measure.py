@@ -15,6 +15,7 @@ from fedkl.attacks import Reconstruction
 from fedkl.audit.config import AuditConfig
 from fedkl.audit.floor import floor_of
 from fedkl.data import DataBundle
+from fedkl.errors import DataError
 from fedkl.rng import derive
 
 PSNR_CEILING: Final = 100.0
@@ -61,10 +62,11 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
     update, whose other images have reconstructions of their own among those it is compared with.
 
     Raises:
-        DataError: A class has too few images for the candidates asked for, or the weights of LPIPS
-            cannot be read.
+        DataError: A class has too few images for the candidates asked for, and how many it has; or
+            the weights of LPIPS cannot be read.
     """
     flat = rows.flatten()
+    _check_enough(bundle, flat, audit)
     images, labels = bundle.test.batch(flat)
     floor = floor_of(bundle.public, bundle.num_classes, labels)
     size = rows.shape[-1]
@@ -82,6 +84,19 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
         floor = floor[in_order(floor, images, size)]
     truth = Truth(flat, images, labels, floor, places, pool, pool_rows, {})
     return replace(truth, floor_figures=measured(floor, truth, size))
+
+
+def _check_enough(bundle: DataBundle, flat: Tensor, audit: AuditConfig) -> None:
+    """Says how many candidates there can be, in the command line's words."""
+    labels = bundle.test.labels
+    counts = torch.bincount(labels)[labels[flat]]
+    most = int(counts.min())
+    if audit.candidates > most:
+        raise DataError(
+            f"the true image is to be found among {audit.candidates} of its class, but "
+            f"{bundle.name} has {most} test images of class {int(labels[flat][counts.argmin()])}; "
+            f"give --candidates {most} or fewer."
+        )
 
 
 def in_order(guesses: Tensor, images: Tensor, size: int) -> Tensor:

@@ -28,10 +28,11 @@ START: Final = {
     "evaluation": {"every": 0},
 }
 DEFENDED: Final = "none,norm,fedbn,channel"
+WITHOUT_RUN: Final = "Without --run: settings of the runs that are trained for it"
 OWN_FLAGS: Final = ("defense.name", "training.batch_size", "training.local_steps")
 
 
-@functools.partial(with_settings, without=OWN_FLAGS)
+@functools.partial(with_settings, without=OWN_FLAGS, panel=WITHOUT_RUN)
 def audit(
     out_folder: Annotated[
         Path,
@@ -58,7 +59,9 @@ def audit(
     images: Annotated[int, typer.Option(help="Victims.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Images per step of an update.")] = 1,
     local_steps: Annotated[int, typer.Option(help="Steps of an update; 1 is a gradient.")] = 1,
-    observations: Annotated[int, typer.Option(help="Updates pooled under one lock.")] = 1,
+    observations: Annotated[
+        int, typer.Option(help="Updates under one lock that the attacker pools into one guess.")
+    ] = 1,
     aggregated: Annotated[
         int, typer.Option(help="Clients averaged before the server sees them (SecAgg).")
     ] = 1,
@@ -69,11 +72,18 @@ def audit(
     effort: Annotated[str, typer.Option(help=f"One of: {', '.join(EFFORTS)}.")] = "standard",
     iterations: Annotated[
         int | None,
-        typer.Option(help="Of attacks that search, in place of those of the effort."),
+        typer.Option(
+            help="Steps of attacks that search by gradient. Default: as the effort has it.",
+            show_default=False,
+        ),
     ] = None,
     parallel: Annotated[
         int | None,
-        typer.Option(help="Trials that run as one batch; fewer take less memory."),
+        typer.Option(
+            help="Trials (victims times restarts) that a searching attack runs as one batch; fewer "
+            "take less memory. Default: the attack's own number.",
+            show_default=False,
+        ),
     ] = None,
     certificate: Annotated[
         bool,
@@ -106,6 +116,7 @@ def audit(
       fedkl audit --batch-size 8 --local-steps 5 --effort quick --out runs/updates
     """
     from fedkl.audit import EXIT_CODES, AuditConfig, run_audit
+    from fedkl.audit.config import CONTROLS
 
     if run_folder is not None and config_file is not None:
         raise ConfigError("--run takes its settings from the run; leave --config out.")
@@ -115,8 +126,10 @@ def audit(
         raise ConfigError(
             f"--defenses is empty, got {defenses!r}; name one or more of: {', '.join(DEFENSES)}."
         )
+    # Controls always run, so a setting of theirs does something in every audit.
+    tried = () if run_folder is not None else tuple(dict.fromkeys((*CONTROLS, *asked)))
     config = AuditConfig(
-        run=build_config(flags=settings, file=config_file, base=base),
+        run=build_config(flags=settings, file=config_file, base=base, defenses=tried),
         defenses=asked if run_folder is None else _with_own(asked, base),
         attacks=_listed(attacks, ATTACKS),
         threats=_listed(threats, THREATS),

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 # Nothing is trained: a handful of images per client will do.
 START: Final = {"data": {"samples": 100, "channels": 1}}
+WITHOUT_RUN: Final = "Without --run: settings of the client that is made for it"
 _WITHOUT = tuple(path for path in OWN_FLAGS if path != "defense.name")
 
 
-@functools.partial(with_settings, without=_WITHOUT)
+@functools.partial(with_settings, without=_WITHOUT, panel=WITHOUT_RUN)
 def certify(
     out_folder: Annotated[
         Path,
@@ -44,10 +45,18 @@ def certify(
     ] = "1",
     batch_size: Annotated[int, typer.Option(help="Images of one gradient.")] = 1,
     tolerance: Annotated[
-        float, typer.Option(help="Singular values below this times the largest count as zero.")
+        float,
+        typer.Option(
+            help="Fraction of the largest singular value below which one counts as zero: a "
+            "direction that the gradients do not give away."
+        ),
     ] = 1e-6,
     noise: Annotated[
-        float, typer.Option(help="Noise that bits assume, as a fraction of the gradient's size.")
+        float,
+        typer.Option(
+            help="Standard deviation of the noise that the number of bits assumes on the "
+            "gradients, as a fraction of their root mean square."
+        ),
     ] = 0.01,
     config_file: Annotated[
         Path | None, typer.Option("--config", help="TOML file of the run's settings.")

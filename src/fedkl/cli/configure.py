@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -15,18 +16,20 @@ from fedkl.cli.settings import METHODS, PANELS, PRESETS, SETTINGS, Setting
 from fedkl.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
+    from fedkl.cli.needs import Need
     from fedkl.federation import RunConfig
 
 SHORT = "fedkl"  # --method fedkl
 
 
 def with_settings(
-    command: Callable[..., None], *, without: Sequence[str] = ()
+    command: Callable[..., None], *, without: Sequence[str] = (), panel: str | None = None
 ) -> Callable[..., None]:
     """Replaces the parameter ``settings`` of ``command`` by one option per setting of a run.
 
     ``settings`` then holds what was given, by path; what was not given is not in it. ``without``
-    lists the paths of settings that the command has flags of its own for.
+    lists the paths of settings that the command has flags of its own for. ``panel`` is the heading
+    of all options in the help, instead of one for every section.
     """
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name != "settings"]
@@ -40,7 +43,10 @@ def with_settings(
         command(settings=given, **values)
 
     options = [
-        _option(s, panel) for name, panel in PANELS.items() for s in taken if s.section == name
+        _option(s, panel or own_panel)
+        for name, own_panel in PANELS.items()
+        for s in taken
+        if s.section == name
     ]
     made = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *options]]
     wrapper.__dict__["__signature__"] = signature.replace(parameters=made)
@@ -98,6 +104,7 @@ def build_config(
     file: Path | None = None,
     preset: str | None = None,
     base: Mapping[str, Any] | None = None,
+    defenses: Sequence[str] = (),
 ) -> RunConfig:
     """A configuration from, the later winning: ``base``, ``preset``, ``file``, ``flags``.
 
@@ -106,10 +113,11 @@ def build_config(
         file: TOML file.
         preset: Name in ``PRESETS``.
         base: Nested settings to start from, such as those of a run to be resumed.
+        defenses: Those that the configuration will be used with, where not only with its own.
 
     Raises:
-        ConfigError: Something is unknown, of the wrong type or out of range; the message names
-            the file or the flag.
+        ConfigError: Something is unknown, of the wrong type or out of range, or a flag or an entry
+            of the file has no effect beside the rest; the message names the file or the flag.
     """
     from fedkl.federation import config_from, load_config
 
@@ -118,14 +126,64 @@ def build_config(
         if preset not in PRESETS:
             raise ConfigError(unknown("preset", preset, PRESETS))
         data = merged(data, PRESETS[preset])
-    over = nested(flags) if file is None else merged(load_config(file), nested(flags))
+    loaded = {} if file is None else load_config(file)
+    over = merged(loaded, nested(flags))
     data = _spelled_out(merged(data, over), over)
     sources = [str(file)] if file is not None else []
     sources += ["the command line"] if flags or not sources else []
     try:
-        return config_from(data, source=" and ".join(sources))
+        config = config_from(data, source=" and ".join(sources))
     except ConfigError as error:
         raise ConfigError(_naming_the_flag(str(error), flags)) from error
+    _check_needs(config, flags, _paths(loaded), file, defenses)
+    return config
+
+
+def _paths(data: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """The paths of all values in nested settings."""
+    found: set[str] = set()
+    for name, value in data.items():
+        path = prefix + name
+        found |= _paths(value, f"{path}.") if isinstance(value, Mapping) else {path}
+    return found
+
+
+def _check_needs(
+    config: RunConfig,
+    flags: Mapping[str, Any],
+    filed: set[str],
+    file: Path | None,
+    defenses: Sequence[str],
+) -> None:
+    """Raises when something that was given does nothing; what was not given never matters."""
+    used = [config]
+    if defenses:
+        named = [dataclasses.replace(config.defense, name=name) for name in defenses]
+        used = [dataclasses.replace(config, defense=defense) for defense in named]
+    for setting in SETTINGS:
+        if setting.path not in flags and setting.path not in filed:
+            continue
+        lacking = [[need for need in setting.needs if not need.holds(one)] for one in used]
+        if not all(lacking):
+            continue
+        need = lacking[0][0]
+        flag = setting.flag.replace("/", " or ")
+        where = flag if setting.path in flags else f"{setting.path} in {file}"
+        got = _got(need, config, defenses)
+        raise ConfigError(
+            f"{where} does nothing here: it is for {need.said}, got {got}; leave it out, or "
+            "change that."
+        )
+
+
+def _got(need: Need, config: RunConfig, defenses: Sequence[str]) -> str:
+    """The value that decides ``need``, as it is written on the command line."""
+    if need.path == "defense.name" and defenses:
+        return f"--defenses {','.join(defenses)}"
+    section, _, name = need.path.rpartition(".")
+    value = getattr(getattr(config, section), name)
+    (flag,) = (s.flag for s in SETTINGS if s.path == need.path)
+    return f"{flag} {value}"
 
 
 def _spelled_out(data: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fedkl.cli.audit import show_audit, watching_audit
 from fedkl.cli.configure import build_config
 from fedkl.cli.folders import named
 from fedkl.cli.provenance import command_line, versions
-from fedkl.cli.show import accuracy_table, out, percent, say
+from fedkl.cli.show import MEANING, accuracy_table, out, percent, say
 from fedkl.cli.train import train_one
 from fedkl.errors import DataNotFoundError
 
@@ -239,7 +239,8 @@ def _conclude(
     out().print(accuracy_table(title, [(row["name"], row["accuracy"]) for row in rows]))
     for row in rows:
         print(f"  {row['name']}: {row['meaning']}")
-    print("Where no lock stands, no lock equals own key: anyone can use the model.")
+    print(MEANING)
+    print("Where no lock stands, both get what the own key gets: anyone can use the model.")
     for row in rows[-2:]:
         locked = row["accuracy"]
         print(

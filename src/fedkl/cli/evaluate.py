@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedkl.cli.show import accuracy_table, out, say
+from fedkl.cli.show import MEANING, accuracy_table, out, say
 
 
 def evaluate(
@@ -44,3 +44,5 @@ def evaluate(
     name = f"{found.config.federation.method} {found.config.defense.name}"
     title = f"Accuracy on the {found.split} set after round {found.round}"
     out().print(accuracy_table(title, [(name, found.accuracy.to_dict())]))
+    if found.accuracy.other_client is not None:
+        print(MEANING)

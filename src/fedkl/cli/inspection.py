@@ -48,7 +48,8 @@ def inspect(
     layers: Annotated[
         str,
         typer.Option(
-            help="first, all, a module's name or a regular expression.", rich_help_panel=_MODEL
+            help="first, all, a module's name, or a regular expression that matches whole names.",
+            rich_help_panel=_MODEL,
         ),
     ] = "all",
     norm: Annotated[
@@ -134,6 +135,8 @@ def _show_key(path: Path, passphrase: str | None) -> None:
 
     header = _header(path)
     encrypted = header.get("encryption") is not None
+    if passphrase is not None and not encrypted and header.get("format") == "fedkl-key":
+        raise KeyFileError(f"{path} is not encrypted; leave the passphrase out.")
     if passphrase is None and encrypted:
         passphrase = os.environ.get(VARIABLE)
     fingerprint, kind, state = "", "", ""

@@ -88,6 +88,11 @@ def keygen(
 
       FEDKL_PASSPHRASE=... fedkl keygen alice.key
     """
+    if os.path.lexists(path):
+        raise KeyFileError(
+            f"{path} exists already, and a key that is overwritten is lost; choose another path, "
+            "or move that file away first."
+        )
     secret = passphrase_from(passphrase, passphrase_file, confirm=True)
     if secret is None:
         secret = os.environ.get(VARIABLE)

@@ -8,6 +8,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from fedkl.cli.needs import (
+    CALENDAR,
+    CHANNEL,
+    DIRICHLET,
+    GROUPED,
+    KEYED,
+    MOMENTUM,
+    NORMED,
+    PAD,
+    PADS,
+    PASSES,
+    PRIVATE,
+    RENEWING,
+    SGD,
+    SHARDS,
+    SPREAD,
+    STEP,
+    STEPPING,
+    TOGETHER,
+    Need,
+)
+
 METHODS: Final = ("centralized", "fedavg", "fedsgd", "fedkl")
 DATASETS: Final = ("fashion-mnist", "mnist", "cifar10", "cifar100", "imagenet", "digits")
 PARTITIONS: Final = ("iid", "shards", "dirichlet")
@@ -45,6 +67,8 @@ class Setting:
         default: Default of the configuration.
         help: One line.
         choices: Names that are known; shown, and checked where the configuration is built.
+        needs: What the rest of the configuration must have for it to do anything.
+        defaults: Defaults that depend on the defense, where ``default`` is None.
     """
 
     path: str
@@ -53,6 +77,8 @@ class Setting:
     default: Any
     help: str
     choices: tuple[str, ...] = ()
+    needs: tuple[Need, ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -66,14 +92,21 @@ class Setting:
 
     @property
     def text(self) -> str:
-        """The help line with choices and default."""
+        """The help line with choices, what it is for, and default."""
         choices = f" One of: {', '.join(self.choices)}." if self.choices else ""
-        shown = self.default
-        if isinstance(shown, tuple):
-            shown = ",".join(map(str, shown))
-        if isinstance(shown, bool):
-            shown = "on" if shown else "off"
-        return f"{self.help}{choices}" + ("" if shown is None else f" Default: {shown}.")
+        needs = f" Only for {', '.join(need.said for need in self.needs)}." if self.needs else ""
+        shown = "" if self.default is None else _shown(self.default)
+        if self.defaults:
+            shown = ", ".join(f"{_shown(value)} ({name})" for name, value in self.defaults)
+        return f"{self.help}{choices}{needs}" + (f" Default: {shown}." if shown else "")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
 
 
 PANELS: Final = {
@@ -92,17 +125,20 @@ SETTINGS: Final = (
             "How the federation runs; fedkl is short for fedavg with --defense pad.", METHODS),
     Setting("federation.clients", "--clients", int, 3, "Number of clients."),
     Setting("federation.rounds", "--rounds", int, 20, "Rounds (epochs, for centralized)."),
-    Setting("federation.fraction", "--fraction", float, 1.0, "Share of clients asked per round."),
+    Setting("federation.fraction", "--fraction", float, 1.0, "Share of clients asked per round.",
+            needs=(TOGETHER,)),
     Setting("federation.weighted", "--weighted/--plain-mean", bool, True,
-            "Weight updates by their number of examples."),
+            "Weight updates by their number of examples.", needs=(TOGETHER,)),
     Setting("federation.dropout", "--dropout", float, 0.0,
             "Chance that an asked client does not answer."),
     Setting("federation.min_clients", "--min-clients", int, 1,
             "Updates below which a round fails."),
     Setting("federation.join_steps", "--join-steps", int, 10,
-            "Lock-only steps of a client before it takes part for the first time."),
+            "Lock-only steps of a client before it takes part for the first time.",
+            needs=(PRIVATE, TOGETHER)),
     Setting("federation.settle_steps", "--settle-steps", int, 50,
-            "Slow lock-only steps before a client uses a global model."),
+            "Slow lock-only steps before a client uses a global model.",
+            needs=(PRIVATE, TOGETHER)),
     Setting("data.dataset", "--dataset", str, "fashion-mnist", "Data set.", DATASETS),
     Setting("data.root", "--data-root", str, None, "Folder of the data set's files."),
     Setting("data.image_size", "--image-size", int, 32, "Height and width in pixels."),
@@ -110,71 +146,121 @@ SETTINGS: Final = (
     Setting("data.augment", "--augment/--no-augment", bool, False, "Random crops and flips."),
     Setting("data.partition", "--partition", str, "iid",
             "How images are dealt to clients.", PARTITIONS),
-    Setting("data.alpha", "--alpha", float, 0.5, "Of dirichlet: the smaller, the more unequal."),
-    Setting("data.shards_per_client", "--shards-per-client", int, 2, "Of shards."),
+    Setting("data.alpha", "--alpha", float, 0.5,
+            "Concentration of the Dirichlet distribution by which each class is dealt: the "
+            "smaller, the more unequal.", needs=(DIRICHLET,)),
+    Setting("data.shards_per_client", "--shards-per-client", int, 2,
+            "Pieces of the images, sorted by class, that each client gets; few pieces are few "
+            "classes.", needs=(SHARDS,)),
     Setting("data.samples", "--samples", int, None, "Images per client; all if not given."),
     Setting("model.name", "--model", str, "lenet",
             "Model by name, any torchvision classification model, or package.module:factory.",
             MODELS),
     Setting("model.init", "--init", str, None, "safetensors file to start from."),
     Setting("defense.name", "--defense", str, "none",
-            "What a client does to protect itself; several are joined by +.", DEFENSES),
-    Setting("defense.preset", "--lock-preset", str, None, "The lock as published.", LOCK_PRESETS),
+            "What a client does to protect itself; several are joined by +. channel is the "
+            "paper's lock (a secret scale and shift per channel), pad the hardened one (per "
+            "position, first layer and classifier private). To compare with: none, norm (the norm "
+            "a lock stands on, shared), fedbn (that norm private, without a key) and open-pad (the "
+            "pad's network without a key: everything secret is learned instead of drawn).",
+            DEFENSES),
+    Setting("defense.preset", "--lock-preset", str, None, "The lock as published.", LOCK_PRESETS,
+            needs=(CHANNEL,)),
     Setting("defense.layers", "--layers", str, "all",
-            "Where locks stand: first, all, a module's name or a regular expression."),
-    Setting("defense.norm", "--norm", str, "batch", "Norm inserted where there is none.", INSERTED),
+            "Where locks stand: first, all, a module's name, or a regular expression that matches "
+            "whole names, as layer1.* does all below layer1.", needs=(NORMED,)),
+    Setting("defense.norm", "--norm", str, "batch", "Norm inserted where there is none.", INSERTED,
+            needs=(NORMED,)),
     Setting("defense.share_statistics", "--share-statistics/--private-statistics", bool, False,
-            "Share running statistics of locked norms, as the paper's code does."),
+            "Share running statistics of locked norms, as the paper's code does.",
+            needs=(PRIVATE,)),
     Setting("defense.group_key", "--group-key/--no-group-key", bool, True,
-            "Clients share a key that says where their locks start."),
-    Setting("defense.spread", "--spread", float, None, "Standard deviation of the lock's start."),
-    Setting("defense.shift_spread", "--shift-spread", float, None, "The same for β alone."),
+            "Clients share a key that says where their locks start.", needs=(CHANNEL, GROUPED)),
+    Setting("defense.spread", "--spread", float, None,
+            "Standard deviation, in units of the norm's output, of the secret shift β of a pad's "
+            "first lock; for channel, that of the scale γ at the start.", needs=(KEYED,),
+            defaults=(("channel", 1.0), ("pad", 3.0))),
+    Setting("defense.shift_spread", "--shift-spread", float, None,
+            "Standard deviation of the secret shift β alone at the start, in units of the norm's "
+            "output.", needs=(CHANNEL, SPREAD), defaults=(("channel", 0.3),)),
     Setting("defense.inner_spread", "--inner-spread", float, None,
-            "Spread of a pad behind the first lock."),
-    Setting("defense.gain", "--gain", float, None, "How much faster a lock learns than a norm."),
-    Setting("defense.activation", "--activation", str, None, "After the lock's maps.", ACTIVATIONS),
+            "Standard deviation of the secret shift β of every lock behind the first, in units of "
+            "the norm's output.", needs=(PAD,), defaults=(("pad", 0.3),)),
+    Setting("defense.gain", "--gain", float, None,
+            "How much faster a lock learns than a norm: a step moves it by the learning rate times "
+            "the square of this.", needs=(KEYED, SPREAD),
+            defaults=(("channel", 3.0), ("pad", 1.0))),
+    Setting("defense.activation", "--activation", str, None,
+            "Function behind the two maps that turn the key into scale and shift.", ACTIVATIONS,
+            needs=(CHANNEL,), defaults=(("channel", "identity"),)),
     Setting("defense.bias", "--lock-bias/--no-lock-bias", bool, None,
-            "Whether the lock's maps have a bias."),
-    Setting("defense.law", "--key-law", str, None, "Law of the key vector.", LAWS),
-    Setting("defense.length", "--key-length", int, None, "Length of the key vector."),
+            "Whether the two maps that turn the key into scale and shift have a bias.",
+            needs=(CHANNEL,), defaults=(("channel", False),)),
+    Setting("defense.law", "--key-law", str, None,
+            "Distribution of the entries of the key vector.", LAWS,
+            needs=(CHANNEL,), defaults=(("channel", "sign"),)),
+    Setting("defense.length", "--key-length", int, None, "Number of entries of the key vector.",
+            needs=(CHANNEL,), defaults=(("channel", 1024),)),
     Setting("defense.chain", "--chain/--no-chain", bool, None,
-            "Whether each lock is fed by the one before."),
-    Setting("defense.scale_law", "--scale-law", str, None, "Law of a pad's scales.", SCALE_LAWS),
+            "Whether each lock is fed by the scale and shift of the one before, instead of by the "
+            "key.", needs=(CHANNEL,), defaults=(("channel", False),)),
+    Setting("defense.scale_law", "--scale-law", str, None,
+            "Distribution of the secret scales γ of the first lock.", SCALE_LAWS,
+            needs=(PAD,), defaults=(("pad", "wide"),)),
     Setting("defense.inner_scale_law", "--inner-scale-law", str, None,
-            "The same behind the first lock.", SCALE_LAWS),
-    Setting("defense.learned", "--learned", str, None, "What is learned on top of a pad.", LEARNED),
+            "Distribution of the secret scales γ of every lock behind the first.", SCALE_LAWS,
+            needs=(PAD,), defaults=(("pad", "near-one"),)),
+    Setting("defense.learned", "--learned", str, None,
+            "What is learned on top of the drawn scales and shifts: a number per position, a "
+            "number per channel, or nothing.", LEARNED,
+            needs=(PAD,), defaults=(("pad", "position"),)),
     Setting("defense.stem", "--private-stem/--shared-stem", bool, None,
-            "Of a pad: whether layers up to the first lock stay, drawn from the key."),
+            "Whether the layers up to the first lock stay with the client.",
+            needs=(PADS,), defaults=(("pad", True), ("open-pad", True))),
     Setting("defense.head", "--private-head/--shared-head", bool, None,
-            "Of a pad: whether the classifier stays, too."),
+            "Whether the classifier, the last linear layer, stays with the client; a pad keeps it "
+            "unless nothing would be left to share.",
+            needs=(PADS,), defaults=(("open-pad", False),)),
     Setting("defense.lock_head_input", "--lock-head-input/--free-head-input", bool, None,
-            "Of a pad: whether a lock stands in front of the classifier."),
-    Setting("defense.max_length", "--max-length", int, None, "Of a pad over tokens: their number."),
+            "Whether one more lock is put right in front of the classifier.",
+            needs=(PADS,), defaults=(("pad", False), ("open-pad", False))),
+    Setting("defense.max_length", "--max-length", int, None,
+            "Largest number of tokens, for models over tokens; that of the example if not given.",
+            needs=(PADS,)),
     Setting("training.optimizer", "--optimizer", str, "sgd", "Local optimizer.", OPTIMIZERS),
     Setting("training.lr", "--lr", float, 0.05, "Learning rate."),
-    Setting("training.momentum", "--momentum", float, 0.9, "Of sgd and rmsprop."),
-    Setting("training.nesterov", "--nesterov/--no-nesterov", bool, True, "Of sgd."),
+    Setting("training.momentum", "--momentum", float, 0.9, "Momentum of the optimizer.",
+            needs=(MOMENTUM,)),
+    Setting("training.nesterov", "--nesterov/--no-nesterov", bool, True,
+            "Nesterov's form of the momentum.", needs=(SGD,)),
     Setting("training.weight_decay", "--weight-decay", float, 5e-4, "L2 penalty."),
     Setting("training.schedule", "--schedule", str, "constant",
             "Learning rate over the rounds.", SCHEDULES),
     Setting("training.milestones", "--milestones", tuple, (60, 120, 160),
-            "Of step: rounds after which the rate falls, with commas."),
-    Setting("training.decay", "--decay", float, 0.2, "Of step: factor at each milestone."),
+            "Rounds after which the learning rate falls, with commas.", needs=(STEP,)),
+    Setting("training.decay", "--decay", float, 0.2,
+            "Factor of the learning rate at each milestone.", needs=(STEP,)),
     Setting("training.batch_size", "--batch-size", int, 64, "Images per step."),
-    Setting("training.local_epochs", "--local-epochs", int, 1, "Passes per round."),
-    Setting("training.local_steps", "--local-steps", int, None, "Steps per round, not passes."),
+    Setting("training.local_epochs", "--local-epochs", int, 1,
+            "Passes over a client's images per round.", needs=(STEPPING, PASSES)),
+    Setting("training.local_steps", "--local-steps", int, None, "Steps per round, not passes.",
+            needs=(STEPPING,)),
     Setting("training.keep_momentum", "--keep-momentum/--drop-momentum", bool, False,
-            "Keep each client's optimizer state from round to round."),
+            "Keep each client's optimizer state from round to round.", needs=(TOGETHER,)),
     Setting("renewal.budget", "--budget", int, 16,
-            "Presentations (images times steps) that one pad may serve."),
+            "Presentations (images times steps) that one pad may serve.", needs=(PAD, TOGETHER)),
     Setting("renewal.on_spent", "--on-spent", str, "warn",
-            "What happens when a round would exceed the budget.", ON_SPENT),
-    Setting("renewal.every", "--renew-every", int, 0, "Rounds between renewals; 0: never."),
+            "What happens when a round would exceed the budget.", ON_SPENT,
+            needs=(PAD, TOGETHER)),
+    Setting("renewal.every", "--renew-every", int, 0, "Rounds between renewals; 0: never.",
+            needs=(PAD, TOGETHER)),
     Setting("renewal.stagger", "--stagger/--at-once", bool, False,
-            "Clients renew one after the other."),
-    Setting("renewal.steps", "--renew-steps", int, 10, "Lock-only steps after a renewal."),
+            "Clients renew one after the other.", needs=(PAD, TOGETHER, CALENDAR)),
+    Setting("renewal.steps", "--renew-steps", int, 10, "Lock-only steps after a renewal.",
+            needs=(PAD, TOGETHER, RENEWING)),
     Setting("renewal.keep_learned", "--keep-learned/--restart-learned", bool, False,
-            "What was learned on top of a pad stays when it is renewed."),
+            "What was learned on top of a pad stays when it is renewed.",
+            needs=(PAD, TOGETHER, RENEWING)),
     Setting("evaluation.every", "--eval-every", int, 5, "Rounds between evaluations; 0: end only."),
     Setting("evaluation.clients", "--eval-clients", int, 3, "At most so many clients measured."),
     Setting("evaluation.images", "--eval-images", int, 2_000, "Validation images, at most."),

@@ -30,9 +30,13 @@ COLUMNS = {
     "wrong_key": "wrong key",
     "wrong_key_p95": "wrong key p95",
     "other_client": "other client",
-    "outsider": "no lock (outsider)",
-    "no_lock": "no lock (insider)",
+    "outsider": "outsider (no lock)",
+    "no_lock": "insider (no lock)",
 }
+MEANING = (
+    "outsider: has the global model alone; insider: another client, with other clients' locks and "
+    "the group key. Both: the best way to use the model without a client's own lock."
+)
 
 
 def out() -> Console:

@@ -14,7 +14,7 @@ from fedkl.cli.configure import build_config, with_settings
 from fedkl.cli.folders import named
 from fedkl.cli.provenance import command_line, versions
 from fedkl.cli.settings import PRESETS
-from fedkl.cli.show import accuracy_table, duration, out, percent, say, watching
+from fedkl.cli.show import MEANING, accuracy_table, duration, out, percent, say, watching
 
 if TYPE_CHECKING:
     from fedkl.data import DataBundle
@@ -112,13 +112,22 @@ def _conclude(summary: Mapping[str, Any], folder: Path) -> None:
     name = f"{summary['method']} {summary['defense']}"
     title = f"Accuracy on the test set after {summary['rounds']} rounds"
     console.print(accuracy_table(title, [(name, summary["accuracy"])]))
+    if summary["accuracy"]["other_client"] is not None:
+        print(MEANING)
     best = summary["best_validation"]
     if best:
         print(f"Best on validation: {percent(best['own_key'])} after round {best['round']}.")
     counts = summary["counts"]
     if any(counts.values()):
         print(f"Updates refused: {counts['refused']}, clients dropped out: {counts['dropped']}.")
-    files = ["summary.json", "metrics.jsonl", "curves.png", "checkpoints/", "keys/"]
+    files = ["summary.json", "metrics.jsonl", "curves.png", "checkpoints/"]
     there = [name for name in files if (folder / name).exists()]
     print(f"{duration(summary['seconds'])}. In {folder}: {', '.join(there)}")
+    secret = [f"{name}/" for name in ("keys", "clients") if _filled(folder / name)]
+    if secret:
+        print(f"Secret, for the clients alone: {' and '.join(secret)} in {folder}")
     sys.stdout.flush()
+
+
+def _filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())

@@ -42,7 +42,7 @@ def run_curves(lines: Lines, *, title: str = "", dark: bool = False) -> bytes:
         axes.fill_between(x, mean, high, color=_WRONG, alpha=0.18, lw=0, label="wrong key, to p95")
     apart = [_series(lines, name) for name in ("own_key", "outsider")]
     if apart[0] != apart[1]:  # without a lock they are the same thing
-        _plot(axes, lines, "outsider", label="no lock (outsider)", color=_NONE, marker="^")
+        _plot(axes, lines, "outsider", label="outsider (no lock)", color=_NONE, marker="^")
     _dress(axes, "round", title)
     axes.set_ylabel("validation accuracy")
     _legend(figure, axes, columns=4)

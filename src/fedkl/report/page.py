@@ -18,8 +18,8 @@ FIGURES = {
     "wrong_key": "wrong key",
     "wrong_key_p95": "wrong key p95",
     "other_client": "other client",
-    "outsider": "no lock (outsider)",
-    "no_lock": "no lock (insider)",
+    "outsider": "outsider (no lock)",
+    "no_lock": "insider (no lock)",
 }
 
 

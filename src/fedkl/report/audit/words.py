@@ -49,8 +49,8 @@ ACCURACIES: Final = {
     "wrong_key": "wrong key",
     "wrong_key_p95": "wrong key, 95th percentile",
     "other_client": "other client",
-    "outsider": "no lock (outsider)",
-    "no_lock": "no lock (insider)",
+    "outsider": "outsider (no lock)",
+    "no_lock": "insider (no lock)",
 }
 
 
