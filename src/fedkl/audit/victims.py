@@ -243,8 +243,8 @@ def draw_victims(bundle: DataBundle, audit: AuditConfig) -> Tensor:
         most = there // audit.per_victim
         raise DataError(
             f"{audit.images} victims of {audit.per_victim} image(s) take {count} test images, but "
-            f"{bundle.name} has {there}; ask for "
-            + (f"{most} victims or fewer" if most else "updates of fewer images")
+            f"{bundle.name} has {there}; give "
+            + (f"--images {most} or fewer" if most else "updates of fewer images")
             + (", or for updates of fewer images." if most and audit.per_victim > 1 else ".")
         )
     generator = derive(audit.run.seed, "victims")
