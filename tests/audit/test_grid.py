@@ -197,7 +197,7 @@ def test_nothing_is_written_before_all_is_checked(
 ) -> None:
     with pytest.raises(DataError, match="decoys"):
         run_audit(small_audit(candidates=5000), tmp_path / "new")
-    with pytest.raises(DataError, match="359 victims or fewer"):
+    with pytest.raises(DataError, match="--images 359 or fewer"):
         run_audit(small_audit(images=360), tmp_path / "new")
     monkeypatch.setitem(sys.modules, "cma", None)
     with pytest.raises(ConfigError, match=r"fedkl\[audit\]"):

@@ -218,11 +218,11 @@ def test_victims_go_through_the_classes(tmp_path: Path) -> None:
     [
         (
             {"images": 360},
-            "take 360 test images, but digits has 359; ask for 359 victims or fewer.",
+            "take 360 test images, but digits has 359; give --images 359 or fewer.",
         ),
-        ({"images": 90, "batch_size": 4}, "89 victims or fewer, or for updates of fewer images"),
-        ({"images": 2, "observations": 200}, "1 victims or fewer, or for"),
-        ({"images": 1, "batch_size": 400}, "has 359; ask for updates of fewer images."),
+        ({"images": 90, "batch_size": 4}, "--images 89 or fewer, or for updates of fewer images"),
+        ({"images": 2, "observations": 200}, "--images 1 or fewer, or for"),
+        ({"images": 1, "batch_size": 400}, "has 359; give updates of fewer images."),
     ],
 )
 def test_no_image_is_two_victims(settings: dict[str, int], advice: str) -> None:
