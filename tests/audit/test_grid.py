@@ -195,7 +195,7 @@ def test_settings_are_checked(settings: dict[str, object], message: str) -> None
 def test_nothing_is_written_before_all_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataError, match="decoys"):
+    with pytest.raises(DataError, match=r"--candidates 36 or fewer"):
         run_audit(small_audit(candidates=5000), tmp_path / "new")
     with pytest.raises(DataError, match="--images 359 or fewer"):
         run_audit(small_audit(images=360), tmp_path / "new")
