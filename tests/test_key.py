@@ -293,7 +293,13 @@ def test_an_imported_vector_is_a_copy_on_both_sides() -> None:
         (lambda: key().stream("a", -1), "got -1"),
         (lambda: key().stream("a", 2**64), "[0, 2**64)"),
         (lambda: key().stream("a").bytes(-1), "-1 bytes"),
-        (lambda: key().stream("a").uniform((-2,)), "-8 bytes"),
+        (lambda: key().stream("a").uniform((-2,)), "(-2,)"),
+        (lambda: key().stream("a").normal((10**9, 10**9)), "268435456 values at most"),
+        (lambda: key().stream("a").signs((1.5,)), "(1.5,)"),  # type: ignore[arg-type]
+        (lambda: key().stream("a").bytes(2**40), "from 0 to"),
+        (lambda: key().stream(3), "got int and int"),  # type: ignore[arg-type]
+        (lambda: key().stream("a", 1.5), "got str and float"),  # type: ignore[arg-type]
+        (lambda: key().vector("8"), "integer, got str"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_arguments(act: Callable[[], object], text: str) -> None:
@@ -551,6 +557,90 @@ def test_no_truncated_file_loads_and_no_error_shows_the_secret(tmp_path: Path) -
 
 
 # ---- nothing leaks
+
+
+def frames(error: BaseException) -> str:
+    """What a crash reporter tells of an error: its chain, with the variables of every frame.
+
+    Of the frames of the library, that is; what a caller holds is the caller's.
+    """
+    parts, chain = [], [error]
+    for link in chain:
+        chain += [e for e in (link.__cause__, link.__context__) if e is not None]
+        told = traceback.TracebackException.from_exception(link, capture_locals=True)
+        parts += [str(told), *(str(f.locals) for f in told.stack if "tests" not in f.filename)]
+    return "\n".join(parts)
+
+
+def saved(folder: Path, **edit: Any) -> Path:
+    path = folder / "saved"
+    key().save(path, overwrite=True, passphrase=edit.pop("passphrase", None))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **edit}))
+    return path
+
+
+def no_memory(*_: object, **__: object) -> None:
+    raise MemoryError
+
+
+NUMBER = 0.70703125  # in a repr of float32 too
+FAILURES: dict[str, Callable[[Path], object]] = {
+    "missing folder": lambda p: key().save(p / "no" / "key", passphrase=PASSWORD),
+    "missing folder, open": lambda p: key().save(p / "no" / "key"),
+    "existing": lambda p: key().save(saved(p), passphrase=PASSWORD),
+    "existing, open": lambda p: key().save(saved(p)),
+    "empty passphrase": lambda p: key().save(p / "key", passphrase=""),
+    "bytes passphrase": lambda p: key().save(
+        p / "key",
+        passphrase=PASSWORD.encode(),  # type: ignore[arg-type]
+    ),
+    "bytes passphrase, load": lambda p: Key.load(
+        saved(p, passphrase=PASSWORD),
+        passphrase=PASSWORD.encode(),  # type: ignore[arg-type]
+    ),
+    "NUL in a path, save": lambda p: key().save("a\0b"),
+    "NUL in a path, load": lambda p: Key.load("a\0b", passphrase=PASSWORD),
+    "no path": lambda p: key().save(3),  # type: ignore[arg-type]
+    "no path, load": lambda p: Key.load(None),  # type: ignore[arg-type]
+    "fingerprint": lambda p: Key.load(saved(p, fingerprint="0" * 16)),
+    "kind": lambda p: Key.load(saved(p, kind="scroll")),
+    "vector": lambda p: Key.load(saved(p, secret=base64.b64encode(SECRET + b"abc").decode())),
+    "base64": lambda p: Key.load(saved(p, secret=SPELLINGS[1] + "!")),
+    "version": lambda p: Key.load(saved(p, version=2)),
+    "not encrypted": lambda p: Key.load(saved(p), passphrase=PASSWORD),
+    "wrong passphrase": lambda p: Key.load(
+        saved(p, passphrase=PASSWORD), passphrase=PASSWORD + "!"
+    ),
+    "no passphrase": lambda p: Key.load(saved(p, passphrase=PASSWORD)),
+    "cipher": lambda p: Key.load(saved(p, encryption={"cipher": "rot13"}), passphrase=PASSWORD),
+    "length of a vector": lambda p: Key.from_vector([NUMBER, 1.0]).vector(3),
+    "no vector": lambda p: Key.from_vector([[NUMBER]]),  # type: ignore[list-item]
+    "NaN in a vector": lambda p: Key.from_vector(torch.tensor([NUMBER, math.nan])),
+    "text in a vector": lambda p: Key.from_vector([NUMBER, PASSWORD]),  # type: ignore[list-item]
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_no_frame_of_an_error_holds_a_secret(tmp_path: Path, how: str) -> None:
+    with pytest.raises((KeyFileError, OutputError, ConfigError)) as caught:
+        FAILURES[how](tmp_path)
+    told = frames(caught.value)
+    shown = [s for s in (*SPELLINGS, PASSWORD, "0.7070") if s[:16] in told]
+    assert shown == []
+
+
+def test_running_out_of_memory_shows_no_secret_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path, passphrase=PASSWORD)
+    monkeypatch.setattr("fedkl.key.document.Scrypt", no_memory)
+    for act in (
+        lambda: key().save(tmp_path / "key", passphrase=PASSWORD),
+        lambda: Key.load(path, passphrase=PASSWORD),
+    ):
+        with pytest.raises(KeyFileError, match="MemoryError") as caught:
+            act()
+        assert not any(s[:16] in frames(caught.value) for s in (*SPELLINGS, PASSWORD))
 
 
 def everything(error: BaseException | None) -> str:
