@@ -173,7 +173,7 @@ def install(
 
 
 def _seal(model: nn.Module, scheme: Scheme) -> None:
-    """Private layers refuse to be pickled, the split knows them, and there is something to share."""
+    """Guards private layers, lets the split know them, and checks that something is shared."""
     for module in model.modules():
         if owned(module):
             guard(module)
