@@ -150,7 +150,7 @@ def test_outputs_and_affines_are_the_formulas(
 @pytest.mark.parametrize("law", ["sign", "normal"])
 def test_affines_start_with_the_spread(spread: float, law: str, gain: float) -> None:
     # uniform keys are not centered and have a mean square of 1/3, hence another spread
-    net = nn.Sequential(nn.LayerNorm(4096))
+    net = nn.Sequential(nn.LayerNorm(4096), nn.Linear(4096, 2))
     locked = lock(
         net, KEY, layers="0", spread=spread, shift_spread=None, law=law, gain=gain, length=256
     )
@@ -161,7 +161,7 @@ def test_affines_start_with_the_spread(spread: float, law: str, gain: float) -> 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, 6.0])
 def test_the_shift_may_have_a_spread_of_its_own(shift: float) -> None:
-    net = nn.Sequential(nn.LayerNorm(4096))
+    net = nn.Sequential(nn.LayerNorm(4096), nn.Linear(4096, 2))
     locked = lock(net, KEY, layers="0", spread=2.0, shift_spread=shift, length=256)
     scale, beta = affines(locked)["0"]
     assert float(scale.std()) == pytest.approx(2.0, rel=0.1)

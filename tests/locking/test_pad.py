@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from fedkl.errors import ConfigError, LockError
+from fedkl.errors import ConfigError, LockError, SecretError
 from fedkl.key import Key
 from fedkl.locking import (
     Pad,
@@ -44,6 +46,11 @@ OTHER = Key._of("seed", bytes(range(1, 33)))
 
 def net(norm: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+
+
+def deep() -> nn.Sequential:
+    """With a layer left to share where stem and head are private."""
+    return nn.Sequential(*net(nn.BatchNorm2d(4))[:4], nn.Linear(144, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
 def padded(*, head: bool = False, **kwargs: Any) -> nn.Module:
@@ -133,7 +140,8 @@ def test_laws_of_the_pad(law: str) -> None:
 def test_later_sites_have_a_spread_of_their_own_before_and_after_renewal() -> None:
     locked = padded(lock_head_input=True, spread=5.0, inner_spread=0.25)
     for epoch in (0, 1):
-        renew(locked, KEY, epoch)
+        if epoch:
+            renew(locked, KEY, epoch)
         shifts = [beta for _, beta in affines(locked).values()]
         assert [round(float(s.std()), 2) for s in shifts] == [
             pytest.approx(5.0, rel=0.25),
@@ -145,7 +153,8 @@ def test_later_sites_have_a_spread_of_their_own_before_and_after_renewal() -> No
 def test_later_sites_have_a_law_of_their_own_before_and_after_renewal() -> None:
     locked = padded(lock_head_input=True, scale_law="wide", inner_scale_law="sign")
     for epoch in (0, 1):
-        renew(locked, KEY, epoch)
+        if epoch:
+            renew(locked, KEY, epoch)
         first, later = (gamma.abs() for gamma, _ in affines(locked).values())
         assert float(first.std()) > 1
         assert torch.equal(later, torch.ones_like(later))
@@ -188,7 +197,10 @@ def test_pad_is_neither_parameter_nor_buffer(learned: str) -> None:
 def test_shared_state_has_neither_lock_nor_stem_nor_head() -> None:
     model = net(nn.BatchNorm2d(4))
     assert set(shared_state(padded())) == {"4.weight", "4.bias"}
-    assert set(shared_state(padded(head=True))) == set()
+    closed = lock(deep(), KEY, scheme="pad", head=True, example=IMAGE)
+    assert set(shared_state(closed)) == {"4.weight", "4.bias"}
+    with pytest.raises(LockError, match=r"every parameter is private.*set head=False"):
+        padded(head=True)
     assert {"0.weight", "0.bias"} <= set(shared_state(padded(stem=False)))
     assert set(model.state_dict()) >= set(shared_state(padded(stem=False)))
     both = padded(lock_head_input=True)
@@ -215,18 +227,18 @@ def test_stem_and_head_come_from_the_key_alone() -> None:
     """Whatever weights a model brings, and whoever knows them."""
     states = []
     for seed in (0, 1):
-        model = net(nn.BatchNorm2d(4))
+        model = deep()
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape, generator=derive(seed, "given")))
         locked = lock(model, KEY, scheme="pad", head=True, example=IMAGE)
         states.append(private_state(locked))
-        for name in ("0.weight", "0.bias", "4.weight", "4.bias"):
+        for name in ("0.weight", "0.bias", "6.weight", "6.bias"):
             assert not torch.equal(states[-1][name], model.state_dict()[name])
             assert not states[-1][name].eq(0).any()
-    for name in ("0.weight", "0.bias", "4.weight", "4.bias"):
+    for name in ("0.weight", "0.bias", "6.weight", "6.bias"):
         assert torch.equal(states[0][name], states[1][name])
-    other = lock(net(nn.BatchNorm2d(4)), OTHER, scheme="pad", head=True, example=IMAGE)
+    other = lock(deep(), OTHER, scheme="pad", head=True, example=IMAGE)
     assert not torch.equal(private_state(other)["0.weight"], states[0]["0.weight"])
     bound = 27**-0.5
     assert float(states[0]["0.weight"].abs().max()) < bound
@@ -235,13 +247,14 @@ def test_stem_and_head_come_from_the_key_alone() -> None:
 
 def test_stem_is_everything_up_to_the_first_lock() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3)),
+        *(nn.BatchNorm2d(5), nn.Conv2d(5, 2, 3)),
     )
     locked = lock(model, KEY, scheme="pad", layers="4", example=IMAGE)
     stem = {f"0.{n}" for n in ("weight", "bias")} | {f"3.{n}" for n in ("weight", "bias")}
     statistics = {f"1.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
     assert set(lock_spec(locked).private) == stem | statistics | {"1.weight", "1.bias"}
-    assert set(shared_state(locked)) == set()
+    assert set(shared_state(locked)) == {"5.weight", "5.bias"}
     assert torch.equal(locked[1].weight, torch.ones(4))  # type: ignore[index, arg-type]
 
 
@@ -271,24 +284,98 @@ def test_tied_stem_is_private_under_both_names() -> None:
     assert locked[2].weight is locked[0].weight  # type: ignore[index]
 
 
-def test_frozen_stem_is_found_and_stays_frozen() -> None:
+def test_frozen_stem_is_found_and_thawed_until_it_is_unlocked() -> None:
+    """What a frozen stem had learned is gone: frozen, it would stay noise for good."""
     model = net(nn.BatchNorm2d(4))
     model[0].requires_grad_(False)
     locked = lock(model, KEY, scheme="pad", example=IMAGE)
     assert set(lock_spec(locked).private) == {"0.weight", "0.bias"}
-    assert not locked[0].weight.requires_grad  # type: ignore[index, union-attr]
+    assert locked[0].weight.requires_grad  # type: ignore[index, union-attr]
     assert not model[0].weight.requires_grad
+    assert not unlock(locked)[0].weight.requires_grad  # type: ignore[index, union-attr]
+    with pytest.raises(LockError, match=r"0\.weight"):
+        check_optimizer(locked, torch.optim.SGD([*locked[1].parameters()], lr=0.1))  # type: ignore[index]
+
+
+@pytest.mark.parametrize("scheme", ["channel", "paper", "fedbn", "pad"])
+def test_what_a_frozen_norm_learns_stays_frozen(scheme: str) -> None:
+    model = net(nn.BatchNorm2d(4))
+    model[1].weight.requires_grad_(False)
+    locked = lock(model, KEY, scheme=scheme, example=IMAGE)
+    trained = {n: p.requires_grad for n, p in sources_of(locked)["1"].named_parameters()}
+    assert trained == {n: n.startswith(("shift", "beta")) for n in trained}
+    assert [p.requires_grad for p in unlock(locked)[1].parameters()] == [False, True]  # type: ignore[index]
+
+
+def test_one_norm_in_two_places_is_one_lock_and_comes_off_again() -> None:
+    norm = nn.BatchNorm2d(4)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), norm),
+        *(nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(144, 3)),
+    )
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    locked = lock(model, KEY, scheme="pad", example=IMAGE, share_statistics=True)
+    # The output of the norm's second call depends on the layers in between.
+    names = {n for n in shared_state(locked) if not n.endswith(("mean", "var", "tracked"))}
+    assert names == {"6.weight", "6.bias"}
+    opened = unlock(locked).state_dict()
+    assert list(opened) == list(before)
+    assert all(torch.equal(t, before[n]) for n, t in opened.items())
+
+
+@pytest.mark.parametrize("fault", ["install", "verify", "share"])
+def test_a_model_whose_lock_fails_in_place_is_as_before(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net(nn.BatchNorm2d(4))
+    model[0].requires_grad_(False)
+    before = {n: (t.clone(), t.requires_grad) for n, t in model.state_dict(keep_vars=True).items()}
+    kinds = [type(m) for m in model.modules()]
+
+    def fail(*_: object, **__: object) -> None:
+        raise LockError("on purpose")
+
+    if fault == "install":
+        monkeypatch.setattr("fedkl.locking.install.draw_private", fail)
+    if fault == "verify":
+        monkeypatch.setattr("fedkl.locking.api.verify", fail)
+    with pytest.raises(LockError):
+        lock(model, KEY, scheme="pad", head=True, example=IMAGE, inplace=True)
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    for name, (value, trained) in before.items():
+        assert torch.equal(after[name], value)
+        assert after[name].requires_grad is trained
+    assert [type(m) for m in model.modules()] == kinds
+    assert not any("_fedkl" in n for m in model.modules() for n in m.__dict__)
+
+
+def test_private_layers_are_not_pickled_but_their_states_are(tmp_path: Path) -> None:
+    locked = lock(deep(), KEY, scheme="pad", example=IMAGE)
+    for layer in (locked[0], locked[6], locked):  # type: ignore[index]
+        with pytest.raises(SecretError, match="not pickled"):
+            pickle.dumps(layer)
+        torch.save(layer.state_dict(), tmp_path / "state")
+        assert list(torch.load(tmp_path / "state")) == list(layer.state_dict())
+    pickle.dumps(locked[4])  # type: ignore[index]
+    twin = copy.deepcopy(locked)
+    assert isinstance(twin[0], nn.Conv2d)  # type: ignore[index]
+    assert torch.equal(twin.eval()(IMAGE), locked.eval()(IMAGE))
+    assert type(unlock(twin)[0]) is nn.Conv2d  # type: ignore[index]
+    with pytest.raises(SecretError, match="not pickled"):
+        pickle.dumps(twin[6])  # type: ignore[index]
 
 
 def test_unlocked_stem_is_the_original_after_training() -> None:
-    model = net(nn.BatchNorm2d(4))
+    model = deep()
     locked = lock(model, KEY, scheme="pad", head=True, example=IMAGE)
     optimizer = torch.optim.SGD(locked.parameters(), lr=0.1)
     check_optimizer(locked, optimizer)
     locked(IMAGE).square().mean().backward()
     optimizer.step()
     opened = unlock(locked).state_dict()
-    assert all(torch.equal(t, opened[n]) for n, t in model.state_dict().items())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, opened[name]) is not name.startswith("4")  # 4 is shared
 
 
 def test_optimizer_without_stem_is_noticed() -> None:
@@ -395,7 +482,8 @@ def test_one_norm_at_two_sizes_is_an_error() -> None:
 
 
 def test_another_input_size_is_an_error() -> None:
-    locked = lock(nn.Sequential(nn.Conv2d(3, 4, 3)), KEY, scheme="pad", layers="0", example=IMAGE)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
+    locked = lock(model, KEY, scheme="pad", layers="0", example=IMAGE)
     with pytest.raises(LockError, match=r"\(4, 6, 6\).*\(4, 7, 7\)"):
         locked(images(2, 3, 9, 9))
 
@@ -434,8 +522,35 @@ def test_what_a_pad_needs() -> None:
         renew(lock(model, KEY, example=IMAGE), KEY, 1)
     with pytest.raises(LockError, match=r"fedkl\.Key"):
         renew(padded(), "key", 1)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="epoch"):
-        renew(padded(), KEY, -1)
+
+
+@pytest.mark.parametrize("epoch", [-1, 0, 3, 2**63, 2**70, 4.0, "4", True, None])
+def test_a_pad_is_renewed_forward_only_or_not_at_all(epoch: Any) -> None:
+    locked = padded()
+    renew(locked, KEY, 3)
+    with torch.no_grad():
+        sources_of(locked)["1"].scale_learned.fill_(0.5)
+    before = {n: t.clone() for n, t in locked.state_dict().items()}
+    gamma = affines(locked)["1"][0]
+    with pytest.raises(ConfigError, match=r"above the present one, 3, and below 2\*\*63, got"):
+        renew(locked, KEY, epoch)
+    assert all(torch.equal(t, before[n]) for n, t in locked.state_dict().items())
+    assert torch.equal(affines(locked)["1"][0], gamma)
+
+
+def test_a_pad_takes_its_own_key_and_no_imported_vector() -> None:
+    locked = padded()
+    gamma = affines(locked)["1"][0]
+    with pytest.raises(LockError, match=f"{KEY.fingerprint}, got {OTHER.fingerprint}"):
+        renew(locked, OTHER, 1)
+    for put in (set_key, lambda model, key: renew(model, key, 1)):
+        with pytest.raises(LockError, match=r"imported.*Key\.generate"):
+            put(locked, Key.from_vector(torch.ones(1024)))
+    assert torch.equal(affines(locked)["1"][0], gamma)
+    set_key(locked, OTHER)
+    renew(locked, OTHER, 1)
+    restart_lock(locked, KEY)
+    renew(copy.deepcopy(locked), KEY, 1)
 
 
 def test_spec_of_another_architecture_is_refused() -> None:

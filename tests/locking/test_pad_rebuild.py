@@ -35,6 +35,8 @@ def test_twin_with_the_true_secrets_computes_the_same(
     kind: str, options: dict[str, object]
 ) -> None:
     factory, example = SMALL[kind]
+    if kind in ("mlp", "3d") and options.get("head"):
+        pytest.skip("nothing would be left to share")
     locked = lock(factory(), KEY, scheme="pad", example=example, **options)
     renew(locked, KEY, 5)
     with torch.no_grad():

@@ -138,11 +138,11 @@ class Last(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.LayerNorm(4)
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.LayerNorm(4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) as (N, H', W', 4)."""
-        out: Tensor = self.norm(self.conv(x).permute(0, 2, 3, 1))
+        """(N, C, H, W) as (N, H', W', 2)."""
+        out: Tensor = self.head(self.norm(self.conv(x).permute(0, 2, 3, 1)))
         return out
 
 

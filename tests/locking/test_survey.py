@@ -57,10 +57,10 @@ def test_refused_with_a_reason(factory: Callable[[], nn.Module], reason: str) ->
 
 SUPPORTED: list[Callable[[], nn.Module]] = [
     *(factory for kind, (factory, _) in SMALL.items() if kind != "tokens"),
-    lambda: nn.Sequential(nn.SyncBatchNorm(4)),
-    lambda: nn.Sequential(nn.InstanceNorm3d(4, affine=True)),
+    lambda: nn.Sequential(nn.SyncBatchNorm(4), nn.Linear(4, 2)),
+    lambda: nn.Sequential(nn.InstanceNorm3d(4, affine=True), nn.Linear(4, 2)),
     lambda: nn.Sequential(torchvision.ops.misc.Conv2dNormActivation(3, 4)),
-    lambda: nn.Sequential(torchvision.models.convnext.LayerNorm2d(4)),
+    lambda: nn.Sequential(torchvision.models.convnext.LayerNorm2d(4), nn.Linear(4, 2)),
 ]
 
 

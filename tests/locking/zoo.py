@@ -97,6 +97,18 @@ def images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
 
 
+class RootNorm(nn.BatchNorm2d):
+    """A model that is itself a norm, with one parameter to share."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.tail = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x) * self.tail
+        return out
+
+
 def _cnn(norm: nn.Module) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 4)
@@ -145,7 +157,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "late": (Late, IMAGE),
     "tokens": (Tokens, torch.arange(20).reshape(4, 5) % 11),
     "keyword arguments": (Keyword, {"a": images(4, 6), "b": images(4, 6)}),
-    "root": (lambda: nn.BatchNorm2d(3), IMAGE),
+    "root": (lambda: RootNorm(3), IMAGE),
     "root layer": (lambda: nn.Conv2d(3, 4, 3), IMAGE),
 }
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -19,6 +19,7 @@ from fedkl.locking import (
     draw_layers,
     estimate_statistics,
     lock_spec,
+    put_key,
     replaced_affines,
     restart_lock,
     set_key,
@@ -138,7 +139,7 @@ def examine(
     wrong: list[float] = []
     if key is not None:
         for wrong_key in _wrong_keys(model, key, exam.wrong_keys):
-            set_key(model, wrong_key)
+            put_key(model, wrong_key)
             wrong.append(correct_share(model, exam.images, exam.wrong_rows, device))
         set_key(model, key)
     other, locks, layers = None, [], list[Mapping[str, Tensor]]()

@@ -34,9 +34,9 @@ from fedkl.key.document import (
     shielded,
     write,
 )
-from fedkl.key.stream import LAWS, MAX_DRAW, KeyStream, refuse, to_tensor
+from fedkl.key.stream import LAWS, KeyStream, refuse, to_tensor
 
-__all__ = ["LAWS", "MAX_DRAW", "MAX_VECTOR", "Key", "KeyStream", "Kind"]
+__all__ = ["LAWS", "MAX_VECTOR", "Key", "KeyStream", "Kind"]
 
 
 @final

@@ -1,6 +1,6 @@
 """Locking any model with a client's key. The public surface of the package."""
 
-from fedkl.locking.api import affines, lock, lock_like, set_key, unlock
+from fedkl.locking.api import affines, lock, lock_like, put_key, set_key, unlock
 from fedkl.locking.calibration import calibrate, estimate_statistics
 from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
 from fedkl.locking.merging import merge
@@ -12,7 +12,7 @@ from fedkl.locking.reuse import (
     replaced_affines,
     restart_lock,
 )
-from fedkl.locking.scheme import Scheme
+from fedkl.locking.scheme import Scheme, Site
 from fedkl.locking.schemes import (
     PRESETS,
     SCHEMES,
@@ -48,6 +48,7 @@ __all__ = [
     "PrivateNorm",
     "Scheme",
     "SharedNorm",
+    "Site",
     "SiteSpec",
     "affines",
     "calibrate",
@@ -66,6 +67,7 @@ __all__ = [
     "merge",
     "private_names",
     "private_state",
+    "put_key",
     "renew",
     "replaced_affines",
     "restart_lock",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from fedkl.errors import LockError
+from fedkl.errors import ConfigError, LockError, unknown
 from fedkl.key import Key
 from fedkl.locking.check import verify
 from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
@@ -17,6 +19,7 @@ from fedkl.locking.pad import Pad, PadAffine
 from fedkl.locking.scheme import Scheme
 from fedkl.locking.schemes import Channel, scheme_of
 from fedkl.locking.select import Layers, select
+from fedkl.locking.sites import INSERTABLE
 from fedkl.locking.sources import KeyedAffine
 from fedkl.locking.spec import LockSpec
 from fedkl.locking.survey import refusal, registered, trace
@@ -45,13 +48,18 @@ def lock(
 
     Args:
         model: Any module. Stays as it is unless ``inplace``.
-        key: The client's key. None only for the keyless schemes ``norm`` and ``fedbn``.
-        scheme: ``channel``, ``fedbn``, ``norm``, a preset (``paper``, ``paper-sigmoid``) or a
-            :class:`Scheme`. Further keyword arguments are its settings (``spread=1.0``).
+        key: The client's key. None only for the keyless schemes.
+        scheme: A name or a :class:`Scheme`. ``pad`` hides images: one γ and β per position, a
+            private stem and head (docs/theory.md says from whom and how long; takes an example).
+            ``channel`` and the presets ``paper`` and ``paper-sigmoid`` make the model useless
+            without the key; they hide nothing from an attacker who searches γ and β in the update
+            of one image. ``norm``, ``fedbn`` and ``open-pad`` are controls without a key. Further
+            keyword arguments are the settings of a named scheme (``spread=1.0``).
         layers: ``first`` (executed on ``example``), ``all``, a module's name, a regular
             expression over whole names, a list of names, or ``predicate(name, module)``.
         example: A tensor, tuple of arguments or dict of keyword arguments the model runs on.
             With it the lock is verified: in train, eval and no-grad mode every lock must matter.
+            Frozen layers that a pad makes private are trained; frozen norms stay so.
         norm: Kind of norm inserted where there is none: ``batch``, ``group`` or ``instance``.
         share_statistics: Whether running statistics of locked norms are shared. They are functions
             of private features; the released code of the paper shares them.
@@ -63,13 +71,17 @@ def lock(
         The locked model; same forward signature.
 
     Raises:
-        LockError: Nothing can be locked, a lock would have no effect, the model is locked already,
-            or ``layers`` names something that cannot carry a lock.
+        LockError: Nothing can be locked or nothing would be left to share, a lock would have no
+            effect, the model is locked already, or ``layers`` names something that cannot carry a
+            lock. A model locked ``inplace`` is then as it was.
         ConfigError: Unknown scheme, setting or kind of norm.
     """
     value = scheme_of(scheme, **settings)
     model = unwrap(model)
     _check_arguments(model, key, value, layers, example)
+    _check_norm(norm)
+    if group is not None and not isinstance(group, Key):
+        raise LockError(f"group must be a fedkl.Key or None, got {type(group).__name__}.")
     locked = model if inplace else _copy(model)
     # A model's own forward may count or cache: it runs on the copy, never on the argument.
     order = registered(locked) if example is None else trace(locked, example)
@@ -94,10 +106,19 @@ def lock_like(
 
     Raises:
         LockError: As :func:`lock`, or the model is not of the architecture ``spec`` was made for.
+        ConfigError: The spec names an unknown scheme, setting or kind of norm.
     """
+    if not isinstance(spec, LockSpec):
+        raise LockError(
+            f"expected a lock spec, got {type(spec).__name__}; pass lock_spec(model) of a locked "
+            "model, or LockSpec.from_dict(...) of what to_dict() wrote."
+        )
     scheme = spec.scheme_value()
     model = unwrap(model)
     _check_model(model, key, scheme)
+    _check_norm(spec.norm)
+    if large := [s.name for s in spec.sites if not 0 < math.prod(s.shape) <= _MAX_POSITIONS]:
+        raise LockError(f"the lock spec gives {', '.join(large)} a size no lock can have{_FIT}")
     targets = [target_of(site) for site in spec.sites]
     modules = dict(model.named_modules(remove_duplicate=False))
     if missing := [t.name for t in targets if t.name not in modules]:
@@ -122,7 +143,9 @@ def lock_like(
     return locked
 
 
-_FIT = "; build the model with the architecture the spec was made for."
+# A spec comes from somebody else and must not make us allocate at will; no activation has as many.
+_MAX_POSITIONS: Final = 2**26
+_FIT: Final = "; build the model with the architecture the spec was made for."
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -146,6 +169,11 @@ def _check_model(model: nn.Module, key: Key | None, scheme: Scheme) -> None:
             f"{', '.join(lazy[:4])} has no shape yet, its module is lazy; run the model once "
             "before locking."
         )
+    if empty := [n for n, t in model.state_dict(keep_vars=True).items() if _is_meta(t)]:
+        raise LockError(
+            f"{', '.join(empty[:4])} is on the meta device and has no values; give the model some "
+            "first (model.to_empty(device='cpu') and an initialization) and lock it then."
+        )
     if scheme.keyed and not isinstance(key, Key):
         raise LockError(
             f"scheme {scheme.name!r} needs a fedkl.Key, got {type(key).__name__}: "
@@ -153,6 +181,16 @@ def _check_model(model: nn.Module, key: Key | None, scheme: Scheme) -> None:
         )
     if isinstance(scheme, Pad) and key is not None:
         check_random(key)
+
+
+def _is_meta(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
+
+
+def _check_norm(norm: str) -> None:
+    # Also where none is inserted: a name that is not read would hide a mistake.
+    if norm not in INSERTABLE:
+        raise ConfigError(unknown("norm to insert", str(norm), INSERTABLE))
 
 
 def check_random(key: Key) -> None:
@@ -172,6 +210,13 @@ def _check_arguments(
     model: nn.Module, key: Key | None, scheme: Scheme, layers: Layers, example: Any
 ) -> None:
     _check_model(model, key, scheme)
+    for value in tree_leaves(example):
+        # Infinity has its uses, in the masks of attention; NaN in means NaN out, whatever the lock.
+        if isinstance(value, Tensor) and bool(torch.isnan(value).any()):
+            raise LockError(
+                "the example holds NaN, and would show nothing of a lock; pass an input the model "
+                "is made for."
+            )
     chained = isinstance(scheme, Channel) and scheme.chain and layers != "first"
     if example is None and (scheme.needs_example or chained):
         raise LockError(
@@ -224,7 +269,20 @@ def set_key(model: nn.Module, key: Key) -> None:
     This is the thief who got the lock's weights but not the key, and the user with a wrong key.
 
     Raises:
-        LockError: No lock of the model takes a key, or ``key`` is none.
+        LockError: No lock of the model takes a key, ``key`` is none, or it is an imported vector
+            and the lock a pad.
+        ConfigError: An imported vector has another length than the lock's. Nothing is changed.
+    """
+    if isinstance(key, Key) and isinstance(lock_spec(model).scheme_value(), Pad):
+        check_random(key)
+    put_key(model, key)
+
+
+def put_key(model: nn.Module, key: Key) -> None:
+    """As :func:`set_key`, imported vectors into a pad included: guesses of a thief (in place).
+
+    Raises:
+        LockError, ConfigError: As :func:`set_key`.
     """
     if not isinstance(key, Key):
         raise LockError(f"expected a fedkl.Key, got {type(key).__name__}.")

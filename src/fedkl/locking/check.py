@@ -136,10 +136,15 @@ def _without_influence(
         for source in sources.values():
             del source.__dict__["scale"], source.__dict__["shift"]
     moved = {
-        name: [g for g in [next(grads) for _ in found] if g is not None and bool((g != 0).any())]
+        name: [g for g in [next(grads) for _ in found] if g is not None and _tells(g)]
         for name, found in seen.items()
     }
     return {name for name, found in moved.items() if not found}
+
+
+def _tells(gradient: Tensor) -> bool:
+    """Whether it is other than zero; NaN comes from everywhere and says nothing of a lock."""
+    return bool(((gradient != 0) & gradient.isfinite()).any())
 
 
 def _probe(output: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if not isinstance(model, nn.Module):
             raise LockError(
-                f"expected a model (torch.nn.Module), got {type(model).__name__}; pass the model "
+                f"expected a torch.nn.Module, got {type(model).__name__}; pass the model "
                 "itself, not its state or its name."
             )
         if isinstance(model, DataParallel | DistributedDataParallel):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedkl.errors import LockError
 from fedkl.key import Key
 from fedkl.locking.pad import OpenPad, Pad
-from fedkl.locking.scheme import Scheme
+from fedkl.locking.scheme import Scheme, Site
 from fedkl.locking.select import Target
 from fedkl.locking.sites import (
     INPUT_NAME,
@@ -21,17 +21,19 @@ from fedkl.locking.sites import (
     NormBefore,
     affine_shape,
     current_affine,
+    guard,
     insert_norm,
     lock_norm,
     new_norm,
+    release,
     remove_norm,
     unlock_norm,
 )
 from fedkl.locking.sizes import Size, activation_sizes, head_of, stem_of
 from fedkl.locking.sources import AffineSource
 from fedkl.locking.spec import LockSpec, SiteSpec
-from fedkl.locking.split import RECORD, record
-from fedkl.locking.stem import draw_private, give_back, make_private
+from fedkl.locking.split import RECORD, record, split
+from fedkl.locking.stem import draw_private, give_back, make_private, owned
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,7 @@ def plan(
     private: list[str] = []
     if scheme.stem:
         private += stem_of(model, example, targets[0].name, order)
-    taken = {f"{t.name}.{n}" for t in targets if not t.insert for n in ("weight", "bias")}
-    taken |= {n.removeprefix(".") for n in taken}
+    taken = _affines_of(model, targets)
     if scheme.head is not False:
         private += _head(model, scheme, order, {*private, *taken})
     if scheme.lock_head_input:
@@ -75,6 +76,17 @@ def plan(
         targets = [*targets, target]
         sizes[site_name(target)] = _longer(size, scheme.max_length)
     return Plan(targets, sizes, tuple(n for n in private if n not in taken))
+
+
+def _affines_of(model: nn.Module, targets: Sequence[Target]) -> set[str]:
+    """Names of γ and β of the norms that will be locked, under every name a norm has."""
+    norms = {id(model.get_submodule(t.name)) for t in targets if not t.insert}
+    return {
+        f"{name}.{n}".removeprefix(".")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) in norms
+        for n in ("weight", "bias")
+    }
 
 
 def _head(
@@ -126,7 +138,11 @@ def install(
     norm: str,
     share_statistics: bool,
 ) -> dict[str, AffineSource]:
-    """Installs one source per target (in place) and writes the spec down on the model."""
+    """Installs one source per target (in place) and writes the spec down on the model.
+
+    Raises:
+        LockError: Nothing would be left to share; the model is then to be given to :func:`remove`.
+    """
     make_private(model, what.private)
     sources: dict[str, AffineSource] = {}
     sites, previous = [], None
@@ -136,19 +152,15 @@ def install(
             insert_norm(module, new_norm(module, norm, before=target.before), before=target.before)
             module = model.get_submodule(site)
         shape = what.sizes.get(site, affine_shape(module))
-        affine = current_affine(module)
+        scale, shift = current_affine(module)
         if scheme.positional:
-            affine = _spread_out(affine, shape)
-        source = scheme.source(site, *affine, key, previous, shape)
+            scale, shift = _spread_out((scale, shift), shape)
+        place = Site(name=site, scale=scale, shift=shift, shape=shape, previous=previous)
+        source = scheme.source(place, key)
         sites.append(SiteSpec(site, type(module).__name__, shape, target.insert))
         if source is not None:
-            lock_norm(
-                module,
-                source,
-                site,
-                statistics_shared=share_statistics,
-                positional=scheme.positional,
-            )
+            how = {"statistics_shared": share_statistics, "positional": scheme.positional}
+            lock_norm(module, source, site, **how)
             source.train(module.training)
             sources[site] = previous = source
     if key is not None and what.private:
@@ -156,8 +168,24 @@ def install(
     model.__dict__["_fedkl_spec"] = LockSpec(
         scheme.name, scheme.settings(), tuple(sites), norm, share_statistics, what.private
     )
-    record(model)
+    _seal(model, scheme)
     return sources
+
+
+def _seal(model: nn.Module, scheme: Scheme) -> None:
+    """Guards private layers, lets the split know them, and checks that something is shared."""
+    for module in model.modules():
+        if owned(module):
+            guard(module)
+    record(model)
+    parts = split(model)
+    if not scheme.private or any(isinstance(t, nn.Parameter) for t in parts.shared.values()):
+        return
+    raise LockError(
+        f"with scheme {scheme.name!r} every parameter is private ({', '.join([*parts.private][:4])}"
+        "…), and nothing is left to share: the layers are tied to private ones, or there are no "
+        "others. Lock fewer layers with layers=…, or set head=False or stem=False of a pad."
+    )
 
 
 def _spread_out(affine: tuple[Tensor, Tensor], shape: Size) -> tuple[Tensor, Tensor]:
@@ -172,6 +200,7 @@ def _spread_out(affine: tuple[Tensor, Tensor], shape: Size) -> tuple[Tensor, Ten
 def remove(model: nn.Module) -> None:
     """Takes every lock off ``model`` (in place), also off one that was locked only in part."""
     for module in list(model.modules()):
+        release(module)
         if isinstance(module, LockedNorm):
             unlock_norm(module)
         # A norm inserted is thrown away: no need to unlock that, a descendant.

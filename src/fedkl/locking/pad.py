@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedkl.errors import ConfigError, LockError, SecretError, unknown
 from fedkl.key import Key, KeyStream
-from fedkl.locking.scheme import Scheme
+from fedkl.locking.scheme import Scheme, Site
 from fedkl.locking.sources import PICKLE_REMEDY, AffineSource, PrivateAffine, Sealed
 
 SCALE_LAWS: Final[Mapping[str, tuple[float, float]]] = {
@@ -43,6 +43,7 @@ class PadAffine(AffineSource):
         epoch: Number of the pad.
         gain: What is learned is multiplied by it.
         spread, law: Those of the site, to draw its next pad.
+        owner: Fingerprint of the key that drew it.
     """
 
     epoch: Tensor
@@ -57,8 +58,10 @@ class PadAffine(AffineSource):
         gain: float = 1.0,
         spread: float = 3.0,
         law: str = "wide",
+        owner: str = "",
     ) -> None:
         super().__init__(tuple(pad.shape[1:]))
+        self.owner = owner
         self.site, self.gain, self.spread, self.law = site, gain, spread, law
         zeros = None if learned is None else torch.zeros(learned, dtype=pad.dtype)
         self.scale_learned = None if zeros is None else nn.Parameter(zeros.clone())
@@ -68,9 +71,10 @@ class PadAffine(AffineSource):
         self._stale = False
         self._sealed = Sealed(pad)
 
-    def redraw(self, pad: Tensor, epoch: int) -> None:
+    def redraw(self, pad: Tensor, epoch: int, owner: str) -> None:
         """Puts another pad (2, *shape) in the place of this one; what was learned stays."""
         old = self._sealed.tensor
+        self.owner = owner
         self._sealed = Sealed(pad.to(old.device, old.dtype))
         self._drawn, self._stale = epoch, False
         with torch.no_grad():
@@ -147,16 +151,8 @@ class OpenPad(Scheme):
     lock_head_input: bool = False
     max_length: int | None = None
 
-    def source(
-        self,
-        site: str,
-        scale: Tensor,
-        shift: Tensor,
-        key: Key | None,
-        previous: AffineSource | None,
-        shape: tuple[int, ...],
-    ) -> AffineSource:
-        return PrivateAffine(scale.new_ones(shape), shift.new_zeros(shape))
+    def source(self, site: Site, key: Key | None) -> AffineSource:
+        return PrivateAffine(site.scale.new_ones(site.shape), site.shift.new_zeros(site.shape))
 
     def rebuilt(self) -> Scheme:
         """Itself: its secrets are ordinary parameters."""
@@ -205,6 +201,7 @@ class Pad(Scheme):
     max_length: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for law in (self.scale_law, self.inner_scale_law):
             if law is not None and law not in SCALE_LAWS:
                 raise ConfigError(unknown("law of γ", law, SCALE_LAWS))
@@ -217,24 +214,18 @@ class Pad(Scheme):
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length must be at least 1, got {self.max_length}.")
 
-    def source(
-        self,
-        site: str,
-        scale: Tensor,
-        shift: Tensor,
-        key: Key | None,
-        previous: AffineSource | None,
-        shape: tuple[int, ...],
-    ) -> AffineSource:
+    def source(self, site: Site, key: Key | None) -> AffineSource:
         if key is None:
             raise LockError("scheme 'pad' needs a key, got none: pass Key.generate().")
+        scale, shape = site.scale, site.shape
         learned = {"position": shape, "channel": tuple(scale.shape), "none": None}[self.learned]
-        first = previous is None
+        first = site.previous is None
         spread, law = self.spread_of(first=first), self.law_of(first=first)
-        pad = self.draw(site, shape, key, 0, spread=spread, law=law)
+        pad = self.draw(site.name, shape, key, 0, spread=spread, law=law)
         positions = math.prod(learned or ()) / scale.numel()
         gain = self.gain * max(1.0, positions) ** 0.5
-        source = PadAffine(site, pad, learned, gain=gain, spread=spread, law=law)
+        owner = key.fingerprint
+        source = PadAffine(site.name, pad, learned, gain=gain, spread=spread, law=law, owner=owner)
         return source.to(scale.device, scale.dtype)
 
     def spread_of(self, *, first: bool) -> float:
@@ -268,7 +259,7 @@ class Pad(Scheme):
         """Puts the pad of ``key`` and ``epoch`` into a source; what was learned stays."""
         site, shape = source.site, source.shape
         pad = self.draw(site, shape, key, epoch, spread=source.spread, law=source.law)
-        source.redraw(pad, epoch)
+        source.redraw(pad, epoch, key.fingerprint)
 
     def rebuilt(self) -> Scheme:
         """γ and β per position as parameters; stem and head those of the fresh architecture."""

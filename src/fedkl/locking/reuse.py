@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import LockError
+from fedkl.errors import ConfigError, LockError
 from fedkl.key import Key
 from fedkl.locking.api import agree, check_random, set_key
 from fedkl.locking.holder import lock_spec, sources_of, unwrap
@@ -34,7 +34,7 @@ def restart_lock(model: nn.Module, key: Key | None, group: Key | None = None) ->
     if isinstance(scheme, Pad):
         assert key is not None
         check_random(key)
-        renew(model, key, 0)
+        _redraw(model, scheme, key, 0)
         draw_private(root, key)
     elif isinstance(scheme, OpenPad):
         restore(root, parameters=True)
@@ -58,13 +58,13 @@ def renew(model: nn.Module, key: Key, epoch: int, *, keep_learned: bool = False)
 
     Args:
         model: Locked with scheme ``pad``.
-        key: The client's key.
-        epoch: Number of the pad, >= 0; never use one twice.
+        key: The client's key, the one that drew the present pad.
+        epoch: Number of the pad, above :func:`epoch_of` and below 2**63.
         keep_learned: Whether learned maps stay.
 
     Raises:
-        LockError: The scheme has no pad, or ``key`` is none.
-        ConfigError: ``epoch`` is negative.
+        LockError: The scheme has no pad, or ``key`` is none or another. Nothing is changed.
+        ConfigError: ``epoch`` is no integer above the present one.
     """
     if not isinstance(key, Key):
         raise LockError(f"expected a fedkl.Key, got {type(key).__name__}.")
@@ -72,6 +72,25 @@ def renew(model: nn.Module, key: Key, epoch: int, *, keep_learned: bool = False)
     scheme = spec.scheme_value()
     if not isinstance(scheme, Pad):
         raise LockError(f"scheme {spec.scheme!r} has no pad to renew; lock with scheme='pad'.")
+    check_random(key)
+    now = epoch_of(model)
+    if type(epoch) is not int or not now < epoch < 2**63:
+        raise ConfigError(
+            f"the next pad's epoch must be an integer above the present one, {now}, and below "
+            f"2**63, got {epoch!r:.40}: no pad is used twice. restart_lock starts again from 0."
+        )
+    owners = {s.owner for s in sources_of(model).values() if isinstance(s, PadAffine)}
+    if owners != {key.fingerprint}:
+        raise LockError(
+            f"this pad was drawn from key {', '.join(sorted(owners))}, got {key.fingerprint}; "
+            "renew it with the same key, or put another in with set_key(model, key) first."
+        )
+    _redraw(model, scheme, key, epoch, keep_learned=keep_learned)
+
+
+def _redraw(
+    model: nn.Module, scheme: Pad, key: Key, epoch: int, *, keep_learned: bool = False
+) -> None:
     for source in sources_of(model).values():
         assert isinstance(source, PadAffine)
         scheme.redraw(source, key, epoch)
@@ -80,7 +99,11 @@ def renew(model: nn.Module, key: Key, epoch: int, *, keep_learned: bool = False)
 
 
 def draw_layers(model: nn.Module, key: Key) -> None:
-    """Private layers (stem, head) anew from ``key`` (in place); nothing happens without any."""
+    """Private layers (stem, head) anew from ``key`` (in place); nothing happens without any.
+
+    Raises:
+        LockError: The model is not locked.
+    """
     lock_spec(model)
     draw_private(unwrap(model), key)
 

@@ -3,13 +3,52 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Final, get_args, get_type_hints
 
 from torch import Tensor
 
+from fedkl.errors import ConfigError
 from fedkl.key import Key
 from fedkl.locking.sources import AffineSource
+
+_KINDS: Final[Mapping[Any, str]] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    type(None): "None",
+}
+
+
+def _is(value: object, kind: Any) -> bool:
+    """Whether ``value`` is of the type of a field; true counts as no number."""
+    if kind not in _KINDS:
+        return True
+    if kind is float:
+        return isinstance(value, float) or type(value) is int
+    return type(value) is int if kind is int else isinstance(value, kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What a scheme gets to see of the norm that it makes a source for.
+
+    Attributes:
+        name: Name of the norm, which also names the key stream.
+        scale: The norm's γ before locking; gives dtype and device. Of a positional scheme it
+            is shaped so that it broadcasts over ``shape``.
+        shift: The norm's β before locking, shaped alike.
+        shape: Shape that γ and β are to have.
+        previous: The source of the site executed before this one, None at the first.
+    """
+
+    name: str
+    scale: Tensor
+    shift: Tensor
+    shape: tuple[int, ...]
+    previous: AffineSource | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +68,22 @@ class Scheme(ABC):
     private: ClassVar[bool] = True
     positional: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        """Checks the types of the settings.
+
+        Raises:
+            ConfigError: A setting is of another type than its field.
+        """
+        hints = get_type_hints(type(self))
+        for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
+            kinds = get_args(hints[name]) or (hints[name],)
+            if not any(_is(value, kind) for kind in kinds):
+                wanted = " or ".join(_KINDS.get(kind, str(kind)) for kind in kinds)
+                raise ConfigError(
+                    f"setting {name} of scheme {self.name!r} must be {wanted}, got {value!r:.60} "
+                    f"({type(value).__name__})."
+                )
+
     @property
     def needs_example(self) -> bool:
         """Whether locking takes an example input."""
@@ -40,25 +95,13 @@ class Scheme(ABC):
         return False
 
     @abstractmethod
-    def source(
-        self,
-        site: str,
-        scale: Tensor,
-        shift: Tensor,
-        key: Key | None,
-        previous: AffineSource | None,
-        shape: tuple[int, ...],
-    ) -> AffineSource | None:
+    def source(self, site: Site, key: Key | None) -> AffineSource | None:
         """The affine source of one site, or None where the norm keeps its own affine.
 
-        Args:
-            site: Name of the norm, which also names the key stream.
-            scale: The norm's γ before locking; gives dtype and device. Of a positional scheme it
-                is shaped so that it broadcasts over ``shape``.
-            shift: The norm's β before locking, shaped alike.
-            key: The client's key, None for keyless schemes.
-            previous: The source of the site executed before this one, None at the first.
-            shape: Shape that γ and β are to have.
+        ``key`` is the client's, None for keyless schemes.
+
+        Raises:
+            LockError: The scheme takes a key and there is none.
         """
 
     @abstractmethod

@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedkl.errors import ConfigError, LockError, unknown
-from fedkl.key import Key, KeyStream
+from fedkl.key import MAX_VECTOR, Key, KeyStream
 from fedkl.locking.pad import OpenPad, Pad
-from fedkl.locking.scheme import Scheme
+from fedkl.locking.scheme import Scheme, Site
 from fedkl.locking.sources import ACTIVATIONS, AffineSource, KeyedAffine, PrivateAffine
 
 KEY_LAWS: Final = ("sign", "uniform", "normal")
@@ -26,15 +26,7 @@ class SharedNorm(Scheme):
     name: ClassVar[str] = "norm"
     private: ClassVar[bool] = False
 
-    def source(
-        self,
-        site: str,
-        scale: Tensor,
-        shift: Tensor,
-        key: Key | None,
-        previous: AffineSource | None,
-        shape: tuple[int, ...],
-    ) -> AffineSource | None:
+    def source(self, site: Site, key: Key | None) -> AffineSource | None:
         return None
 
     def rebuilt(self) -> Scheme:
@@ -48,16 +40,8 @@ class PrivateNorm(Scheme):
 
     name: ClassVar[str] = "fedbn"
 
-    def source(
-        self,
-        site: str,
-        scale: Tensor,
-        shift: Tensor,
-        key: Key | None,
-        previous: AffineSource | None,
-        shape: tuple[int, ...],
-    ) -> AffineSource:
-        return PrivateAffine(scale, shift)
+    def source(self, site: Site, key: Key | None) -> AffineSource:
+        return PrivateAffine(site.scale, site.shift)
 
     def rebuilt(self) -> Scheme:
         """Itself: its secrets are ordinary parameters."""
@@ -95,12 +79,15 @@ class Channel(Scheme):
     chain: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.activation not in ACTIVATIONS:
             raise ConfigError(unknown("activation", self.activation, ACTIVATIONS))
         if self.law not in KEY_LAWS:
             raise ConfigError(unknown("key law", self.law, KEY_LAWS))
         if self.length < 1:
             raise ConfigError(f"key length must be at least 1, got {self.length}.")
+        if self.length > MAX_VECTOR:
+            raise ConfigError(f"key length must be at most {MAX_VECTOR}, got {self.length}.")
         if not (0 < self.gain < math.inf):
             raise ConfigError(f"gain must be a positive number, got {self.gain}.")
         if self.shift_spread is not None and not (0 <= self.shift_spread < math.inf):
@@ -113,21 +100,14 @@ class Channel(Scheme):
         if self.spread is not None and not (0 < self.spread < math.inf):
             raise ConfigError(f"spread must be a positive number, got {self.spread}.")
 
-    def source(
-        self,
-        site: str,
-        scale: Tensor,
-        shift: Tensor,
-        key: Key | None,
-        previous: AffineSource | None,
-        shape: tuple[int, ...],
-    ) -> AffineSource:
+    def source(self, site: Site, key: Key | None) -> AffineSource:
         if key is None:
             raise LockError("scheme 'channel' needs a key, got none: pass Key.generate().")
-        before = previous if self.chain and isinstance(previous, KeyedAffine) else None
+        before = site.previous if self.chain else None
+        before = before if isinstance(before, KeyedAffine) else None
         inputs = math.prod(before.shape) if before else self.length
         source = KeyedAffine(
-            tuple(scale.shape),
+            tuple(site.scale.shape),
             inputs,
             factor=1.0 if self.spread is None else self.gain * inputs**-0.5,
             bias=self.bias,
@@ -135,8 +115,8 @@ class Channel(Scheme):
             key_vector=None if before else key.vector(self.length, self.law),
             previous=before,
         )
-        self.initialize(source, key.stream(site), chained=before is not None)
-        return source.to(scale.device, scale.dtype)
+        self.initialize(source, key.stream(site.name), chained=before is not None)
+        return source.to(site.scale.device, site.scale.dtype)
 
     def initialize(self, source: KeyedAffine, stream: KeyStream, *, chained: bool) -> None:
         """Lock weights start from the key: nobody else can redo the draw."""
@@ -222,14 +202,28 @@ PRESETS: Final[Mapping[str, Scheme]] = {
 }
 
 
-def scheme_of(scheme: str | Scheme, **settings: Any) -> Scheme:
+def scheme_of(scheme: str | Scheme, /, **settings: Any) -> Scheme:
     """A scheme from its name, a preset's name, or itself.
 
     Raises:
-        ConfigError: The name or a setting is unknown, with the nearest names.
+        ConfigError: The name or a setting is unknown, with the nearest names; settings come with a
+            scheme that has its own; or ``scheme`` is neither a name nor a scheme.
     """
     if isinstance(scheme, Scheme):
+        if settings:
+            raise ConfigError(
+                f"{scheme!r} has its settings already, got {', '.join(sorted(settings))} as well; "
+                f"put them into it, or name it: scheme={scheme.name!r}."
+            )
         return scheme
+    if not isinstance(scheme, str):
+        if isinstance(scheme, type) and issubclass(scheme, Scheme):
+            name = scheme.__name__
+            raise ConfigError(f"scheme got the class {name}, expected a value: {name}().")
+        raise ConfigError(
+            f"scheme must be a name or a Scheme, got {type(scheme).__name__}; choose one of "
+            f"{', '.join([*SCHEMES, *PRESETS])}."
+        )
     if scheme in PRESETS:
         preset = PRESETS[scheme]
         kind, values = type(preset), {**preset.settings(), **settings}

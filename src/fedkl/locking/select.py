@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -34,6 +34,11 @@ def select(model: nn.Module, layers: Layers, order: Trace, *, traced: bool) -> l
         LockError: Nothing is selected, or something selected cannot carry a lock (each reason).
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    if not (isinstance(layers, str | re.Pattern | Iterable) or callable(layers)):
+        raise LockError(
+            f"layers must be 'first', 'all', a name, names, a regular expression or a function of "
+            f"(name, module), got {type(layers).__name__}."
+        )
     if layers == "first":
         if not traced:
             raise LockError(
@@ -88,8 +93,13 @@ def _asked(modules: dict[str, nn.Module], layers: Layers, order: Trace) -> list[
     else:
         chosen = list(layers)
         for name in chosen:
+            if not isinstance(name, str):
+                raise LockError(
+                    f"layers are named by text, as in model.named_modules(), got {name!r:.60} "
+                    f"({type(name).__name__})."
+                )
             if name not in modules:
-                raise LockError(unknown("layer", str(name), [n for n in modules if n]))
+                raise LockError(unknown("layer", name, [n for n in modules if n]))
     refused = {n: refusal(modules[n]) for n in chosen}
     problems = [f"{n or 'the model itself'}: {why}" for n, why in refused.items() if why]
     if problems and any(True for n in chosen if any(True for _ in modules[n].children())):

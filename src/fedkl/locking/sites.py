@@ -23,6 +23,7 @@ from fedkl.locking.sources import PICKLE_REMEDY, AffineSource
 
 LOCK_NAME: Final = "keylock"
 SITE: Final = "_fedkl_site"
+_ORDER: Final = "_fedkl_order"
 INSERTED_NAME: Final = "inserted_norm"
 INPUT_NAME: Final = "input_norm"
 STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
@@ -60,6 +61,10 @@ class NormBefore(Swapped):
     """A convolution or linear layer with a norm inserted in front of it."""
 
 
+class PrivateLayer(Swapped):
+    """A layer some of whose tensors are private: as it was, but not to be pickled."""
+
+
 def _guarded(base: type[nn.Module]) -> dict[str, Any]:
     """Members that every exchanged class has: it can be copied but not pickled."""
 
@@ -85,6 +90,7 @@ _LOCKED: Final[dict[type[nn.Module], type[nn.Module]]] = {}
 _POSITIONAL: Final[dict[type[nn.Module], type[nn.Module]]] = {}
 _NORMED: Final[dict[type[nn.Module], type[nn.Module]]] = {}
 _FRONTED: Final[dict[type[nn.Module], type[nn.Module]]] = {}
+_PRIVATE: Final[dict[type[nn.Module], type[nn.Module]]] = {}
 
 
 def _locked_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -161,6 +167,23 @@ def _fronted_class(base: type[nn.Module]) -> type[nn.Module]:
     return _FRONTED[base]
 
 
+def guard(layer: nn.Module) -> None:
+    """Makes a layer with private tensors refuse to be pickled (in place)."""
+    base = type(layer)
+    # What has been exchanged refuses already; scripted modules pickle in a way of their own.
+    if issubclass(base, Swapped | torch.jit.ScriptModule):
+        return
+    if base not in _PRIVATE:
+        _PRIVATE[base] = type(f"Private{base.__name__}", (PrivateLayer, base), _guarded(base))
+    layer.__class__ = _PRIVATE[base]
+
+
+def release(layer: nn.Module) -> None:
+    """Inverse of :func:`guard` (in place)."""
+    if isinstance(layer, PrivateLayer):
+        layer.__class__ = type(layer)._fedkl_base  # type: ignore[attr-defined]
+
+
 def apply_last(norm: nn.Module, x: Tensor) -> Tensor:
     """Applies a norm over (N, C) to the last axis of ``x`` (..., C)."""
     if isinstance(norm, PositionalNorm) and x.ndim > 2:
@@ -216,8 +239,14 @@ def lock_norm(
     statistics_shared: bool,
     positional: bool = False,
 ) -> None:
-    """Makes ``norm`` take γ and β from ``source``, per position or per channel (in place)."""
+    """Makes ``norm`` take γ and β from ``source``, per position or per channel (in place).
+
+    A norm whose γ or β is frozen gets a lock that is: the start says what it is, training nothing.
+    """
+    norm.__dict__[_ORDER] = tuple(norm._parameters)
     original = {name: norm._parameters.pop(name, None) for name in ("weight", "bias")}
+    scale, shift = ((p is not None and not p.requires_grad) for p in original.values())
+    source.freeze(scale=scale, shift=shift)
     norm.__dict__[SITE] = site
     norm.__dict__["_fedkl_original"] = original
     norm.__dict__["_fedkl_statistics_shared"] = statistics_shared
@@ -269,6 +298,9 @@ def unlock_norm(norm: nn.Module, *, keep_statistics: bool = False) -> None:
         if parameter is not None:
             parameter.data = parameter.data.to(like.device, like.dtype)
         norm.register_parameter(name, parameter)
+    # Optimizers and vectors of parameters go by the order.
+    for name in norm.__dict__.pop(_ORDER):
+        norm._parameters[name] = norm._parameters.pop(name)
 
 
 def insert_norm(layer: nn.Module, norm: nn.Module, *, before: bool = False) -> None:

@@ -114,9 +114,10 @@ def stem_of(model: nn.Module, example: Any, first: str, order: Sequence[str]) ->
     stem = {id(p) for p, grad in zip(parameters, used, strict=True) if grad is not None}
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in stem]
     before = set(order[: order.index(first)]) if first in order else set()
+    locked = model.get_submodule(first)
     for name, module in model.named_modules(remove_duplicate=False):
         owns = any(id(p) in stem for p in module.parameters(recurse=False))
-        if name != first and (owns or (name in before and is_norm(module))):
+        if module is not locked and (owns or (name in before and is_norm(module))):
             dot = f"{name}." if name else ""
             names += [f"{dot}{n}" for n in module._buffers if module._buffers[n] is not None]
     return names

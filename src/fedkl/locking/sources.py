@@ -72,6 +72,12 @@ class AffineSource(nn.Module, ABC):
         """A tensor of the dtype and on the device of γ and β."""
         return self._scale().detach()
 
+    def freeze(self, *, scale: bool, shift: bool) -> None:
+        """Takes what is learned of γ, of β, out of the training (in place)."""
+        for name, parameter in self.named_parameters():
+            of_scale = name.startswith(("gamma", "scale"))
+            parameter.requires_grad_(not (scale if of_scale else shift))
+
     @abstractmethod
     def _scale(self) -> Tensor: ...
 

@@ -64,9 +64,14 @@ class LockSpec:
         Raises:
             CheckpointError: Fields are missing or of the wrong kind.
         """
+        if not isinstance(data, Mapping):
+            raise CheckpointError(
+                f"expected a lock spec as a dict, got {type(data).__name__}; use the one that "
+                "lock_spec(model).to_dict() wrote."
+            )
         try:
             sites = tuple(
-                SiteSpec(s["name"], s["norm"], tuple(s["shape"]), bool(s["inserted"]))
+                SiteSpec(s["name"], s["norm"], _shape(s["shape"]), bool(s["inserted"]))
                 for s in data["sites"]
             )
             return cls(
@@ -77,8 +82,15 @@ class LockSpec:
                 statistics_shared=bool(data["statistics_shared"]),
                 private=tuple(data.get("private", ())),  # absent in those of version 0.1
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"not a lock spec: field {error} is missing or of the wrong kind; "
                 "use the one that lock_spec(model).to_dict() wrote."
             ) from error
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    shape = tuple(values)
+    if not shape or not all(type(n) is int and n > 0 for n in shape):
+        raise TypeError(f"'shape' ({shape!s:.60})")
+    return shape

@@ -44,10 +44,14 @@ def owned(module: nn.Module) -> dict[str, Kept]:
 
 
 def make_private(model: nn.Module, names: Iterable[str]) -> None:
-    """Marks the named tensors, and keeps them so that :func:`give_back` can (in place)."""
+    """Marks the named tensors, and keeps them so that :func:`give_back` can (in place).
+
+    Frozen parameters are thawed: what they had learned goes, and noise that stays is no stem.
+    """
     # Not every buffer is in the state dict; those that are not never leave the client either.
     state = model.state_dict(keep_vars=True)
     first = {id(p): n for n, p in model.named_parameters()}
+    fresh: list[Tensor] = []
     for name in names:
         prefix, _, local = name.rpartition(".")
         if name in state:
@@ -59,6 +63,10 @@ def make_private(model: nn.Module, names: Iterable[str]) -> None:
             # A layer in two places has two names; the first is that of its key stream.
             if local not in marks or stream is not None:
                 marks[local] = kept
+            if is_parameter and tensor.is_floating_point():
+                fresh.append(tensor)
+    for tensor in fresh:
+        tensor.requires_grad_(True)
 
 
 def give_back(module: nn.Module) -> None:

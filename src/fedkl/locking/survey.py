@@ -125,7 +125,12 @@ def lockable(model: nn.Module) -> list[Lockable]:
     """What can be locked in ``model``, and what not and why.
 
     Lists every module that is a norm, a convolution, a linear layer or holds tensors of its own.
+
+    Raises:
+        LockError: ``model`` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise LockError(f"expected a torch.nn.Module, got {type(model).__name__}.")
     total = max(1, sum(p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p)))
     rows = []
     for name, module in model.named_modules():
