@@ -321,7 +321,7 @@ def test_a_key_is_needed_and_an_example_for_a_chain() -> None:
         lock(model, KEY, scheme="paper")
     with pytest.raises(LockError, match="takes no key"):
         set_key(lock(model, None, scheme="fedbn"), KEY)
-    with pytest.raises(LockError, match=r"torch\.nn\.Module"):
+    with pytest.raises(LockError, match=r"expected a torch\.nn\.Module"):
         lock(IMAGE, KEY)  # type: ignore[arg-type]
 
 
