@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import wasserstein_distance
+from torch.func import grad, vmap
 
 from fedkl.attacks.distances import DISTANCES, cosine, grnn, squared, wasserstein
 from fedkl.rng import derive
@@ -50,3 +51,28 @@ def test_zero_where_they_agree_and_with_a_derivative_everywhere(name: str) -> No
     zero = torch.zeros(6, requires_grad=True)
     (gradient,) = torch.autograd.grad(DISTANCES[name]([(zero, seen)]), zero)
     assert bool(torch.isfinite(gradient).all())
+
+
+@pytest.mark.parametrize("near", [0.0, 1e-4, 1.0])
+def test_derivative_of_cosine(near: float) -> None:
+    generator = derive(2, "near")
+    shapes = [(3, 4), (5,)]
+    seen = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    made = [
+        (2 * s + near * torch.randn(s.shape, generator=generator)).requires_grad_() for s in seen
+    ]
+
+    def reference(*tensors: torch.Tensor) -> torch.Tensor:
+        whole, other = (torch.cat([t.flatten() for t in side]) for side in (tensors, seen))
+        return 0.5 * (whole / whole.norm() - other / other.norm()).square().sum()
+
+    def value(*tensors: torch.Tensor) -> torch.Tensor:
+        return cosine(list(zip(tensors, seen, strict=True)))
+
+    wanted = torch.autograd.grad(reference(*made), made)
+    for found in (
+        torch.autograd.grad(value(*made), made),
+        [g[0] for g in vmap(grad(value, argnums=(0, 1)))(*(m.detach()[None] for m in made))],
+    ):
+        for mine, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-12)

@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy, one_hot
 
 from fedkl.attacks import InvertingGradients
-from fedkl.attacks.network import Network
+from fedkl.attacks.network import MANY, Network
 from fedkl.errors import AttackError
 from fedkl.observation import OPEN, Observation, Training
 from fedkl.rng import derive
@@ -129,12 +129,18 @@ def test_plain_autograd_gives_the_same_change_and_derivative_by_image_and_secret
 
     wanted = grad(size, argnums=(0, 1))(torch.full((6,), 1.5), x)
     scale, pixels = torch.full((6,), 1.5).requires_grad_(), x.clone().requires_grad_()
-    with network.plain():
+    with network.running(1):
         found = torch.autograd.grad(size(scale, pixels), [scale, pixels])
     for mine, theirs in zip(found, wanted, strict=True):
         assert bool((theirs != 0).any())
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
-    vmap(size)(torch.ones(2, 6), torch.stack([x, x]))  # the way of batches is back
+    # The ways of batches, few and many.
+    for trials in (0, 2, MANY):
+        scales, batch = torch.full((2, 6), 1.5), torch.stack([x, x])
+        with network.running(trials):
+            many = vmap(grad(size, argnums=(0, 1)))(scales, batch)
+        for mine, theirs in zip(many, wanted, strict=True):
+            torch.testing.assert_close(mine, torch.stack([theirs] * 2), rtol=1e-3, atol=1e-4)
 
 
 class Dropping(nn.Module):

@@ -75,7 +75,7 @@ def test_statistics_at_the_truth_are_those_that_were_sent(training: Training) ->
     assert float(misfit(made, seen)) < 1e-6
     others = network.sent({}, 0.5 * x + 0.2, labels)[1]
     assert float(misfit(others, seen)) > 0.01
-    with network.plain():
+    with network.running(1):
         torch.testing.assert_close(network.sent({}, x, labels)[1]["1"], made["1"])
     batch = vmap(lambda one: network.sent({}, one, labels)[1]["1"])(torch.stack([x, x]))
     torch.testing.assert_close(batch[0], made["1"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -22,10 +24,47 @@ def cosine(pairs: Pairs) -> Tensor:
     As half the squared distance of the two unit vectors, which is the same and keeps its digits
     where the angle is small: 1 - 0.9999999 has one digit left in float32.
     """
-    # Inside the root, for its derivative at zero is infinite.
-    made = (torch.stack([made.square().sum() for made, _ in pairs]).sum() + 1e-20).sqrt()
-    seen = (torch.stack([seen.square().sum() for _, seen in pairs]).sum() + 1e-20).sqrt()
-    return 0.5 * torch.stack([(m / made - s / seen).square().sum() for m, s in pairs]).sum()
+    made = [m for m, _ in pairs]
+    length: Tensor = _Cosine.apply(*made, *(s for _, s in pairs))[0]
+    return length
+
+
+class _Cosine(Function):
+    """:func:`cosine` of n made and n observed tensors, with its derivative by the made ones.
+
+    With d = m/|m| - s/|s| the value is L = |d|²/2 and its gradient (d - L·m/|m|)/|m|: written out,
+    it takes half of autograd's passes over the gradients.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        made, seen = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        # Never quite zero, for all gradients may vanish.
+        inverse, other = ((_squares(one) + 1e-20).rsqrt() for one in (made, seen))
+        apart = [torch.addcmul(s * -other, m, inverse) for m, s in zip(made, seen, strict=True)]
+        return 0.5 * _squares(apart), inverse, *apart
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[: len(inputs) // 2], *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        count = (len(ctx.saved_tensors) - 2) // 2
+        made, (value, inverse) = ctx.saved_tensors[:count], ctx.saved_tensors[count : count + 2]
+        apart = ctx.saved_tensors[count + 2 :]
+        of_apart = g * inverse
+        of_made = -of_apart * value * inverse
+        found = [torch.addcmul(m * of_made, d, of_apart) for m, d in zip(made, apart, strict=True)]
+        return *found, *(None for _ in made)
+
+
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([torch.dot(t.flatten(), t.flatten()) for t in tensors]).sum()
 
 
 def wasserstein(pairs: Pairs) -> Tensor:

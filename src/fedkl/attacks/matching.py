@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final, Self
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
+from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from fedkl.attacks.arrangements import arrangements
@@ -294,13 +294,17 @@ class GradientMatching(Attack):
     def _objective(self, trials: Trials) -> Objective:
         if trials.count == 1:
             return self._single(trials)
-        both = vmap(grad_and_value(self._loss(trials)))
+        every = vmap(self._loss(trials))
 
         def evaluate(
             values: dict[str, Tensor], iteration: Tensor
         ) -> tuple[dict[str, Tensor], Tensor]:
-            found: tuple[dict[str, Tensor], Tensor] = both(values, trials.stacked, iteration)
-            return found
+            leaves = {n: value.detach().requires_grad_() for n, value in values.items()}
+            with trials.network.running(trials.count):
+                losses = every(leaves, trials.stacked, iteration)
+            # Trials do not meet: the derivative of their sum holds that of each.
+            found = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+            return dict(zip(leaves, found, strict=True)), losses.detach()
 
         return evaluate
 
@@ -312,7 +316,7 @@ class GradientMatching(Attack):
             values: dict[str, Tensor], iteration: Tensor
         ) -> tuple[dict[str, Tensor], Tensor]:
             leaves = {n: value[0].detach().requires_grad_() for n, value in values.items()}
-            with trials.network.plain():
+            with trials.network.running(1):
                 loss = one_trial(leaves, trial, iteration[0])
                 found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             rows = zip(leaves, found, strict=True)

@@ -6,8 +6,9 @@ One victim at a time is described; :func:`torch.func.vmap` turns it into many.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,15 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
 from fedkl.attacks.base import each
+from fedkl.attacks.derivatives import TwiceDifferentiable
 from fedkl.attacks.learned import learned_of
 from fedkl.attacks.statistics import Heard, Statistics
 from fedkl.errors import AttackError
 from fedkl.observation import Observation, Training
 
 Tensors = Mapping[str, Tensor]
+
+MANY: Final = 32
 
 
 class Network:
@@ -53,7 +57,7 @@ class Network:
         self.secrets = {n: p for n, p in parameters.items() if n in hidden}
         learned = learned_of(observation.spec, self.model)
         self.learned = {n: one for n, one in learned.items() if n in hidden}
-        self._plain = False
+        self._trials = 0
         if check:
             self.check(observation)
 
@@ -78,16 +82,19 @@ class Network:
             _check(self.shared, change)
 
     @contextmanager
-    def plain(self) -> Iterator[None]:
-        """Within it, derivatives come from ordinary autograd: for one victim, not under vmap.
+    def running(self, trials: int) -> Iterator[None]:
+        """Within it, derivatives are taken the way that is fastest for so many trials at once.
 
-        The same numbers at two thirds of the time: nothing has to be wrapped for a batch of one.
+        The same numbers every way. One trial: ordinary autograd, not under vmap; nothing has to
+        be wrapped for a batch of one. Many: :mod:`.derivatives`, whose wrapping costs more than
+        it saves if they are few.
         """
-        self._plain = True
+        before = self._trials
+        self._trials = trials
         try:
             yield
         finally:
-            self._plain = False
+            self._trials = before
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,7 +103,8 @@ class Network:
 
     def logits(self, parameters: Tensors, x: Tensor) -> Tensor:
         """Output (B, classes) for images (B, C, H, W) under ``parameters`` (all, by name)."""
-        output = functional_call(self.model, {**parameters, **self.buffers}, (x,))
+        with TwiceDifferentiable() if self._trials >= MANY else nullcontext():
+            output = functional_call(self.model, {**parameters, **self.buffers}, (x,))
         if isinstance(output, tuple | list):  # auxiliary heads behind; clients train on the first
             output = output[0]
         if not isinstance(output, Tensor):
@@ -129,7 +137,7 @@ class Network:
         self, loss: Callable[[dict[str, Tensor]], tuple[Tensor, Heard]], at: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], Heard]:
         """Gradient of ``loss`` by every tensor of ``at``, itself differentiable; what it heard."""
-        if not self._plain:
+        if self._trials != 1:
             found, heard = grad(loss, has_aux=True)(at)
             return dict(found), dict(heard)
         here = {n: t if t.requires_grad else t.detach().requires_grad_() for n, t in at.items()}
