@@ -14,7 +14,7 @@ from fedkl.defenses import DefenseConfig, make_defense
 from fedkl.errors import DataError, StateError
 from fedkl.federation import ClientResult, ClientTask, TrainingConfig, Workspace, client_update
 from fedkl.key import Key
-from fedkl.locking import load_private_state, load_shared_state, private_state, shared_views
+from fedkl.locking import load_private_state, load_shared_state, private_views, shared_views
 from fedkl.models import build
 from fedkl.rng import borrowed, derive
 
@@ -45,7 +45,8 @@ def naive(defense: str, model: str, shared: Any, given: ClientTask, cfg: Trainin
     net = value.prepare(plain, given.key, digits().public.batch(torch.arange(4))[0])
     load_shared_state(net, shared)
     if given.private is not None:
-        load_private_state(net, given.private)
+        if given.private:
+            load_private_state(net, given.private)
     net.train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=given.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
@@ -59,7 +60,7 @@ def naive(defense: str, model: str, shared: Any, given: ClientTask, cfg: Trainin
                 x, y = digits().train.batch(rows)
                 cross_entropy(net(x), y).backward()
                 optimizer.step()
-    return snapshot(shared_views(net)), snapshot(private_state(net))
+    return snapshot(shared_views(net)), snapshot(private_views(net))
 
 
 @pytest.mark.parametrize("model", ["lenet", "fedhelp:normed"])
@@ -182,7 +183,7 @@ def test_a_late_client_starts_from_its_key() -> None:
         "fedhelp:normed", num_classes=10, channels=1, image_size=16, generator=derive(0, "x")
     )
     fresh = value.prepare(plain, key, digits().public.batch(torch.arange(4))[0])
-    assert_same(space.private, private_state(fresh))
+    assert_same(space.private, private_views(fresh))
 
 
 def test_local_steps_replace_epochs() -> None:

@@ -92,15 +92,26 @@ def test_loading_is_strict_and_copies_nothing_on_error(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_shared_state_without_numbers_is_refused(value: float) -> None:
+@pytest.mark.parametrize(
+    ("read", "load"), [(shared_state, load_shared_state), (private_state, load_private_state)]
+)
+def test_a_state_without_numbers_is_refused(
+    read: Callable[..., State], load: Callable[..., None], value: float
+) -> None:
     model = locked()
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    state = {n: t + 1 for n, t in shared_state(model).items()}
+    state = {n: t + 1 for n, t in read(model).items()}
     name = next(n for n in reversed(state) if state[n].is_floating_point())
     state[name].view(-1)[0] = value
     with pytest.raises(StateError, match=f"NaN or infinity in {name}"):
-        load_shared_state(model, state)
+        load(model, state)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("call", [private_state, lambda model: load_private_state(model, {})])
+def test_nothing_of_an_unlocked_model_is_private(call: Callable[..., Any]) -> None:
+    with pytest.raises(LockError, match=r"not locked, so nothing of it is private.*lock\("):
+        call(SMALL["batch"][0]())
 
 
 @pytest.mark.parametrize("state", [None, [1], "state"])

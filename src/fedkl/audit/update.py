@@ -154,7 +154,7 @@ def observe_update(
     spec: LockSpec | None = None,
     gradient: bool = False,
 ) -> Observation:
-    """What an attacker sees of ``before`` and ``after``.
+    """What an attacker sees of ``before`` and ``after``: weights, and statistics if sent.
 
     Args:
         model: Its name.
@@ -193,13 +193,19 @@ def observe_update(
         raise AttackError("before and after are equal: an update without a change shows nothing.")
     if gradient:
         config = replace(config, lr=None, momentum=0.0, weight_decay=0.0, local_steps=1)
-    return _observation(network, config, change, spec)
+    buffers = {n: after[n] for n in own if n not in shared}
+    # What stands as it was has not been sent, or not been moved: it tells of no image.
+    moved = not gradient and any(
+        t.is_floating_point() and not torch.equal(t, before[n]) for n, t in buffers.items()
+    )
+    return _observation(network, config, change, buffers if moved else {}, spec)
 
 
 def _observation(
     network: nn.Module,
     config: UpdateConfig,
     change: Mapping[str, Tensor],
+    statistics: Mapping[str, Tensor],
     spec: LockSpec | None,
 ) -> Observation:
     labels = None if config.labels is None else torch.tensor([list(config.labels)])
@@ -218,6 +224,7 @@ def _observation(
         secrets=() if spec is None else secret_names(network),
         labels=labels,
         spec=None if spec is None else spec.to_dict(),
+        statistics=(statistics,) if statistics else (),
     )
 
 

@@ -17,7 +17,7 @@ from fedkl.errors import CheckpointError, ConfigError, DataError
 from fedkl.federation import ClientTask, RunConfig, client_update
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.session import Session
-from fedkl.locking import LockSpec, private_state
+from fedkl.locking import LockSpec, private_views
 from fedkl.locking.rebuild import held_secrets, rebuild, secret_names
 from fedkl.models import build
 from fedkl.observation import Training
@@ -129,7 +129,7 @@ class Victims:
         if self.spec is None:
             return {}
         self.workspace.enter(self.shared, self.key, self.private)
-        found = private_state(self.workspace.model)
+        found = private_views(self.workspace.model)
         return {n: t.detach().clone() for n, t in found.items() if ".keylock." in f".{n}"}
 
     def send(self, rows: Tensor, *, lock_gradients: bool = False) -> Sent:

@@ -28,7 +28,7 @@ from fedkl.locking import (
     epoch_of,
     is_locked,
     private_names,
-    private_state,
+    private_views,
     renew,
     restart_lock,
     set_key,
@@ -134,7 +134,7 @@ class Workspace:
         self.join_steps = join_steps
         # Views of the parameters: reading and writing them is free. Without a lock all is shared.
         self.shared = shared_views(model)
-        self.private = private_state(model)
+        self.private = private_views(model)
         self.names = {p: n for n, p in model.named_parameters()}
         # Under every name: a tied parameter is in the state once for each.
         self.parameters = dict(model.named_parameters(remove_duplicate=False))

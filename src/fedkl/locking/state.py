@@ -74,9 +74,29 @@ def private_state(model: nn.Module) -> dict[str, Tensor]:
     Together with :func:`shared_state` this is the whole state dict, with nothing in both.
 
     Raises:
+        LockError: The model is not locked, so nothing of it is private.
+        StateError: As :func:`shared_state`.
+    """
+    found = private_views(model)
+    _check_locked(model, "nothing of it is private")
+    return found
+
+
+def private_views(model: nn.Module) -> dict[str, Tensor]:
+    """As :func:`private_state`; empty for a model without a lock.
+
+    Raises:
         StateError: As :func:`shared_state`.
     """
     return _views(split(model).private)
+
+
+def _check_locked(model: nn.Module, so: str) -> None:
+    if not is_locked(model):
+        raise LockError(
+            f"this {type(unwrap(model)).__name__} is not locked, so {so}; pass what "
+            "lock(model, key) returned."
+        )
 
 
 def _views(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,12 +124,20 @@ def load_shared_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def load_private_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copies a client's own private tensors into its locked model (in place).
 
-    Raises:
-        StateError: As :func:`load_shared_state`.
-
     A pad of another epoch than the model's is refused when the model runs; ``set_key`` draws it.
+
+    Raises:
+        LockError: As :func:`private_state`.
+        StateError: As :func:`load_shared_state`.
     """
-    copy_state(private_state(model), state, "private state")
+    own = private_state(model)
+    fit(own, state, "private state")
+    if bad := [n for n, t in state.items() if isinstance(t, Tensor) and not _finite(t)]:
+        raise StateError(
+            f"this private state holds NaN or infinity in {_some(bad)}; nothing was copied. The "
+            "client that it is of has diverged: go on from a state that it saved before."
+        )
+    copy_state(own, state, "private state")
     for _, norm in locked_norms(unwrap(model)):
         if isinstance(source := source_of(norm), PadAffine):
             source.notice_epoch()

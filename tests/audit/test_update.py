@@ -1,0 +1,93 @@
+"""An update from two weight files, against one that torch made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fedkl.attacks.network import Network
+from fedkl.audit.update import UpdateConfig, attackers, audit_update, observe_update
+from fedkl.models import build
+from fedkl.rng import derive
+
+State = dict[str, Tensor]
+LR = 0.1
+
+
+def config(**settings: Any) -> UpdateConfig:
+    return UpdateConfig(num_classes=4, channels=1, image_size=16, lr=LR, **settings)
+
+
+def made(
+    model: str, steps: int = 1, batch: int = 3, *, wide: bool = False
+) -> tuple[State, State, Tensor, Tensor]:
+    """Before, after, images and labels of SGD in train mode; ``wide``: weights within ±0.5."""
+    net = build(model, num_classes=4, channels=1, image_size=16, generator=derive(0, "model"))
+    if wide:
+        for parameter in net.parameters():
+            torch.nn.init.uniform_(parameter, -0.5, 0.5, generator=derive(0, "wide"))
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    x = torch.rand(steps * batch, 1, 16, 16, generator=derive(0, "x"))
+    y = torch.arange(steps * batch) % 4
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    for xs, ys in zip(x.split(batch), y.split(batch), strict=True):
+        optimizer.zero_grad()
+        cross_entropy(net(xs), ys).backward()
+        optimizer.step()
+    return before, {n: t.clone() for n, t in net.state_dict().items()}, x, y
+
+
+@pytest.mark.parametrize("model", ["lenet", "resnet20"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_true_images_explain_the_update_and_its_statistics(model: str, steps: int) -> None:
+    before, after, x, y = made(model, steps)
+    seen = observe_update(model, config(batch_size=3, local_steps=steps), before, after)
+    network = Network(seen)
+    targets = torch.nn.functional.one_hot(y, 4).float()
+    change, heard = network.sent({}, x, targets)
+    scale = max(float(t.abs().max()) for t in seen.changes[0].values())
+    for name, value in seen.changes[0].items():
+        torch.testing.assert_close(change[name], value, rtol=1e-2, atol=1e-3 * scale)
+    assert bool(seen.statistics) == bool(heard) == (model == "resnet20")
+    if heard:
+        told = network.statistics.observed(seen.statistics[0])
+        assert set(told) == set(heard)
+        for name in told:
+            torch.testing.assert_close(heard[name], told[name], rtol=1e-2, atol=1e-3)
+        other, _ = network.sent({}, x.flip(0), targets)
+        assert any(not torch.allclose(other[n], change[n], rtol=1e-2) for n in change)
+
+
+def test_statistics_that_did_not_move_are_none() -> None:
+    before, after, *_ = made("resnet20")
+    still = {n: before[n] if "running" in n or "tracked" in n else t for n, t in after.items()}
+    assert observe_update("resnet20", config(batch_size=3), before, still).statistics == ()
+    gradients = {n: before[n] - t for n, t in after.items()}
+    found = observe_update("resnet20", config(batch_size=3), before, gradients, gradient=True)
+    assert found.statistics == ()
+
+
+def test_a_gradient_is_an_update_of_one_step() -> None:
+    before, after, *_ = made("lenet", batch=1)
+    gradient = {n: (before[n] - after[n]) / LR for n in before}
+    update = observe_update("lenet", config(), before, after)
+    direct = observe_update("lenet", config(), before, gradient, gradient=True)
+    assert update.kind == direct.kind == "gradient"
+    for name, value in direct.changes[0].items():
+        torch.testing.assert_close(update.changes[0][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_found_is_the_image(tmp_path: Path) -> None:
+    before, after, x, y = made("lenet", batch=1, wide=True)
+    seen = observe_update("lenet", config(), before, after)
+    names = ["idlg"]
+    found = audit_update(seen, attackers(names, seen, effort="quick"), tmp_path, truth=x)
+    (entry,) = found["attacks"]
+    assert entry["labels"] == y.tolist()
+    assert entry["ssim"][0] > 0.5
+    assert (tmp_path / entry["pictures"][0]).exists()
