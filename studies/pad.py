@@ -34,9 +34,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accuracy import interval, paired
-from cells import provenance, run_cells, say, table, write
-from thief import LABELS, label_thief, on_own_mix
+from cells import provenance, run_cells, say, write
+from padtables import markdown
+from thief import alone, label_thief, on_own_mix
 
 THIEVES = ("pad", "pad-open-head")
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +45,7 @@ TUNING_SEED = 1000
 PAD = {"name": "pad"}
 WIDE = {"inner_scale_law": "wide", "inner_spread": 1.0}
 ARMS: dict[str, dict[str, Any]] = {
+    "alone": {"name": "norm"},  # every client for itself: what is a federation worth?
     "norm": {"name": "norm"},
     "fedbn": {"name": "fedbn"},
     "channel": {"name": "channel"},
@@ -126,10 +127,10 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
     make = {
         "tuning": _tuning,
         "lenet-iid": lambda n: _lenet(
-            "lenet-iid", n, {}, ("norm", "fedbn", "channel", "pad", "pad-open-head")
+            "lenet-iid", n, {}, ("alone", "norm", "fedbn", "channel", "pad", "pad-open-head")
         ),
         "lenet-dirichlet": lambda n: _lenet(
-            "lenet-dirichlet", n, DIRICHLET, ("norm", "fedbn", "pad", "pad-open-head")
+            "lenet-dirichlet", n, DIRICHLET, ("alone", "norm", "fedbn", "pad", "pad-open-head")
         ),
         "resnet20-frontier": _frontier,
         "resnet20-iid": lambda n: _resnet("resnet20-iid", n, {}),
@@ -187,7 +188,7 @@ def _clients(seeds: int) -> list[Cell]:
         )
         for seed in range(min(seeds, 1))
         for clients in (10, 100)
-        for arm in ("norm", "pad", "pad-open-head")
+        for arm in ("alone", "norm", "pad", "pad-open-head")
     ]
 
 
@@ -236,7 +237,7 @@ def _resnet(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
             thief=block == "resnet20-iid" and arm == "pad" and seed < 2,
         )
         for seed in range(seeds)
-        for arm in ("norm", "fedbn", "pad")
+        for arm in ("alone", "norm", "fedbn", "pad")
     ]
 
 
@@ -249,6 +250,11 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
     folder = Path(scratch) / name
     shutil.rmtree(folder, ignore_errors=True)
     started = time.process_time()
+    if cell.arm.startswith("alone"):
+        by_itself = alone(config, folder)
+        shutil.rmtree(folder)
+        seconds = round(time.process_time() - started, 1)
+        return {"cell": dataclasses.asdict(cell), **by_itself, "seconds": seconds}
     result = run(config, folder)
     found = {
         "cell": dataclasses.asdict(cell),
@@ -256,8 +262,6 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
         "validation": [line["accuracy"]["own_key"] for line in result.validation],
         "mixes": on_own_mix(config, folder, result.shared),
         "label_thief": label_thief(config, folder, result.shared) if cell.thief else None,
-        "pads": result.pads,
-        "data": result.origin,
         "seconds": round(time.process_time() - started, 1),
     }
     shutil.rmtree(folder)  # keys and private states are of no further use
@@ -282,96 +286,38 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def markdown(document: dict[str, Any]) -> str:
-    """The tables."""
-    about = [
-        f"- {name}: `{block['command']}` at commit {block['commit']}, {block['date']}"
-        f"{block.get('note', '')}"
-        for name, block in document["blocks"].items()
-    ]
-    parts = [
-        "# The pad: accuracy, and what the key is worth\n",
-        "\n".join(about) + "\n",
-        "Percent of "
-        "the test set, mean ± 95 % interval over seeds (Student's t). *Own mix*: test images "
-        "weighted as each client's own labels. *Outsider*: the global model with γ = ±1, β = 0, "
-        "random stem, statistics re-estimated or not, the best. *No lock*: insiders included, who "
-        "have the other clients' mean lock and stem.\n",
-    ]
-    for name, block in document["blocks"].items():
-        parts.append(f"## {name}\n\n{_table(name, block['arms'])}\n")
-    for name, block in document["blocks"].items():
-        if any(figures["label_thief"] for figures in block["arms"].values()):
-            parts.append(f"## A thief with labels, {name}\n\n{_thieves(block['arms'])}\n")
-    return "\n".join(parts)
-
-
-def _table(name: str, block: dict[str, Any]) -> str:
-    if name == "renewal":
-        rows = [
-            [arm, *(f"{100 * v:.1f}" for v in f["validation"][0]), interval(f["own_key"])]
-            for arm, f in block.items()
-        ]
-        rounds = max(len(f["validation"][0]) for f in block.values())
-        return table(["renewal", *(f"r{i + 1}" for i in range(rounds)), "test"], rows)
-    rows = []
-    for arm, figures in block.items():
-        against = f"norm,{arm.partition(',')[2]}" if name == "clients" else "norm"
-        other = block.get(against)
-        versus = "" if other is None or arm == against else paired(block, arm, against)[0]
-        p95, validation = figures["wrong_key_p95"], [v[-1] for v in figures["validation"] if v]
-        rows.append(
-            [
-                arm,
-                interval(figures["own_key"]),
-                versus,
-                interval(figures["own_mix"]),
-                interval(figures["wrong_key"]) if figures["wrong_key"] else "–",
-                f"{100 * p95:.1f}" if p95 is not None else "–",
-                interval(figures["outsider"]),
-                interval(figures["no_lock"]),
-                interval(validation) if validation else "–",
-                str(len(figures["own_key"])),
-            ]
-        )
-    header = ["arm", "own key", "− norm", "own mix", "wrong key", "p95", "outsider", "no lock"]
-    return table([*header, "validation", "seeds"], rows)
-
-
-def _thieves(block: dict[str, Any]) -> str:
-    rows = []
-    for arm, figures in block.items():
-        for k in LABELS if figures["label_thief"] else ():
-            found = [one[str(k)] for one in figures["label_thief"]]
-            rows.append(
-                [
-                    arm,
-                    str(k),
-                    interval([f["thief"] for f in found]),
-                    interval([f["scratch"] for f in found]),
-                    interval([f["thief"] - f["scratch"] for f in found]),
-                ]
-            )
-    return table(["arm", "labels a class", "thief", "from scratch", "difference"], rows)
+def later(block: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """What stands about a block some of whose arms were run again."""
+    kept = {n: value for n, value in block.items() if n != "arms"}
+    again = f"; again `{made['command']}` at {made['commit']}, {made['date']}"
+    return {**kept, "note": kept.get("note", "") + again}
 
 
 def main() -> None:
     """Runs what is missing and writes results/pad.json and .md after every block."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", default=",".join(BLOCKS), help="comma-separated")
+    parser.add_argument("--arms", help="what their names begin with; others stay as they are")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "pad")
     args = parser.parse_args()
     wanted = args.blocks.split(",")
-    cost = sum(cell.cost for block in wanted for cell in cells_of(block, args.seeds))
+
+    def asked(block: str) -> list[Cell]:
+        arms = args.arms.split(",") if args.arms else None
+        return [
+            c for c in cells_of(block, args.seeds) if not arms or c.arm.partition(",")[0] in arms
+        ]
+
+    cost = sum(cell.cost for block in wanted for cell in asked(block))
     say(f"cost: about {cost / 60 / args.processes:.0f} minutes on {args.processes} idle cores")
     path = args.out / "pad.json"
     known = json.loads(path.read_text())["blocks"] if path.exists() else {}
     document: dict[str, Any] = {"blocks": {b: known[b] for b in BLOCKS if b in known}}
     for block in wanted:
-        cells = cells_of(block, args.seeds)
+        cells = asked(block)
         found = run_cells(
             {c.name: (c, str(args.scratch)) for c in cells},
             work,
@@ -379,14 +325,17 @@ def main() -> None:
             processes=args.processes,
             costs={c.name: c.cost for c in cells},
         )
-        command = f"python studies/pad.py --blocks {block} --seeds {args.seeds}"
-        document["blocks"][block] = {
-            **provenance(command),
-            "arms": {
-                arm: summarize([r for r in found.values() if r["cell"]["arm"] == arm])
-                for arm in dict.fromkeys(c.arm for c in cells)
-            },
+        arms = {
+            arm: summarize([r for r in found.values() if r["cell"]["arm"] == arm])
+            for arm in dict.fromkeys(c.arm for c in cells)
         }
+        command = f"python studies/pad.py --blocks {block} --seeds {args.seeds}"
+        made = provenance(command + (f" --arms {args.arms}" if args.arms else ""))
+        if args.arms and block in document["blocks"]:
+            made = later(document["blocks"][block], made)
+            arms = {**document["blocks"][block]["arms"], **arms}
+        order = dict.fromkeys(c.arm for c in cells_of(block, args.seeds))
+        document["blocks"][block] = {**made, "arms": {a: arms[a] for a in order if a in arms}}
         write(path, document)
         (args.out / "pad.md").write_text(markdown(json.loads(json.dumps(document))))
         say(f"{block}: wrote {args.out / 'pad.md'}")

@@ -8,14 +8,47 @@ from typing import Any
 LABELS = (1, 10, 100)
 
 
-def on_own_mix(config: Any, folder: Path, shared: Any) -> list[float]:
+def alone(config: Any, folder: Path) -> dict[str, Any]:
+    """Every examined client trained by itself on its own images, as long and at the same rate.
+
+    Without this nobody knows what a federation is worth, nor what a defense leaves of that.
+    """
+    import statistics
+    from dataclasses import replace
+
+    from fedkl.federation import run
+    from fedkl.federation.session import _parts, load_data
+
+    bundle = load_data(config)
+    one = replace(
+        config,
+        federation=replace(config.federation, clients=1),
+        data=replace(config.data, partition="iid", samples=None),
+    )
+    accuracies, mixes = [], []
+    for client, rows in enumerate(_parts(config, bundle)[: config.evaluation.clients]):
+        own = replace(bundle, train=bundle.train.subset(rows))
+        place = folder / str(client)
+        result = run(one, place, bundle=own)
+        accuracies.append(result.accuracy.own_key)
+        mixes += on_own_mix(one, place, result.shared, own)
+    nobody = dict.fromkeys(("wrong_key", "outsider", "no_lock"))
+    return {
+        "accuracy": {"own_key": statistics.fmean(accuracies), "wrong_keys": [], **nobody},
+        "validation": [],
+        "mixes": mixes,
+        "label_thief": None,
+    }
+
+
+def on_own_mix(config: Any, folder: Path, shared: Any, bundle: Any = None) -> list[float]:
     """Accuracy of each examined client on test images weighted as the labels of its own images."""
     import torch
 
     from fedkl.federation.evaluate import EVAL_BATCH, reestimate
     from fedkl.federation.session import Session
 
-    session = Session(config, folder)
+    session = Session(config, folder, bundle)
     space, test = session.workspace, session.bundle.test
     found = []
     for client in range(min(config.evaluation.clients, len(session.parts))):

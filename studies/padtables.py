@@ -1,0 +1,88 @@
+"""The tables of results/pad.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accuracy import interval, paired
+from cells import table
+from thief import LABELS
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The tables."""
+    about = [
+        f"- {name}: `{block['command']}` at commit {block['commit']}, {block['date']}"
+        f"{block.get('note', '')}"
+        for name, block in document["blocks"].items()
+    ]
+    parts = [
+        "# The pad: accuracy, and what the key is worth\n",
+        "\n".join(about) + "\n",
+        "Percent of the test set, mean ± 95 % interval over seeds (Student's t). *Own mix*: test "
+        "images weighted as each client's own labels. *alone*: no federation, every client trains "
+        "by itself, as long; what a federation is worth is measured against it. *Outsider*: the "
+        "global model with γ = ±1, β = 0, random stem, statistics re-estimated or not, the best. "
+        "*No lock*: insiders included, who have the other clients' mean lock and stem.\n",
+    ]
+    for name, block in document["blocks"].items():
+        parts.append(f"## {name}\n\n{_table(name, block['arms'])}\n")
+    for name, block in document["blocks"].items():
+        if any(figures["label_thief"] for figures in block["arms"].values()):
+            parts.append(f"## A thief with labels, {name}\n\n{_thieves(block['arms'])}\n")
+    return "\n".join(parts)
+
+
+def _table(name: str, block: dict[str, Any]) -> str:
+    if name == "renewal":
+        rows = [
+            [arm, *(f"{100 * v:.1f}" for v in f["validation"][0]), interval(f["own_key"])]
+            for arm, f in block.items()
+        ]
+        rounds = max(len(f["validation"][0]) for f in block.values())
+        return table(["renewal", *(f"r{i + 1}" for i in range(rounds)), "test"], rows)
+    rows = []
+    for arm, figures in block.items():
+        against = f"norm,{arm.partition(',')[2]}" if name == "clients" else "norm"
+        other = block.get(against)
+        versus = "" if other is None or arm == against else paired(block, arm, against)[0]
+        p95, validation = figures["wrong_key_p95"], [v[-1] for v in figures["validation"] if v]
+        rows.append(
+            [
+                arm,
+                interval(figures["own_key"]),
+                versus,
+                interval(figures["own_mix"]),
+                _of_all(figures["wrong_key"]),
+                f"{100 * p95:.1f}" if p95 is not None else "–",
+                _of_all(figures["outsider"]),
+                _of_all(figures["no_lock"]),
+                interval(validation) if validation else "–",
+                str(len(figures["own_key"])),
+            ]
+        )
+    header = ["arm", "own key", "− norm", "own mix", "wrong key", "p95", "outsider", "no lock"]
+    return table([*header, "validation", "seeds"], rows)
+
+
+def _of_all(values: list[float | None]) -> str:
+    """Mean and interval, or a dash where there is nothing to measure."""
+    found = [value for value in values if value is not None]
+    return interval(found) if found else "–"
+
+
+def _thieves(block: dict[str, Any]) -> str:
+    rows = []
+    for arm, figures in block.items():
+        for k in LABELS if figures["label_thief"] else ():
+            found = [one[str(k)] for one in figures["label_thief"]]
+            rows.append(
+                [
+                    arm,
+                    str(k),
+                    interval([f["thief"] for f in found]),
+                    interval([f["scratch"] for f in found]),
+                    interval([f["thief"] - f["scratch"] for f in found]),
+                ]
+            )
+    return table(["arm", "labels a class", "thief", "from scratch", "difference"], rows)
