@@ -286,11 +286,19 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def later(block: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-    """What stands about a block some of whose arms were run again."""
-    kept = {n: value for n, value in block.items() if n != "arms"}
-    again = f"; again `{made['command']}` at {made['commit']}, {made['date']}"
-    return {**kept, "note": kept.get("note", "") + again}
+def asked(block: str, seeds: int, arms: str | None) -> list[Cell]:
+    """The runs of a block, or those of ``arms``."""
+    names = arms.split(",") if arms else None
+    return [c for c in cells_of(block, seeds) if not names or c.arm.partition(",")[0] in names]
+
+
+def joined(before: dict[str, Any] | None, now: dict[str, Any], order: list[str]) -> dict[str, Any]:
+    """A block some of whose arms were run again, the others as they were; arms in ``order``."""
+    arms = {**(before or {}).get("arms", {}), **now["arms"]}
+    if before is not None:
+        again = f"; again `{now['command']}` at {now['commit']}, {now['date']}"
+        now = {**before, "note": before.get("note", "") + again}
+    return {**now, "arms": {arm: arms[arm] for arm in dict.fromkeys(order) if arm in arms}}
 
 
 def main() -> None:
@@ -303,21 +311,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "pad")
     args = parser.parse_args()
-    wanted = args.blocks.split(",")
-
-    def asked(block: str) -> list[Cell]:
-        arms = args.arms.split(",") if args.arms else None
-        return [
-            c for c in cells_of(block, args.seeds) if not arms or c.arm.partition(",")[0] in arms
-        ]
-
-    cost = sum(cell.cost for block in wanted for cell in asked(block))
+    plan = {block: asked(block, args.seeds, args.arms) for block in args.blocks.split(",")}
+    cost = sum(cell.cost for cells in plan.values() for cell in cells)
     say(f"cost: about {cost / 60 / args.processes:.0f} minutes on {args.processes} idle cores")
     path = args.out / "pad.json"
     known = json.loads(path.read_text())["blocks"] if path.exists() else {}
     document: dict[str, Any] = {"blocks": {b: known[b] for b in BLOCKS if b in known}}
-    for block in wanted:
-        cells = asked(block)
+    for block, cells in plan.items():
         found = run_cells(
             {c.name: (c, str(args.scratch)) for c in cells},
             work,
@@ -331,11 +331,9 @@ def main() -> None:
         }
         command = f"python studies/pad.py --blocks {block} --seeds {args.seeds}"
         made = provenance(command + (f" --arms {args.arms}" if args.arms else ""))
-        if args.arms and block in document["blocks"]:
-            made = later(document["blocks"][block], made)
-            arms = {**document["blocks"][block]["arms"], **arms}
-        order = dict.fromkeys(c.arm for c in cells_of(block, args.seeds))
-        document["blocks"][block] = {**made, "arms": {a: arms[a] for a in order if a in arms}}
+        before = document["blocks"].get(block) if args.arms else None
+        order = [c.arm for c in cells_of(block, args.seeds)]
+        document["blocks"][block] = joined(before, {**made, "arms": arms}, order)
         write(path, document)
         (args.out / "pad.md").write_text(markdown(json.loads(json.dumps(document))))
         say(f"{block}: wrote {args.out / 'pad.md'}")

@@ -19,7 +19,7 @@ from fedkl.cli.show import err, out, plain, say, table_of
 from fedkl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedkl.audit import Event
+    from fedkl.audit import AuditConfig, Event
 
 # What an audit trains unless told otherwise: enough for a model that works, in a minute or two.
 START: Final = {
@@ -115,7 +115,7 @@ def audit(
 
       fedkl audit --batch-size 8 --local-steps 5 --effort quick --out runs/updates
     """
-    from fedkl.audit import EXIT_CODES, AuditConfig, run_audit
+    from fedkl.audit import EXIT_CODES, AuditConfig
     from fedkl.audit.config import CONTROLS
 
     if run_folder is not None and config_file is not None:
@@ -146,24 +146,33 @@ def audit(
         candidates=candidates,
         certificate=certificate,
     )
-    # The command that began it: an audit that was interrupted gives the same JSON.
-    facts = {"command": command_line(without="--resume"), "versions": versions()}
     sources = {} if run_folder is None else {config.run.defense.name: run_folder}
-    try:
-        with watching_audit() as watch:
-            result = run_audit(
-                config, out_folder, sources=sources, resume=resume, facts=facts, listen=watch
-            )
-    except KeyboardInterrupt:
-        again = command_line() + ("" if resume else " --resume")
-        begun = (out_folder / AUDIT).exists()
-        say(f"interrupted; continue with: {again}" if begun else "interrupted before it began.")
-        raise typer.Exit(130) from None
+    result = _watched(config, out_folder, sources, resume=resume)
     from fedkl.report import write_audit_page
 
     write_audit_page(out_folder)
     _conclude(result, out_folder)
     raise typer.Exit(EXIT_CODES[result["verdict"]["overall"]])
+
+
+def _watched(
+    config: AuditConfig, folder: Path, sources: Mapping[str, Path], *, resume: bool
+) -> dict[str, Any]:
+    """The audit, with its progress on show; says how to go on when it is interrupted."""
+    from fedkl.audit import run_audit
+
+    # The command that began it: an audit that was interrupted gives the same JSON.
+    facts = {"command": command_line(without="--resume"), "versions": versions()}
+    try:
+        with watching_audit() as watch:
+            return run_audit(
+                config, folder, sources=sources, resume=resume, facts=facts, listen=watch
+            )
+    except KeyboardInterrupt:
+        again = command_line() + ("" if resume else " --resume")
+        begun = (folder / AUDIT).exists()
+        say(f"interrupted; continue with: {again}" if begun else "interrupted before it began.")
+        raise typer.Exit(130) from None
 
 
 def base_of(run_folder: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from fedkl.cli.show import out, plain, table_of
 from fedkl.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedkl.audit import Event
     from fedkl.audit.arsenal import Arsenal
     from fedkl.audit.update import UpdateConfig
@@ -98,11 +100,7 @@ def audit_update(
         spec=None if spec is None else _spec(spec),
         gradient=gradient,
     )
-    images = None
-    if truth is not None:
-        images = read_state(truth).get("images")
-        if images is None:
-            raise ConfigError(f"{truth} holds no tensor named 'images'; save one under that name.")
+    images = None if truth is None else _images(truth)
     if out_folder.exists() and not out_folder.is_dir():
         raise OutputError(f"{out_folder} is not a folder; choose another --out.")
     facts = {"command": command_line(), "versions": versions(), "model": model}
@@ -121,6 +119,15 @@ def audit_update(
             tell=lambda done, of, loss: watch(Event("attack", "", done, of, loss)),
         )
     _show(result, out_folder)
+
+
+def _images(truth: Path) -> Tensor:
+    from fedkl.audit.update import read_state
+
+    images = read_state(truth).get("images")
+    if images is None:
+        raise ConfigError(f"{truth} holds no tensor named 'images'; save one under that name.")
+    return images
 
 
 def _arsenal(
