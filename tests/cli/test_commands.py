@@ -27,7 +27,7 @@ from fedkl.federation import RunConfig
 from fedkl.key import Key
 
 COMMANDS = ["train", "evaluate", "audit", "audit-update", "certify", "inspect", "keygen", "demo"]
-MAIN = [sys.executable, "-c", "import sys; from fedkl.cli import main; sys.exit(main())"]
+MAIN = [sys.executable, "-m", "fedkl"]
 
 
 def test_train_writes_what_it_promises(finished: Path) -> None:
@@ -317,3 +317,11 @@ def test_message_does_not_obey_control_characters(call: Call, tmp_path: Path) ->
     assert answer.code == 2
     assert "\x1b" not in answer.err
     assert answer.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("word", "code"), [("--version", 0), ("nonsense", 2)])
+def test_as_a_module(word: str, code: int) -> None:
+    done = subprocess.run([sys.executable, "-m", "fedkl", word], capture_output=True, text=True)
+    assert done.returncode == code
+    assert ("fedkl" in done.stdout) == (code == 0)
+    assert "Traceback" not in done.stderr
