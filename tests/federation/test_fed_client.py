@@ -44,9 +44,8 @@ def naive(defense: str, model: str, shared: Any, given: ClientTask, cfg: Trainin
     plain = build(model, num_classes=10, channels=1, image_size=16, generator=derive(0, "other"))
     net = value.prepare(plain, given.key, digits().public.batch(torch.arange(4))[0])
     load_shared_state(net, shared)
-    if given.private is not None:
-        if given.private:
-            load_private_state(net, given.private)
+    if given.private:
+        load_private_state(net, given.private)
     net.train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=given.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
