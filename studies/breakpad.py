@@ -115,7 +115,7 @@ def cells_of(part: str, victims: int) -> list[Cell]:
         return [Cell(part, "likelihood", PAD, 200)]
     return [
         Cell(part, f"{model}, T = {t}", PAD, count, model=model)
-        for model, most in (("lenet", 64), ("resnet20", 4))
+        for model, most in (("lenet", 64), ("resnet20", 1))
         for t, count in POOLED.items()
         if t <= most
     ]
