@@ -311,19 +311,22 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def contact_sheet(scratch: Path, path: Path) -> None:
-    """True images and reconstructions of every cell as one PNG."""
-    from fedkl.audit.pictures import save_png
+    """True images above, reconstructions below, of every cell, with its name."""
+    import numpy as np
+    from PIL import Image, ImageDraw
 
-    bands = []
-    for name in CELLS:
+    margin, band = 210, 2 * SIZE + 6
+    sheet = Image.new("RGB", (margin + COUNT * SIZE, len(CELLS) * band), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, name in enumerate(CELLS):
+        draw.text((4, i * band + SIZE - 5), name, fill="black")
         kept = json.loads((scratch / "pictures" / f"{name}.pt.json").read_text())
-        for kind in ("truth", "found"):
-            x = torch.tensor(kept[kind], dtype=torch.uint8).view(kept["shape"]).float() / 255
-            x = x.expand(-1, 3, -1, -1)
-            blank = torch.ones(COUNT - len(x), *x.shape[1:])
-            bands.append(torch.cat(list(torch.cat([x, blank])), dim=-1))
-        bands.append(torch.ones(3, 4, COUNT * SIZE))
-    save_png(torch.cat(bands, dim=1), path)
+        for j, kind in enumerate(("truth", "found")):
+            x = np.array(kept[kind], dtype=np.uint8).reshape(kept["shape"])
+            for k, image in enumerate(np.broadcast_to(x, (len(x), 3, SIZE, SIZE))):
+                tile = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+                sheet.paste(tile, (margin + k * SIZE, i * band + j * SIZE))
+    sheet.save(path, optimize=True)
 
 
 def main() -> None:
