@@ -43,6 +43,10 @@ class LockError(FedKLError, ValueError):
     """A model cannot be locked or unlocked as asked."""
 
 
+class ShortcutWarning(UserWarning):
+    """Something of the input goes around the first lock of a pad, which does not hide that part."""
+
+
 class StateError(FedKLError, ValueError):
     """Names, shapes or dtypes of a state do not match the model it is meant for."""
 

@@ -76,3 +76,31 @@ def test_derivative_of_cosine(near: float) -> None:
     ):
         for mine, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-17, 1e-12, 1e-6, 1.0, 1e6, 1e17])
+def test_cosine_knows_no_scale(
+    scale: float, pairs: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    wanted = float(cosine(pairs))
+    for scaled in ([(scale * m, s) for m, s in pairs], [(m, scale * s) for m, s in pairs]):
+        made = [m.requires_grad_() for m, _ in scaled]
+        value = cosine(scaled)
+        assert float(value.detach()) == pytest.approx(wanted, rel=1e-5)
+        whole = torch.cat([g.double().flatten() for g in torch.autograd.grad(value, made)])
+        # At a fixed length there is nothing to gain along the gradient itself.
+        along = torch.cat([m.detach().double().flatten() for m in made])
+        assert abs(float(whole @ along / (whole.norm() * along.norm()))) < 1e-4
+
+
+def test_a_gradient_without_a_direction_is_no_match() -> None:
+    seen = torch.randn(6, generator=derive(1, "seen"))
+    for nothing in (torch.zeros(6), 1e-25 * seen):
+        assert float(cosine([(nothing, seen)])) == 1
+    assert math.isnan(float(cosine([(1e30 * seen, seen)])))
+    made = torch.stack([torch.zeros(6), seen, -seen]).requires_grad_()
+    losses = vmap(lambda m: cosine([(m, seen)]))(made)
+    torch.testing.assert_close(losses, torch.tensor([1.0, 0.0, 2.0]), rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(losses.sum(), made)
+    assert bool((gradient[0] == 0).all())
+    assert bool(gradient.isfinite().all())

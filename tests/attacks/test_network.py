@@ -10,6 +10,7 @@ import torch
 from attackhelp import CLASSES, gradient_of, images, observe, tiny
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.nn import functional as F
 from torch.nn.functional import cross_entropy, one_hot
 
 from fedkl.attacks import InvertingGradients
@@ -141,6 +142,42 @@ def test_plain_autograd_gives_the_same_change_and_derivative_by_image_and_secret
             many = vmap(grad(size, argnums=(0, 1)))(scales, batch)
         for mine, theirs in zip(many, wanted, strict=True):
             torch.testing.assert_close(mine, torch.stack([theirs] * 2), rtol=1e-3, atol=1e-4)
+
+
+class Forgetting(nn.Module):
+    """Drops by functions, not modules, with rates that stay on in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3, bias=False), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout2d(F.conv2d(input=x, weight=self.conv.weight), 0.5)
+        y = F.dropout(input=torch.dropout(y, 0.5, train=True).flatten(2), p=0.5)
+        y = y.transpose(1, 2)
+        y = F.scaled_dot_product_attention(y, y, y, None, 0.5)
+        y = F.scaled_dot_product_attention(y, y, y, dropout_p=0.5)
+        out: Tensor = self.fc(y.mean(dim=1))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of attention under vmap
+@pytest.mark.parametrize("trials", [1, 2, MANY])
+def test_nothing_is_dropped_by_functions_either(trials: int) -> None:
+    model = Forgetting()
+    observation = observe(model, images(1, (1, 8, 8)), torch.tensor([0]))[0]
+    network = Network(observation)
+    x, y = images(1, (1, 8, 8)), one_hot(torch.tensor([0]), CLASSES).float()
+    with network.running(trials):
+        if trials == 1:
+            first, second = (network.gradient({}, x, y) for _ in range(2))
+        else:
+            first, second = (
+                vmap(lambda image: network.gradient({}, image, y))(x.expand(trials, 1, 1, 8, 8))
+                for _ in range(2)
+            )
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert all(bool(g.isfinite().all()) for g in first.values())
 
 
 class Dropping(nn.Module):

@@ -325,3 +325,34 @@ def test_as_a_module(word: str, code: int) -> None:
     assert done.returncode == code
     assert ("fedkl" in done.stdout) == (code == 0)
     assert "Traceback" not in done.stderr
+
+
+SHORTCUT = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.fc((self.bn(y) + y).mean(dim=(2, 3)))
+
+def factory(num_classes, channels, image_size):
+    return Net()
+"""
+
+
+@pytest.mark.filterwarnings("always::fedkl.errors.ShortcutWarning")
+def test_a_way_around_the_pad_is_told_in_one_line(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shortcut_net.py").write_text(SHORTCUT)
+    monkeypatch.syspath_prepend(tmp_path)
+    sizes = ["--channels", "1", "--image-size", "8", "--defense", "pad"]
+    answer = call("inspect", "--model", "shortcut_net:factory", *sizes)
+    assert answer.code == 0
+    (line,) = [line for line in answer.err.splitlines() if "warning" in line.lower()]
+    assert line.startswith("warning: something of the input passes the first lock, on bn, by")

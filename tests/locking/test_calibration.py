@@ -68,3 +68,16 @@ def test_a_model_without_a_lock_is_an_error_but_for_the_engine() -> None:
         calibrate(plain, [IMAGE])
     estimate_statistics(plain, [IMAGE], every_norm=True)
     assert bool(plain[1].running_mean.any())  # type: ignore[index, union-attr, operator]
+
+
+def test_instance_norms_that_keep_statistics_are_calibrated_as_well() -> None:
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    model = lock(nn.Sequential(nn.Conv2d(1, 4, 3), norm), KEY, layers="1", example=IMAGE[:, :1])
+    before = model[1].momentum  # type: ignore[index]
+    batches = [IMAGE[:, :1] * 5 + 3, IMAGE[:, :1]]
+    calibrate(model, batches)
+    with torch.no_grad():
+        means = [model[0](x).mean(dim=(0, 2, 3)) for x in batches]  # type: ignore[index, operator]
+    wanted = torch.stack(means).mean(dim=0)
+    torch.testing.assert_close(model[1].running_mean, wanted)  # type: ignore[index]
+    assert model[1].momentum == before  # type: ignore[index]

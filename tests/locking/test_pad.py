@@ -223,6 +223,26 @@ def test_a_head_is_private_by_default_where_something_is_left_to_share() -> None
         lock(alone, KEY, scheme="pad", head=True, example=torch.tensor([[1, 2, 3]]))
 
 
+class Heads(nn.Module):
+    """Two output layers; the one that runs last is not the classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.mid = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(144, 8)
+        self.classes, self.box = nn.Linear(8, 5), nn.Sequential(nn.Linear(8, 4), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.mid(self.bn(self.conv(x)).relu().flatten(1)).relu()
+        return {"classes": self.classes(h), "box": self.box(h)}
+
+
+def test_every_output_layer_is_a_head() -> None:
+    model = lock(Heads(), KEY, scheme="pad", example=torch.rand(4, 1, 8, 8))
+    assert set(shared_state(model)) == {"mid.weight", "mid.bias"}
+    model = lock(Heads(), KEY, scheme="pad", head=False, example=torch.rand(4, 1, 8, 8))
+    assert {"classes.weight", "box.0.weight"} <= set(shared_state(model))
+
+
 def test_stem_and_head_come_from_the_key_alone() -> None:
     """Whatever weights a model brings, and whoever knows them."""
     states = []

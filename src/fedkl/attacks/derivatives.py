@@ -54,9 +54,9 @@ class TwiceDifferentiable(TorchFunctionMode):
 
 
 def _batch_norm(
-    x: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
@@ -64,8 +64,9 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """The signature of :func:`torch.nn.functional.batch_norm`."""
-    if not training or mean is not None or x.numel() in (0, x.shape[1]):
-        return batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
+    x = input
+    if not training or running_mean is not None or x.numel() in (0, x.shape[1]):
+        return batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = x.new_ones(x.shape[1]) if weight is None else weight
     shift = x.new_zeros(x.shape[1]) if bias is None else bias
     out: Tensor = _Norm.apply(x, scale, shift, eps)[0]
@@ -246,7 +247,7 @@ class _Geometry:
 
 def _convolution(
     func: Callable[..., Tensor],
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
@@ -255,7 +256,7 @@ def _convolution(
     groups: int = 1,
 ) -> Tensor:
     """The signature of :func:`torch.conv2d` and its like."""
-    dims = _CONVOLUTIONS[func]
+    x, dims = input, _CONVOLUTIONS[func]
     if isinstance(padding, str) or x.dim() != dims + 2:
         return func(x, weight, bias, stride, padding, dilation, groups)
 

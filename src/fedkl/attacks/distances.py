@@ -12,6 +12,9 @@ from torch.autograd.function import once_differentiable
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
+LEAST: Final = 1e-35
+"""Least squared length of a gradient that has a direction: below it float32 loses digits."""
+
 
 def squared(pairs: Pairs) -> Tensor:
     """The squared Euclidean distance over all entries (Zhu et al. 2019, equation 4)."""
@@ -22,7 +25,8 @@ def cosine(pairs: Pairs) -> Tensor:
     """One minus the cosine of the angle between the whole gradients (Geiping et al. 2020).
 
     As half the squared distance of the two unit vectors, which is the same and keeps its digits
-    where the angle is small: 1 - 0.9999999 has one digit left in float32.
+    where the angle is small: 1 - 0.9999999 has one digit left in float32. Of a made gradient that
+    is zero, or rounds to it when squared, it is 1 with derivative 0; NaN where squares overflow.
     """
     made = [m for m, _ in pairs]
     length: Tensor = _Cosine.apply(*made, *(s for _, s in pairs))[0]
@@ -41,10 +45,13 @@ class _Cosine(Function):
     @staticmethod
     def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
         made, seen = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        # Never quite zero, for all gradients may vanish.
-        inverse, other = ((_squares(one) + 1e-20).rsqrt() for one in (made, seen))
+        size = _squares(made)
+        there = size >= LEAST
+        inverse = torch.where(there, size.rsqrt(), 0)
+        other = _squares(seen).clamp_min(LEAST).rsqrt()
         apart = [torch.addcmul(s * -other, m, inverse) for m, s in zip(made, seen, strict=True)]
-        return 0.5 * _squares(apart), inverse, *apart
+        value = torch.where(there, 0.5 * _squares(apart), 1)
+        return torch.where(torch.isfinite(size), value, torch.nan), inverse, *apart
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:

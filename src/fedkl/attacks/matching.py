@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from fedkl.attacks.arrangements import arrangements
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
-from fedkl.attacks.distances import DISTANCES
+from fedkl.attacks.distances import DISTANCES, LEAST
 from fedkl.attacks.labels import infer_labels, tells_labels
 from fedkl.attacks.network import Network, Tensors
 from fedkl.attacks.record import Record, refuse_lost, tell
@@ -364,7 +364,7 @@ def _check_size(observation: Observation, names: Sequence[str]) -> None:
     """Raises unless there is something to match, of a size that can be squared."""
     for change in observation.changes:
         size = float(torch.stack([change[name].detach().square().sum() for name in names]).sum())
-        if size == 0:
+        if size < LEAST:
             raise AttackError(
                 "every entry of the update that could be matched is zero, or rounds to it when "
                 "squared (a loss of zero, say): it tells nothing. Leave this victim out."

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
-from torch.nn.functional import log_softmax
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 from torchvision.ops import StochasticDepth
 
 from fedkl.attacks.base import each
@@ -103,7 +104,7 @@ class Network:
 
     def logits(self, parameters: Tensors, x: Tensor) -> Tensor:
         """Output (B, classes) for images (B, C, H, W) under ``parameters`` (all, by name)."""
-        with TwiceDifferentiable() if self._trials >= MANY else nullcontext():
+        with Undropped(), TwiceDifferentiable() if self._trials >= MANY else nullcontext():
             output = functional_call(self.model, {**parameters, **self.buffers}, (x,))
         if isinstance(output, tuple | list):  # auxiliary heads behind; clients train on the first
             output = output[0]
@@ -116,7 +117,7 @@ class Network:
 
     def loss(self, parameters: Tensors, x: Tensor, y: Tensor) -> Tensor:
         """Mean cross entropy against label distributions ``y`` (B, classes)."""
-        return -(y * log_softmax(self.logits(parameters, x), dim=-1)).sum(dim=-1).mean()
+        return -(y * F.log_softmax(self.logits(parameters, x), dim=-1)).sum(dim=-1).mean()
 
     def gradient(self, secrets: Tensors, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Gradient of the mean loss by the shared parameters, by name."""
@@ -204,6 +205,36 @@ class Network:
     def observed(self, change: Tensors) -> dict[str, Tensor]:
         """The entries of an observed change that belong to shared parameters, in order."""
         return {name: change[name].detach() for name in self.shared}
+
+
+class Undropped(TorchFunctionMode):
+    """Within it nothing is dropped out, however a model asks for it: no attacker knows what was."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            if len(args) > _RATE:
+                args = (*args[:_RATE], 0.0, *args[_RATE + 1 :])
+            else:
+                kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
+
+
+_RATE: Final = 4  # query, key, value, mask, and then how much attention drops
+_DROPOUTS: Final = frozenset(
+    {
+        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+        torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout,
+    }
+)  # fmt: skip
 
 
 def _mean(parts: Sequence[Tensors]) -> dict[str, Tensor]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Annotated
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +21,9 @@ from fedkl.cli.evaluate import evaluate
 from fedkl.cli.inspection import inspect
 from fedkl.cli.keys import keygen
 from fedkl.cli.provenance import arguments
-from fedkl.cli.show import plain
+from fedkl.cli.show import plain, say
 from fedkl.cli.train import train
-from fedkl.errors import FedKLError
+from fedkl.errors import FedKLError, ShortcutWarning
 
 DONE, USER, INTERNAL, INTERRUPTED = 0, 2, 70, 130
 
@@ -106,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments.set(tuple(words))
     try:
-        code = app(args=words or ["--help"], prog_name="fedkl", standalone_mode=False)
+        with _telling():
+            code = app(args=words or ["--help"], prog_name="fedkl", standalone_mode=False)
     except _Usage as error:
         message = error.format_message().rstrip(".")
         return _refuse(f"{message}. Try: {_help_of(words)}")
@@ -124,6 +127,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _internal(error)
     return code if isinstance(code, int) else DONE
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Within it a warning of ours is one line, without the place in the code that gave it."""
+    show = warnings.showwarning
+
+    def tell(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, ShortcutWarning):
+            say(f"warning: {message}")
+        else:
+            show(message, category, *rest)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = tell  # type: ignore[assignment]
+        yield
 
 
 def _help_of(words: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from copy import deepcopy
 from typing import Any, Final
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fedkl.errors import ConfigError, LockError, unknown
+from fedkl.errors import ConfigError, LockError, ShortcutWarning, unknown
 from fedkl.key import Key
 from fedkl.locking.check import verify
 from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
-from fedkl.locking.install import Plan, install, plan, remove, target_of
+from fedkl.locking.install import Plan, install, plan, remove, site_name, target_of
 from fedkl.locking.pad import Pad, PadAffine
+from fedkl.locking.passing import passes_by
 from fedkl.locking.scheme import Scheme
 from fedkl.locking.schemes import Channel, scheme_of
 from fedkl.locking.select import Layers, select
@@ -48,7 +50,8 @@ def lock(
 
     Args:
         model: Any module. Stays as it is unless ``inplace``.
-        key: The client's key. None only for the keyless schemes.
+        key: The client's key. None only for the keyless schemes. A pad is a function of key, layer
+            names and epoch: one key for one model, or the same pad serves twice.
         scheme: A name or a :class:`Scheme`. ``pad`` hides images: one γ and β per position, a
             private stem and head (docs/theory.md says from whom and how long; takes an example).
             ``channel`` and the presets ``paper`` and ``paper-sigmoid`` make the model useless
@@ -70,6 +73,10 @@ def lock(
     Returns:
         The locked model; same forward signature.
 
+    Warns:
+        ShortcutWarning: Something of the input goes around the first lock of a pad, as in a
+            pre-norm transformer or a second branch: the pad does not hide that part.
+
     Raises:
         LockError: Nothing can be locked or nothing would be left to share, a lock would have no
             effect, the model is locked already, or ``layers`` names something that cannot carry a
@@ -87,16 +94,32 @@ def lock(
     order = registered(locked) if example is None else trace(locked, example)
     targets = select(locked, layers, order, traced=example is not None)
     try:
-        what = plan(locked, value, targets, order.order, example)
+        what = plan(locked, value, targets, order, example)
         sources = install(locked, key, value, what, norm, share_statistics)
         if group is not None:
             agree(locked, group)
         if example is not None:
             verify(locked, sources, example)
+            if isinstance(value, Pad) and value.stem:
+                _warn_of_shortcuts(locked, what, example)
     except Exception:
         remove(locked)
         raise
     return locked
+
+
+def _warn_of_shortcuts(model: nn.Module, what: Plan, example: Any) -> None:
+    first = what.targets[0]
+    if passes_by(model, first.name, what.stem, example):
+        warnings.warn(
+            f"something of the input passes the first lock, on {site_name(first)}, by: a shortcut, "
+            "a second branch or a residual stream goes around it, and what takes that way is not "
+            "hidden. "
+            "Lock where all ways meet (layers=…), or expect of this pad that it keeps others from "
+            "using the model, not that it hides images (docs/theory.md, shortcuts).",
+            ShortcutWarning,
+            stacklevel=3,
+        )
 
 
 def lock_like(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fedkl.errors import DataError
 from fedkl.locking.holder import lock_spec, unwrap
@@ -17,7 +18,7 @@ from fedkl.locking.survey import call
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, every_norm: bool = False) -> None:
-    """Running statistics of the locked batch norms anew, from unlabelled inputs (in place).
+    """Running statistics of the locked norms anew, from unlabelled inputs (in place).
 
     Private statistics belong to the weights a client trained itself; those that come back from the
     server are an average, under which the old statistics are off. A client calibrates before it
@@ -27,7 +28,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, every_norm: bool = Fa
         model: A locked model; nothing happens if it has no private statistics.
         batches: Inputs of the model; every batch counts the same. A few hundred examples do. Of a
             data loader's (inputs, labels) the inputs are taken.
-        every_norm: Re-estimate shared batch norms as well.
+        every_norm: Re-estimate shared norms as well.
 
     Raises:
         LockError: The model is not locked.
@@ -52,7 +53,7 @@ def estimate_statistics(
     norms = [
         norm
         for norm in root.modules()
-        if isinstance(norm, _BatchNorm) and norm.track_running_stats
+        if isinstance(norm, _BatchNorm | _InstanceNorm) and norm.track_running_stats
         if every_norm or id(norm.running_mean) in private
     ]
     given = _iterator(batches)
@@ -100,17 +101,28 @@ def _inputs(batch: Any) -> Any:
     return inputs
 
 
+class _Cumulative:
+    """Makes running statistics a mean over the batches; instance norms have no mode for that."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        self.seen += 1
+        norm.momentum = 1 / self.seen  # type: ignore[assignment]
+
+
 @contextmanager
-def _gathering(root: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
+def _gathering(root: nn.Module, norms: Sequence[_BatchNorm | _InstanceNorm]) -> Iterator[None]:
     """Within the block ``norms`` alone are in train mode and take cumulative statistics anew."""
     modes = {module: module.training for module in root.modules()}
     momenta = [norm.momentum for norm in norms]
     kept = [(b, b.detach().clone()) for norm in norms for b in norm.buffers(recurse=False)]
     root.eval()
+    handles = [norm.register_forward_pre_hook(_Cumulative()) for norm in norms]
     try:
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # cumulative
             norm.train()
         yield
     except BaseException:
@@ -118,6 +130,8 @@ def _gathering(root: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
             buffer.copy_(before)
         raise
     finally:
+        for handle in handles:
+            handle.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for module, mode in modes.items():

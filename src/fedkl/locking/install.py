@@ -34,6 +34,7 @@ from fedkl.locking.sources import AffineSource
 from fedkl.locking.spec import LockSpec, SiteSpec
 from fedkl.locking.split import RECORD, record, split
 from fedkl.locking.stem import draw_private, give_back, make_private, owned
+from fedkl.locking.survey import Trace
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,17 @@ class Plan:
         targets: Where locks stand, in order of execution.
         sizes: Of positional schemes the size of every lock, by the target's site name.
         private: Names of further private tensors: stem and head.
+        stem: Those of the stem alone; empty if it is not known.
     """
 
     targets: Sequence[Target]
     sizes: Mapping[str, Size] = field(default_factory=dict)
     private: tuple[str, ...] = ()
+    stem: tuple[str, ...] = ()
 
 
 def plan(
-    model: nn.Module, scheme: Scheme, targets: Sequence[Target], order: Sequence[str], example: Any
+    model: nn.Module, scheme: Scheme, targets: Sequence[Target], ran: Trace, example: Any
 ) -> Plan:
     """Sizes of the locks and names of the private layers, from a run on ``example``.
 
@@ -65,17 +68,18 @@ def plan(
     sizes = {site_name(t): _longer(outputs[t.name], scheme.max_length) for t in targets}
     private: list[str] = []
     if scheme.stem:
-        private += stem_of(model, example, targets[0].name, order)
+        private += stem_of(model, example, targets[0].name, ran.order)
+    stem, order = tuple(private), ran.order
     taken = _affines_of(model, targets)
     if scheme.head is not False:
-        private += _head(model, scheme, order, {*private, *taken})
+        private += _head(model, scheme, ran, {*private, *taken})
     if scheme.lock_head_input:
         head = head_of(order, model)
         target = Target(head, insert=True, before=True)
         size = activation_sizes(model, example, [head], inputs=True)[head]
         targets = [*targets, target]
         sizes[site_name(target)] = _longer(size, scheme.max_length)
-    return Plan(targets, sizes, tuple(n for n in private if n not in taken))
+    return Plan(targets, sizes, tuple(n for n in private if n not in taken), stem)
 
 
 def _affines_of(model: nn.Module, targets: Sequence[Target]) -> set[str]:
@@ -89,16 +93,15 @@ def _affines_of(model: nn.Module, targets: Sequence[Target]) -> set[str]:
     }
 
 
-def _head(
-    model: nn.Module, scheme: Pad | OpenPad, order: Sequence[str], taken: Set[str]
-) -> list[str]:
-    """Names of the head's parameters, as far as they are not taken already.
+def _head(model: nn.Module, scheme: Pad | OpenPad, ran: Trace, taken: Set[str]) -> list[str]:
+    """Names of the parameters of the head and of further output layers, if not taken already.
 
     Empty if nobody asked for a private head and it, with what is taken, is all there is to share.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     try:
-        ids = {id(p) for p in model.get_submodule(head_of(order, model)).parameters()}
+        heads = (head_of(ran.order, model), *ran.ends)
+        ids = {id(p) for name in heads for p in model.get_submodule(name).parameters()}
     except LockError:
         if scheme.head:
             raise

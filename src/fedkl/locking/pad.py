@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedkl.errors import ConfigError, LockError, SecretError, unknown
 from fedkl.key import Key, KeyStream
 from fedkl.locking.scheme import Scheme, Site
-from fedkl.locking.sources import PICKLE_REMEDY, AffineSource, PrivateAffine, Sealed
+from fedkl.locking.sources import LOST, PICKLE_REMEDY, AffineSource, PrivateAffine, Sealed, kept
 
 SCALE_LAWS: Final[Mapping[str, tuple[float, float]]] = {
     "near-one": (1.0, 0.3),
@@ -68,15 +68,16 @@ class PadAffine(AffineSource):
         self.shift_learned = None if zeros is None else nn.Parameter(zeros)
         self.register_buffer("epoch", torch.tensor(epoch))
         self._drawn = epoch
-        self._stale = False
-        self._sealed = Sealed(pad)
+        self._stale = self._lost = False
+        self._sealed = self._master = Sealed(pad)
 
     def redraw(self, pad: Tensor, epoch: int, owner: str) -> None:
         """Puts another pad (2, *shape) in the place of this one; what was learned stays."""
         old = self._sealed.tensor
         self.owner = owner
+        self._master = Sealed(pad)
         self._sealed = Sealed(pad.to(old.device, old.dtype))
-        self._drawn, self._stale = epoch, False
+        self._drawn, self._stale, self._lost = epoch, False, False
         with torch.no_grad():
             self.epoch.fill_(epoch)
 
@@ -96,6 +97,8 @@ class PadAffine(AffineSource):
         return self._sealed.tensor
 
     def _pad(self, index: int, learned: Tensor | None) -> Tensor:
+        if self._lost:
+            raise LockError(LOST)
         if self._stale:
             raise LockError(STALE)
         value = self._sealed.tensor[index]
@@ -113,7 +116,10 @@ class PadAffine(AffineSource):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PadAffine:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._sealed = Sealed(fn(self._sealed.tensor))
+        # From the numbers as drawn: a visit to half precision costs no digits.
+        old = self._sealed.tensor
+        self._sealed = Sealed(fn(self._master.tensor.to(old.device)))
+        self._lost = self._lost or not kept(old, self._sealed.tensor)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -178,8 +184,9 @@ class Pad(Scheme):
             own gradient alone, an entry of an affine that of all its n positions: a step moves
             what is learned by lr·n·gain².
         stem: Whether everything up to and including the first lock is private, drawn from the key.
-        head: Whether the classifier (the last linear layer that runs) is private as well, so that
-            no gradient gives its input away. None: yes, unless nothing would be left to share.
+        head: Whether the classifier is private as well, so that no gradient gives its input away:
+            the last linear layer that runs in eval mode, and every layer whose output is an output
+            of the model there. None: yes, unless nothing would be left to share.
         lock_head_input: Whether a norm with a pad is inserted in front of the classifier.
         max_length: Rows allocated for tokens (T, D); None takes the example's length. Of shorter
             inputs the first T rows are used.

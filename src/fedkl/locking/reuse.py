@@ -50,7 +50,14 @@ def restart_lock(model: nn.Module, key: Key | None, group: Key | None = None) ->
         agree(model, group)
 
 
-def renew(model: nn.Module, key: Key, epoch: int, *, keep_learned: bool = False) -> None:
+def renew(
+    model: nn.Module,
+    key: Key,
+    epoch: int,
+    *,
+    keep_learned: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
     """Puts the pad of another epoch into a locked model (in place).
 
     What was learned on top belongs to the old pad and starts again, unless ``keep_learned``.
@@ -61,6 +68,8 @@ def renew(model: nn.Module, key: Key, epoch: int, *, keep_learned: bool = False)
         key: The client's key, the one that drew the present pad.
         epoch: Number of the pad, above :func:`epoch_of` and below 2**63.
         keep_learned: Whether learned maps stay.
+        optimizer: The client's. Its moments of the learned maps are dropped along with them, or
+            the next step would add what was learned under the old pad.
 
     Raises:
         LockError: The scheme has no pad, or ``key`` is none or another. Nothing is changed.
@@ -86,6 +95,10 @@ def renew(model: nn.Module, key: Key, epoch: int, *, keep_learned: bool = False)
             "renew it with the same key, or put another in with set_key(model, key) first."
         )
     _redraw(model, scheme, key, epoch, keep_learned=keep_learned)
+    if optimizer is not None and not keep_learned:
+        for source in sources_of(model).values():
+            for parameter in source.parameters():
+                optimizer.state.pop(parameter, None)
 
 
 def _redraw(

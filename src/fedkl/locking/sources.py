@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import SecretError
+from fedkl.errors import LockError, SecretError
 
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "identity": lambda value: value,
@@ -46,6 +46,21 @@ class Sealed:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sealed:
         return self  # nothing writes into it; another key comes in another Sealed
+
+
+LOST: Final = (
+    "this lock's secret was emptied with the rest of the model (to_empty, or a visit to the meta "
+    "device), and no state dict brings it back: put the key in again with "
+    "fedkl.locking.set_key(model, key)."
+)
+
+
+def kept(before: Tensor, after: Tensor) -> bool:
+    """Whether a secret came through a move or cast of its module: its values are what they were."""
+    if before.is_meta or after.is_meta:
+        return False
+    was, now = before.detach().double(), after.detach().to(before.device).double()
+    return bool((now - was).norm() <= 0.02 * was.norm())  # not so if anything is NaN
 
 
 class AffineSource(nn.Module, ABC):
@@ -137,6 +152,8 @@ class KeyedAffine(AffineSource):
         self.scale_bias = nn.Parameter(torch.zeros(features)) if bias else None
         self.shift_bias = nn.Parameter(torch.zeros(features)) if bias else None
         self._sealed = None if key_vector is None else Sealed(key_vector * factor)
+        self._master = self._sealed
+        self._lost = False
         # A tuple hides the neighbor from nn.Module, which would register it as a child.
         self._previous = (previous,)
 
@@ -149,7 +166,9 @@ class KeyedAffine(AffineSource):
         """Puts another key's vector in place; a source that is fed by another has none."""
         if self._sealed is not None:
             old = self._sealed.tensor
-            self._sealed = Sealed((vector * self.factor).to(old.device, old.dtype))
+            self._master = Sealed(vector * self.factor)
+            self._sealed = Sealed(self._master.tensor.to(old.device, old.dtype))
+            self._lost = False
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """What the two matrices are multiplied with: (for the scale, for the shift)."""
@@ -182,6 +201,8 @@ class KeyedAffine(AffineSource):
     def _linear(self, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> Tensor:
         if before is None:
             assert self._sealed is not None
+            if self._lost:
+                raise LockError(LOST)
             value = torch.mv(weight, self._sealed.tensor.to(weight.device))
         else:
             value = torch.mv(weight, before.to(weight.device) * self.factor)
@@ -190,7 +211,11 @@ class KeyedAffine(AffineSource):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeyedAffine:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._sealed is not None:
-            self._sealed = Sealed(fn(self._sealed.tensor))
+            assert self._master is not None
+            # From the numbers as drawn: a visit to half precision costs no digits.
+            old = self._sealed.tensor
+            self._sealed = Sealed(fn(self._master.tensor.to(old.device)))
+            self._lost = self._lost or not kept(old, self._sealed.tensor)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:

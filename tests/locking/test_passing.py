@@ -1,0 +1,147 @@
+"""What goes around the first lock of a pad, and secrets that a move of the model loses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedkl.errors import LockError, ShortcutWarning
+from fedkl.key import Key
+from fedkl.locking import lock, renew, set_key
+from fedkl.models import build
+from fedkl.rng import derive
+
+KEY = Key.generate()
+X = torch.rand(4, 1, 8, 8, generator=derive(0, "x"))
+TOKENS = torch.randint(5, (4, 6), generator=derive(0, "tokens"))
+
+
+class Ways(nn.Module):
+    """A stem with a norm, and perhaps a way around it."""
+
+    def __init__(self, way: str = "") -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)
+        self.side, self.fc = nn.Linear(64, 128), nn.Linear(128, 3)
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.conv(x)
+        y = self.bn(stem).relu().flatten(1)
+        if self.way == "branch":
+            y = y + self.side(x.flatten(1))
+        if self.way == "shortcut":
+            y = y + stem.flatten(1)
+        if self.way == "behind":
+            y = y + self.side(y[:, :64])
+        out: Tensor = self.fc(y)
+        return out
+
+
+class Encoder(nn.Module):
+    """Token ids have no derivative; the embedding in the stem has."""
+
+    def __init__(self, *, norm_first: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 8)
+        self.block = nn.TransformerEncoderLayer(
+            8, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first
+        )
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.block(self.embed(ids)).mean(dim=1))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("make", "example"),
+    [
+        (lambda: Ways("branch"), X),
+        (lambda: Ways("shortcut"), X),
+        (lambda: Encoder(norm_first=True), TOKENS),
+    ],
+)
+def test_a_way_around_the_first_lock_is_told(
+    make: Callable[[], nn.Module], example: Tensor
+) -> None:
+    with pytest.warns(ShortcutWarning, match="passes the first lock"):
+        model = lock(make(), KEY, scheme="pad", example=example)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "example"),
+    [
+        (Ways, X),
+        (lambda: Ways("behind"), X),
+        (lambda: Encoder(norm_first=False), TOKENS),
+        (lambda: resnet20(), X),
+    ],
+)
+def test_nothing_is_told_where_there_is_none(
+    make: Callable[[], nn.Module], example: Tensor
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lock(make(), KEY, scheme="pad", example=example)
+        lock(Ways("branch"), KEY, scheme="channel", example=X)  # which hides nothing anyway
+
+
+def resnet20() -> nn.Module:
+    return build("resnet20", num_classes=3, channels=1, image_size=8, generator=derive(0, "net"))
+
+
+def locked(scheme: str) -> nn.Module:
+    return lock(Ways(), KEY, scheme=scheme, example=X).eval()
+
+
+@pytest.mark.parametrize("scheme", ["pad", "channel"])
+def test_half_precision_and_back_costs_the_secret_nothing(scheme: str) -> None:
+    model = locked(scheme)
+    state, before = {n: t.clone() for n, t in model.state_dict().items()}, model(X)
+    for dtype in (torch.bfloat16, torch.float16):
+        model.to(dtype)(X.to(dtype))
+        model.float().load_state_dict(state)
+    torch.testing.assert_close(model(X), before, rtol=0, atol=0)
+    double = model.double()(X.double())
+    torch.testing.assert_close(double.float(), before, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("scheme", ["pad", "channel"])
+@pytest.mark.parametrize("empty", [lambda m: m.to_empty(device="cpu"), lambda m: m.to("meta")])
+def test_a_secret_that_was_emptied_is_missed(scheme: str, empty: Callable[[Any], Any]) -> None:
+    model = locked(scheme)
+    state, before = {n: t.clone() for n, t in model.state_dict().items()}, model(X)
+    empty(model)
+    if next(model.parameters()).is_meta:
+        model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    with pytest.raises(LockError, match=r"emptied.*set_key"):
+        model(X)
+    set_key(model, KEY)
+    torch.testing.assert_close(model(X), before, rtol=0, atol=0)
+
+
+def test_renewal_drops_momentum_of_what_starts_again() -> None:
+    model = lock(Ways(), KEY, scheme="pad", example=X).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        optimizer.step()
+    renew(model, KEY, 1, optimizer=optimizer)
+    optimizer.zero_grad(set_to_none=False)
+    kept = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    moved = {
+        n: bool((p != k).any()) for (n, p), k in zip(model.named_parameters(), kept, strict=True)
+    }
+    assert not any(m for n, m in moved.items() if "learned" in n)
+    assert moved["fc.weight"]  # others go on
