@@ -98,12 +98,14 @@ def test_the_gradient_of_a_shared_stem_is_a_path_beside_the_lock() -> None:
     assert min(found.remaining, found.swapped) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore::fedkl.errors.ShortcutWarning")  # it is the point
 def test_a_path_around_the_first_lock_is_found() -> None:
     found = checked(Shortcut(), scheme="pad")
     assert not found.cut
     assert min(found.remaining, found.swapped) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore::fedkl.errors.ShortcutWarning")  # it is the point
 def test_cancellation_agrees_with_the_dense_certificate() -> None:
     for model, hidden in ((plain(), True), (Shortcut(), False)):
         settings: dict[str, object] = {"scheme": "pad", "head": False}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy, one_hot, unfold
 
 from fedkl.certificate import cancellation, prior_of
+from fedkl.errors import ShortcutWarning
 from fedkl.key import Key
 from fedkl.locking import lock, lock_spec, shared_state
 from fedkl.locking.rebuild import held_secrets
@@ -174,8 +175,10 @@ def test_under_a_pad_any_picture_explains_the_gradient() -> None:
 
 
 def test_a_shortcut_around_the_first_lock_voids_the_argument() -> None:
-    observation, held = seen(Shortcut(), X, Y, scheme="pad")
-    locked = lock(Shortcut(), KEY, example=torch.rand(4, 1, 6, 6), scheme="pad")
+    with pytest.warns(ShortcutWarning):
+        locked = lock(Shortcut(), KEY, example=torch.rand(4, 1, 6, 6), scheme="pad")
+    with pytest.warns(ShortcutWarning):
+        observation, held = seen(Shortcut(), X, Y, scheme="pad")
     prior = prior_of(lock_spec(locked), held)
     found = cancellation(observation, X, Y, held, OTHER, prior=prior, generator=derive(0))
     assert found.swapped > 1e-3

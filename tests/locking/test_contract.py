@@ -33,6 +33,9 @@ from fedkl.locking.survey import call
 
 from .zoo import POSITIONAL, SCHEMES, SETTINGS, SMALL, RootNorm, TwoParents
 
+# The second of two inputs goes around the lock on the first.
+pytestmark = pytest.mark.filterwarnings("ignore::fedkl.errors.ShortcutWarning")
+
 KEY = Key.generate()
 CASES = [(name, layers) for name in SMALL for layers in ("first", "all")]
 

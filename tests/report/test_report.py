@@ -118,6 +118,12 @@ def test_unwritable_folder(tmp_path: Path) -> None:
         ([row("p", "norm", 0.84), LOCKED], "holds", "gains 0.5 points"),
         ([row("p", "norm", 0.87), LOCKED], "open", "costs 2.5 points"),
         ([LOCKED], "open", "not known"),
+        (
+            [NORM, LOCKED, row("pads", "pad", 0.85, 0.4)],
+            "does not hold",
+            "(pads) is right on 85.0 %",
+        ),
+        ([NORM, row("pads", "pad", 0.8, 0.1, outsider=0.1), LOCKED], "open", "costs 5.0 points"),
         ([NORM], "open", "No row here is locked"),
         ([NORM, row("l", "channel", 0.85, 0.21, outsider=0.1)], "does not hold", "wrong keys get"),
         ([NORM, row("l", "channel", 0.85, 0.1, p95=0.4, outsider=0.1)], "does not hold", "95th"),

@@ -22,7 +22,7 @@ class Verdict:
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
-    """What the rows say about the locked model among them.
+    """What the rows say about the locked models among them, each by name.
 
     Args:
         rows: Summaries with ``name``, ``defense``, ``method`` and ``accuracy``.
@@ -30,11 +30,19 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     Returns:
         ``holds`` if outsiders are kept out at no more than ``COST`` against the same network with
         an ordinary norm; ``does not hold`` if they are not; ``open`` if there is nothing to
-        compare or the cost is higher.
+        compare or the cost is higher. Of several locks the worst word.
     """
-    locked = next((row for row in rows if row["accuracy"]["wrong_key"] is not None), None)
-    if locked is None:
+    locks = [row for row in rows if row["accuracy"]["wrong_key"] is not None]
+    if not locks:
         return Verdict("open", ("No row here is locked, so there is nothing to judge.",))
+    judged = [_judge(row, rows) for row in locks]
+    word = next(w for w in ("does not hold", "open", "holds") if any(w == j.word for j in judged))
+    sentences = [sentence for one in judged for sentence in one.sentences]
+    sentences.append("What the updates leak about the images is another question, not asked here.")
+    return Verdict(word, tuple(sentences))
+
+
+def _judge(locked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Verdict:
     found = locked["accuracy"]
     sentences = [
         f"With its own key the locked model ({locked['name']}) is right on "
@@ -52,7 +60,6 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         )
     cost, sentence = _cost(locked, rows)
     sentences.append(sentence)
-    sentences.append("What the updates leak about the images is another question, not asked here.")
     if outside:
         return Verdict("does not hold", tuple(sentences))
     return Verdict("open" if cost is None or cost > COST else "holds", tuple(sentences))
