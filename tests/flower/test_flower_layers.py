@@ -205,6 +205,19 @@ def test_secure_aggregation_equals_plain_within_quantization(tmp_path: Path) -> 
     assert distance(both.shared, again.shared) < 1e-3
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_secure_aggregation_weights_as_the_engine_does(weighted: bool, tmp_path: Path) -> None:
+    wanted = dataclasses.replace(
+        BASE,
+        data=dataclasses.replace(BASE.data, samples=None, partition="dirichlet", alpha=0.3),
+        federation=dataclasses.replace(BASE.federation, rounds=1, weighted=weighted),
+    )
+    assert len({len(part) for part in Session(wanted, tmp_path / "parts").parts}) > 1
+    plain = run(wanted, prepared(tmp_path, "plain"))
+    found, _ = once(tmp_path, wanted, "secret", secagg=True)
+    assert distance(found.shared, plain.shared) < 1e-4
+
+
 def test_the_server_never_holds_an_update(tmp_path: Path) -> None:
     """Everything that reaches the server is searched for what each client had computed."""
     one_round = dataclasses.replace(BASE, federation=dataclasses.replace(BASE.federation, rounds=1))
