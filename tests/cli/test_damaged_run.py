@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from cli_support import SMALL, Call, refused
+from cli_support import SMALL, Call, extended, refused
 
 from fedkl.key import Key
 
@@ -121,6 +121,20 @@ def no_checkpoint(run: Path) -> None:
         path.unlink()
 
 
+def extend(run: Path) -> None:
+    """As a run looks that was to go on to round 4 and was killed before round 3 ended."""
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"rounds": 2', '"rounds": 4'))
+
+
+def extend_and_play(run: Path) -> None:
+    extended(run, rounds=4, stop=3)
+
+
+def lose_newest(run: Path) -> None:
+    cut(run / "checkpoints" / "round-000002.safetensors")
+
+
 def nothing(run: Path) -> None:
     pass
 
@@ -185,6 +199,12 @@ DAMAGED: list[tuple[str, Callable[[Path], None], Sequence[str], Sequence[str]]] 
      ["no audit to resume", "without --resume"]),
     ("audit: no defense", nothing, [*AUDIT, "--defenses", ""], ["--defenses is empty", "norm"]),
     ("audit: nothing but commas", nothing, [*AUDIT, "--defenses", " ,"], ["--defenses is empty"]),
+    ("audit: extended", extend, AUDIT,
+     ["run is not finished: 2 of 4 rounds", "is of 2", "train --out", "--resume"]),
+    ("audit: extended and killed", extend_and_play, AUDIT, ["run is not finished: 3 of 4 rounds"]),
+    ("audit: newest checkpoint cut", lose_newest, AUDIT, ["run is not finished: 1 of 2 rounds"]),
+    ("certify: extended and killed", extend_and_play, CERTIFY,
+     ["run is not finished: 3 of 4 rounds"]),
     ("certify: no settings", spoil_settings, CERTIFY, ["config.json", "expected a table"]),
     ("certify: into the run", nothing, [*CERTIFY[:-1], "{tmp}/run"], ["holds a run"]),
     ("inspect: config cut", spoil_config, INSPECT, ["config.json"]),

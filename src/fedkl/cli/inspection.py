@@ -171,13 +171,16 @@ def _header(path: Path) -> Mapping[str, Any]:
 
 def _show_run(folder: Path) -> None:
     from fedkl.errors import CheckpointError
-    from fedkl.federation.folder import is_accuracy, read_config, read_summary
+    from fedkl.federation.folder import any_summary, is_accuracy, read_config, rounds_done
     from fedkl.federation.logbook import read_lines
 
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds no run (no config.json); check the path.")
     config = read_config(folder)
-    summary = read_summary(folder) if (folder / "summary.json").exists() else None
+    summary = any_summary(folder) if (folder / "summary.json").exists() else None
+    rounds = config.federation.rounds
+    if summary and not summary["rounds"] == rounds == rounds_done(folder, summary):
+        summary = None  # of an earlier end, before the run was asked for more rounds
     console = out()
     rows = []
     for section, values in config.to_dict().items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from fedkl.errors import CheckpointError, OutputError
+from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.config import RunConfig, config_from
 from fedkl.files import make_folder, read_json
 
@@ -74,6 +75,24 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """The summary of the finished run in ``folder``; its rounds and accuracy are what they should.
 
     Raises:
+        CheckpointError: It is missing, damaged, no summary, or not of the run's last round.
+        ConfigError: The run's config.json is no configuration.
+    """
+    found = any_summary(folder)
+    wanted = read_config(folder).federation.rounds
+    done = rounds_done(folder, found)
+    if not found["rounds"] == wanted == done:
+        raise CheckpointError(
+            f"{folder} is not finished: {done} of {wanted} rounds are done, and summary.json is of "
+            f"{found['rounds']}; continue with: fedkl train --out {folder} --resume"
+        )
+    return found
+
+
+def any_summary(folder: Path) -> dict[str, Any]:
+    """As :func:`read_summary`, but it may be of fewer rounds than the run was then asked for.
+
+    Raises:
         CheckpointError: It is missing, damaged, or no summary.
     """
     path = folder / "summary.json"
@@ -86,6 +105,16 @@ def read_summary(folder: Path) -> dict[str, Any]:
             "--resume."
         )
     return dict(found)
+
+
+def rounds_done(folder: Path, summary: Mapping[str, Any]) -> int:
+    """The round of the newest checkpoint that can be used; without one, that of the summary.
+
+    Raises:
+        CheckpointError: There are checkpoints and all are damaged.
+    """
+    latest, _ = Checkpoints(folder / "checkpoints").latest()
+    return int(summary["rounds"]) if latest is None else latest.round
 
 
 def is_accuracy(value: object) -> bool:
