@@ -103,6 +103,13 @@ def spoil_settings(run: Path) -> None:
     (run / "config.json").write_text("[]")
 
 
+def settings_are(text: str) -> Callable[[Path], None]:
+    def damage(run: Path) -> None:
+        (run / "config.json").write_text(text)
+
+    return damage
+
+
 def short_key(run: Path) -> None:
     Key.from_vector([1.0] * 10).save(run / "keys" / "client-00001.key", overwrite=True)
 
@@ -149,6 +156,13 @@ DAMAGED: list[tuple[str, Callable[[Path], None], Sequence[str], Sequence[str]]] 
     ("all checkpoints cut", cut_all, [*RESUME, "--rounds", "3"], ["checkpoint", "can be used"]),
     ("fewer rounds than done", nothing, [*RESUME, "--rounds", "1"], ["2 rounds already"]),
     ("config cut", spoil_config, RESUME, ["config.json", "not valid JSON"]),
+    ("config is a list", settings_are("[1]"), RESUME, ["config.json", "got [1]", "Restore it"]),
+    ("config is null", settings_are("null"), RESUME, ["config.json", "got None", "Restore it"]),
+    ("config is empty", settings_are("{}"), RESUME, ["config.json", "got {}", "Restore it"]),
+    ("inspect a run with a passphrase", nothing, [*INSPECT, "--passphrase-file", "/nope"],
+     ["--passphrase-file is for key files"]),
+    ("inspect a run with settings", nothing, [*INSPECT, "--defense", "pad", "--image-size", "64"],
+     ["--image-size and --defense are for --model", "leave"]),
     ("config edited", edit_config, RESUME, ["'lrr'", "'lr'"]),
     ("key cut", spoil_key, RESUME, ["client-00001.key", "not a whole FedKL key file"]),
     ("key lost", lose_key, RESUME, ["client-00001.key is missing", "Restore"]),

@@ -71,6 +71,22 @@ def read_config(folder: Path) -> RunConfig:
     return config_from(read_json(path), source=str(path))
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The contents of config.json in ``folder``, not looked at beyond being a run's at all.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or is something else.
+    """
+    path = folder / "config.json"
+    found = read_json(path)
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(
+            f"{path} is not a run's configuration: expected a table of settings, got {found!r}. "
+            "Restore it from a copy, or start again in another folder."
+        )
+    return found
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary of the finished run in ``folder``; its rounds and accuracy are what they should.
 
@@ -140,16 +156,12 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[dict[str, Any] | None]:
             and ``resume`` is off.
         CheckpointError: ``resume`` is on and there is no run, or its configuration is damaged.
     """
-    path = folder / "config.json"
     check_folder(folder, resume=resume)
     make_folder(folder)
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         _claim(handle, folder)
-        found = read_json(path) if resume else None
-        if found is not None and not isinstance(found, dict):
-            raise CheckpointError(f"{path} is not a run's configuration; restore it from a copy.")
-        yield found
+        yield read_settings(folder) if resume else None
     finally:
         os.close(handle)
 
