@@ -27,6 +27,13 @@ def small_run_with(optimizer: str) -> RunConfig:
     return dataclasses.replace(run, training=dataclasses.replace(run.training, optimizer=optimizer))
 
 
+def centralized() -> RunConfig:
+    run = small_run()
+    return dataclasses.replace(
+        run, federation=dataclasses.replace(run.federation, method="centralized")
+    )
+
+
 def small_audit(**settings: Any) -> AuditConfig:
     values: dict[str, Any] = {
         "run": small_run(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from audithelp import small_audit, small_run, small_run_with
+from audithelp import centralized, small_audit, small_run, small_run_with
 
 from fedkl.attacks import InvertingGradients
 from fedkl.audit import Event, arsenal, run_audit
@@ -138,6 +139,19 @@ def test_folder_of_another_audit_is_refused(tmp_path: Path) -> None:
         run_audit(small_audit(stage="initial", images=2), tmp_path, resume=True)
 
 
+def test_an_audit_goes_on_with_other_workers(tmp_path: Path) -> None:
+    """The result does not depend on them."""
+    audit = small_audit(stage="initial", images=1)
+    run_audit(audit, tmp_path)
+    before = json.loads(whole(tmp_path))["rows"]
+    other = dataclasses.replace(audit.run, workers=2, checkpoint_every=3)
+    run_audit(dataclasses.replace(audit, run=other), tmp_path, resume=True)
+    assert json.loads(whole(tmp_path))["rows"] == before
+    other = dataclasses.replace(audit.run, seed=1)
+    with pytest.raises(ConfigError, match="other settings"):
+        run_audit(dataclasses.replace(audit, run=other), tmp_path, resume=True)
+
+
 def test_resumed_with_another_run_is_refused(tmp_path: Path) -> None:
     """Two runs of the same settings: keys come from the operating system, so the models differ."""
     config = small_run(name="channel")
@@ -181,6 +195,8 @@ def test_audit_of_its_own_runs_is_not_resumed_with_one_given(tmp_path: Path) -> 
         ({"defenses": ()}, "no defense"),
         ({"candidates": 1}, "at least 2"),
         ({"certificate": True, "aggregated": 2}, "one client's update, but aggregated is 2"),
+        ({"aggregated": 3}, "aggregated is 3, but the federation has 2 client"),
+        ({"run": centralized(), "aggregated": 2}, "aggregated is 2, but .* has 1 client"),
         ({"iterations": 0}, "iterations must be at least 1"),
         ({"parallel": 0}, "parallel must be at least 1"),
         ({"iterations": 5, "attacks": ("peel", "shadow")}, "none of the attacks searches"),

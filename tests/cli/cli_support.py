@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from fedkl.federation import Event, run
+from fedkl.federation.folder import read_config
 
 SMALL = [
     *("--dataset", "digits", "--image-size", "16", "--local-steps", "2", "--eval-every", "1"),
@@ -32,6 +37,22 @@ def snapshot(folder: Path) -> dict[str, str]:
         )
         for path in sorted(folder.rglob("*"))
     }
+
+
+def extended(folder: Path, *, rounds: int, stop: int) -> None:
+    """The finished run in ``folder``, asked for more rounds and killed after round ``stop``."""
+
+    class Killed(Exception):
+        pass
+
+    def on_event(event: Event) -> None:
+        if event.kind == "round" and event.round == stop:
+            raise Killed
+
+    config = read_config(folder)
+    longer = dataclasses.replace(config.federation, rounds=rounds)
+    with contextlib.suppress(Killed):
+        run(dataclasses.replace(config, federation=longer), folder, resume=True, on_event=on_event)
 
 
 def refused(call: Call, folder: Path, words: Sequence[str], fragments: Sequence[str]) -> None:

@@ -90,6 +90,7 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("zero seeds", with_(AUDIT, "--seeds", "0"), ["seeds must be at least 1"]),
     ("certificate of several", [*with_(AUDIT, "--aggregated", "2"), "--certificate"],
      ["one client's update", "aggregated is 2"]),
+    ("more aggregated than there are", with_(AUDIT, "--aggregated", "7"), ["aggregated is 7"]),
     ("no number", with_(AUDIT, "--images", "many"), ["--images", "integer"]),
     ("model", with_(AUDIT, "--model", "lenett"), ["'lenett'", "'lenet'"]),
     ("data set", with_(AUDIT, "--dataset", "digit"), ["'digit'", "'digits'"]),
@@ -133,6 +134,12 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("update: odd spec", with_(UPDATE, "--spec", "{tmp}/odd.json"), ["lock spec"]),
     ("update: truth", with_(UPDATE, "--truth", "{tmp}/no-images.safetensors"), ["'images'"]),
     ("update: small", with_(UPDATE, "--truth", "{tmp}/small.safetensors"), ["true images"]),
+    ("update: into a run", with_(UPDATE, "--out", "{tmp}/a-run"), ["holds a run", "another --out"]),
+    ("update: into an audit", with_(UPDATE, "--out", "{tmp}/an-audit"), ["holds an audit"]),
+    ("update: into another", with_(UPDATE, "--out", "{tmp}/an-update"), ["update.json", "--out"]),
+    ("update: gradient of steps",
+     [*with_(UPDATE, "--config", "{tmp}/seven.toml"), "--gradient"],
+     ["a gradient is of one step", "local_steps = 7", "momentum = 0.9"]),
     ("update: into a file", with_(UPDATE, "--out", "{tmp}/file"), ["not a folder"]),
 ]  # fmt: skip
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_support import SMALL, Call, snapshot
+from cli_support import SMALL, Call, extended, snapshot
 
 import fedkl.federation
 import fedkl.federation.session
@@ -207,6 +207,15 @@ def test_inspect_run_shows_settings_and_figures(call: Call, finished: Path) -> N
     assert "after round 2" in answer.out
     (finished / "summary.json").unlink()
     assert f"fedkl train --out {finished} --resume" in call("inspect", finished).out
+
+
+def test_inspect_of_an_extended_run_shows_no_figures_of_before(call: Call, finished: Path) -> None:
+    extended(finished, rounds=4, stop=3)
+    answer = call("inspect", finished)
+    assert "rounds = 4" in answer.out
+    assert "after round 3" in answer.out
+    assert f"Not finished; continue with: fedkl train --out {finished} --resume" in answer.out
+    assert "Accuracy on the test set" not in answer.out
 
 
 @pytest.mark.parametrize(

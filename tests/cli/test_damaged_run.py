@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from cli_support import SMALL, Call, refused
+from cli_support import SMALL, Call, extended, refused
 
 from fedkl.key import Key
 
@@ -103,6 +103,13 @@ def spoil_settings(run: Path) -> None:
     (run / "config.json").write_text("[]")
 
 
+def settings_are(text: str) -> Callable[[Path], None]:
+    def damage(run: Path) -> None:
+        (run / "config.json").write_text(text)
+
+    return damage
+
+
 def short_key(run: Path) -> None:
     Key.from_vector([1.0] * 10).save(run / "keys" / "client-00001.key", overwrite=True)
 
@@ -121,6 +128,20 @@ def no_checkpoint(run: Path) -> None:
         path.unlink()
 
 
+def extend(run: Path) -> None:
+    """As a run looks that was to go on to round 4 and was killed before round 3 ended."""
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"rounds": 2', '"rounds": 4'))
+
+
+def extend_and_play(run: Path) -> None:
+    extended(run, rounds=4, stop=3)
+
+
+def lose_newest(run: Path) -> None:
+    cut(run / "checkpoints" / "round-000002.safetensors")
+
+
 def nothing(run: Path) -> None:
     pass
 
@@ -135,6 +156,13 @@ DAMAGED: list[tuple[str, Callable[[Path], None], Sequence[str], Sequence[str]]] 
     ("all checkpoints cut", cut_all, [*RESUME, "--rounds", "3"], ["checkpoint", "can be used"]),
     ("fewer rounds than done", nothing, [*RESUME, "--rounds", "1"], ["2 rounds already"]),
     ("config cut", spoil_config, RESUME, ["config.json", "not valid JSON"]),
+    ("config is a list", settings_are("[1]"), RESUME, ["config.json", "got [1]", "Restore it"]),
+    ("config is null", settings_are("null"), RESUME, ["config.json", "got None", "Restore it"]),
+    ("config is empty", settings_are("{}"), RESUME, ["config.json", "got {}", "Restore it"]),
+    ("inspect a run with a passphrase", nothing, [*INSPECT, "--passphrase-file", "/nope"],
+     ["--passphrase-file is for key files"]),
+    ("inspect a run with settings", nothing, [*INSPECT, "--defense", "pad", "--image-size", "64"],
+     ["--image-size and --defense are for --model", "leave"]),
     ("config edited", edit_config, RESUME, ["'lrr'", "'lr'"]),
     ("key cut", spoil_key, RESUME, ["client-00001.key", "not a whole FedKL key file"]),
     ("key lost", lose_key, RESUME, ["client-00001.key is missing", "Restore"]),
@@ -185,6 +213,12 @@ DAMAGED: list[tuple[str, Callable[[Path], None], Sequence[str], Sequence[str]]] 
      ["no audit to resume", "without --resume"]),
     ("audit: no defense", nothing, [*AUDIT, "--defenses", ""], ["--defenses is empty", "norm"]),
     ("audit: nothing but commas", nothing, [*AUDIT, "--defenses", " ,"], ["--defenses is empty"]),
+    ("audit: extended", extend, AUDIT,
+     ["run is not finished: 2 of 4 rounds", "is of 2", "train --out", "--resume"]),
+    ("audit: extended and killed", extend_and_play, AUDIT, ["run is not finished: 3 of 4 rounds"]),
+    ("audit: newest checkpoint cut", lose_newest, AUDIT, ["run is not finished: 1 of 2 rounds"]),
+    ("certify: extended and killed", extend_and_play, CERTIFY,
+     ["run is not finished: 3 of 4 rounds"]),
     ("certify: no settings", spoil_settings, CERTIFY, ["config.json", "expected a table"]),
     ("certify: into the run", nothing, [*CERTIFY[:-1], "{tmp}/run"], ["holds a run"]),
     ("inspect: config cut", spoil_config, INSPECT, ["config.json"]),

@@ -56,6 +56,14 @@ def write_update_files(tmp_path: Path) -> Path:
     (tmp_path / "ten.toml").write_text(STEPS.replace("num_classes = 4", "num_classes = 10"))
     (tmp_path / "nothing.json").write_text("[]")
     (tmp_path / "odd.json").write_text('{"scheme": "channel"}')
+    (tmp_path / "seven.toml").write_text(STEPS + "local_steps = 7\nmomentum = 0.9\n")
+    for name, file in (
+        ("a-run", "config.json"),
+        ("an-audit", "audit-config.json"),
+        ("an-update", "update.json"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
     (tmp_path / "file").write_text("I am a file")
     (tmp_path / "empty").mkdir()
     return tmp_path

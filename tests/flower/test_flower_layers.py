@@ -16,7 +16,7 @@ from flwr.clientapp.mod import LocalDpMod
 from flwr.serverapp.strategy import FedAdam
 from torch import Tensor
 
-from fedkl.errors import ConfigError, FederationError
+from fedkl.errors import CheckpointError, ConfigError, FederationError
 from fedkl.federation import RunConfig, run
 from fedkl.federation.session import Session
 from fedkl.files import read_tensors
@@ -97,6 +97,57 @@ def test_a_strategy_goes_on_after_a_restart(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "parts" / "strategy").exists() == (name != "fedprox")
 
 
+class Stopped(Exception):
+    pass
+
+
+def stop_after(round_: int) -> Any:
+    def on_event(event: Any) -> None:
+        if event.kind == "round" and event.round == round_:
+            raise Stopped
+
+    return on_event
+
+
+@pytest.mark.parametrize("name", ["fedadam", "fedavgm"])
+def test_a_strategy_goes_on_from_a_checkpoint_of_long_ago(name: str, tmp_path: Path) -> None:
+    federation = dataclasses.replace(BASE.federation, rounds=8)
+    wanted = dataclasses.replace(BASE, federation=federation, checkpoint_every=4)
+    options = tuple(sorted(OPTIONS[name].items()))
+    whole, _ = once(tmp_path, wanted, "whole", strategy=name, options=options)
+    folder = prepared(tmp_path, "parts")
+    flower = FlowerConfig(folder=str(folder), strategy=name, options=options)
+    with pytest.raises(Stopped):
+        serve(loopback(wanted, flower), wanted, flower, on_event=stop_after(7))
+    assert [p.stem for p in (folder / "checkpoints").glob("round-*.json")] == ["round-000004"]
+    again = serve(loopback(wanted, flower), wanted, flower)
+    assert_same(again.shared, whole.shared)
+    kept = sorted(path.stem for path in (folder / "strategy").iterdir())
+    assert kept == ["round-000004", "round-000008"]
+
+
+@pytest.mark.parametrize("name", ["fedadam", "fedavgm"])
+def test_a_lost_momentum_is_refused(name: str, tmp_path: Path) -> None:
+    first = dataclasses.replace(BASE, federation=dataclasses.replace(BASE.federation, rounds=1))
+    options = tuple(sorted(OPTIONS[name].items()))
+    once(tmp_path, first, "run", strategy=name, options=options)
+    path = tmp_path / "run" / "strategy" / "round-000001.safetensors"
+    path.unlink()
+    flower = FlowerConfig(folder=str(tmp_path / "run"), strategy=name, options=options)
+    with pytest.raises(CheckpointError, match=f"{path.name}.*is missing.*restore"):
+        serve(loopback(BASE, flower), BASE, flower)
+
+
+def test_fedavgm_without_momentum_has_none_to_lose(tmp_path: Path) -> None:
+    first = dataclasses.replace(BASE, federation=dataclasses.replace(BASE.federation, rounds=1))
+    once(tmp_path, first, "run", strategy="fedavgm", options=(("server_momentum", 0.0),))
+    assert not (tmp_path / "run" / "strategy").exists()
+    flower = FlowerConfig(
+        folder=str(tmp_path / "run"), strategy="fedavgm", options=(("server_momentum", 0.0),)
+    )
+    serve(loopback(BASE, flower), BASE, flower)
+
+
 def test_fedprox_pulls_towards_the_global_state(tmp_path: Path) -> None:
     near, _ = once(tmp_path, BASE, "near", strategy="fedprox", options=(("proximal_mu", 15.0),))
     far, _ = once(tmp_path, BASE, "far", strategy="fedprox", options=(("proximal_mu", 0.0),))
@@ -152,6 +203,19 @@ def test_secure_aggregation_equals_plain_within_quantization(tmp_path: Path) -> 
     both, _ = once(tmp_path, BASE, "two rounds", secagg=True)
     again = run(BASE, prepared(tmp_path, "two plain rounds"))
     assert distance(both.shared, again.shared) < 1e-3
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_secure_aggregation_weights_as_the_engine_does(weighted: bool, tmp_path: Path) -> None:
+    wanted = dataclasses.replace(
+        BASE,
+        data=dataclasses.replace(BASE.data, samples=None, partition="dirichlet", alpha=0.3),
+        federation=dataclasses.replace(BASE.federation, rounds=1, weighted=weighted),
+    )
+    assert len({len(part) for part in Session(wanted, tmp_path / "parts").parts}) > 1
+    plain = run(wanted, prepared(tmp_path, "plain"))
+    found, _ = once(tmp_path, wanted, "secret", secagg=True)
+    assert distance(found.shared, plain.shared) < 1e-4
 
 
 def test_the_server_never_holds_an_update(tmp_path: Path) -> None:

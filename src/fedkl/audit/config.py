@@ -86,6 +86,7 @@ class AuditConfig:
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
         self._check_budget()
+        self._check_clients()
         if self.local_steps > 1 and self.run.training.optimizer != "sgd":
             raise ConfigError(
                 f"updates of {self.local_steps} steps are unrolled as SGD, but the run trains with "
@@ -93,6 +94,15 @@ class AuditConfig:
             )
         if self.candidates < 2:
             raise ConfigError(f"candidates must be at least 2, got {self.candidates}.")
+
+    def _check_clients(self) -> None:
+        federation = self.run.federation
+        clients = 1 if federation.method == "centralized" else federation.clients
+        if self.aggregated > clients:
+            raise ConfigError(
+                f"aggregated is {self.aggregated}, but the federation has {clients} client(s); "
+                "lower it, or train with more clients."
+            )
         if self.certificate and self.aggregated > 1:
             raise ConfigError(
                 f"a certificate is of one client's update, but aggregated is {self.aggregated}; "

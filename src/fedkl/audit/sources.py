@@ -97,11 +97,19 @@ def claim(audit: AuditConfig, folder: Path, given: Mapping[str, Path], resume: b
             "of both would be mixed. Give --run as it was when the audit began, with the run as it "
             "was then, or choose another --out."
         )
-    if before != _lists(audit.to_dict()):
+    if _lasting(before) != _lasting(_lists(audit.to_dict())):
         raise ConfigError(
             f"{folder} holds an audit with other settings; repeat its command, or choose "
             "another --out."
         )
+
+
+def _lasting(settings: Any) -> Any:
+    """Those of an audit without what its result does not depend on."""
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("run"), Mapping):
+        return settings
+    kept = {n: v for n, v in settings["run"].items() if n not in INDIFFERENT}
+    return {**settings, "run": kept}
 
 
 def _said(runs: Mapping[str, Any]) -> str:

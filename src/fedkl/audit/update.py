@@ -165,9 +165,12 @@ def observe_update(
         gradient: ``after`` holds the gradient of one step, as ``fedsgd`` sends it.
 
     Raises:
+        ConfigError: ``gradient`` of an update of several steps, or with momentum or weight decay.
         StateError: A state does not fit the model, or holds NaN or Inf.
         AttackError: The two are equal: there is nothing to see.
     """
+    if gradient:
+        config = _of_one_gradient(config)
     network = build(
         model,
         num_classes=config.num_classes,
@@ -191,14 +194,25 @@ def observe_update(
     change = {n: after[n] if gradient else before[n] - after[n] for n in shared}
     if not any(bool(t.any()) for t in change.values()):
         raise AttackError("before and after are equal: an update without a change shows nothing.")
-    if gradient:
-        config = replace(config, lr=None, momentum=0.0, weight_decay=0.0, local_steps=1)
     buffers = {n: after[n] for n in own if n not in shared}
     # What stands as it was has not been sent, or not been moved: it tells of no image.
     moved = not gradient and any(
         t.is_floating_point() and not torch.equal(t, before[n]) for n, t in buffers.items()
     )
     return _observation(network, config, change, buffers if moved else {}, spec)
+
+
+def _of_one_gradient(config: UpdateConfig) -> UpdateConfig:
+    """``config`` of a gradient, which no rate has scaled."""
+    one = UpdateConfig(num_classes=config.num_classes)
+    names = ("local_steps", "repeats", "momentum", "nesterov", "weight_decay")
+    if given := [n for n in names if getattr(config, n) != getattr(one, n)]:
+        said = ", ".join(f"{n} = {getattr(config, n)}" for n in given)
+        raise ConfigError(
+            f"a gradient is of one step; got {said}. Leave that out of the file of steps, or give "
+            "the weights after those steps without --gradient."
+        )
+    return replace(config, lr=None)
 
 
 def _observation(

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedkl.cli.audit import watching_audit
-from fedkl.cli.folders import named
+from fedkl.cli.folders import check_update_folder, named
 from fedkl.cli.provenance import command_line, versions
 from fedkl.cli.settings import ATTACKS, DATASETS, EFFORTS
 from fedkl.cli.show import out, plain, table_of
-from fedkl.errors import ConfigError, OutputError
+from fedkl.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +91,7 @@ def audit_update(
         read_state,
     )
 
+    check_update_folder(out_folder)
     config = UpdateConfig.from_dict(_steps(config_file))
     observation = observe_update(
         model,
@@ -101,8 +102,6 @@ def audit_update(
         gradient=gradient,
     )
     images = None if truth is None else _images(truth)
-    if out_folder.exists() and not out_folder.is_dir():
-        raise OutputError(f"{out_folder} is not a folder; choose another --out.")
     facts = {"command": command_line(), "versions": versions(), "model": model}
     names = tuple(dict.fromkeys(name.strip() for name in attacks.split(",") if name.strip()))
     with watching_audit() as watch:

@@ -56,3 +56,24 @@ def check_audit_folder(folder: Path, *, resume: bool) -> None:
             f"{folder} holds an audit already; add --resume to go on with it, or choose "
             "another --out."
         )
+
+
+def check_update_folder(folder: Path) -> None:
+    """Raises where the audit of an update would be mixed with something else.
+
+    Raises:
+        OutputError: It is no folder, or it holds a run, an audit or another update's.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is not a folder; choose another --out.")
+    check_apart(folder, "the audit of an update")
+    if (folder / AUDIT).exists():
+        raise OutputError(
+            f"{folder} holds an audit, and that of an update in it would mix the files of both; "
+            "choose another --out."
+        )
+    if (folder / "update.json").exists():
+        raise OutputError(
+            f"{folder} holds the audit of an update already (update.json), which would be "
+            "overwritten; choose another --out."
+        )

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 _MODEL = "Models"
 _KEY = "Key files"
+SIZES: Final = {"image_size": 32, "channels": 3, "num_classes": 10}
+LOCK: Final = {"defense": "channel", "layers": "all", "norm": "batch"}
+
+
+def _of_model(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=_MODEL, show_default=False)
 
 
 def inspect(
@@ -38,23 +44,22 @@ def inspect(
             rich_help_panel=_MODEL,
         ),
     ] = None,
-    image_size: Annotated[int, typer.Option(rich_help_panel=_MODEL)] = 32,
-    channels: Annotated[int, typer.Option(rich_help_panel=_MODEL)] = 3,
-    num_classes: Annotated[int, typer.Option(rich_help_panel=_MODEL)] = 10,
+    image_size: Annotated[int | None, _of_model("Default: 32.")] = None,
+    channels: Annotated[int | None, _of_model("Default: 3.")] = None,
+    num_classes: Annotated[int | None, _of_model("Default: 10.")] = None,
     defense: Annotated[
-        str,
-        typer.Option(help=f"One of: {', '.join(DEFENSES)}.", rich_help_panel=_MODEL),
-    ] = "channel",
+        str | None, _of_model(f"One of: {', '.join(DEFENSES)}. Default: channel.")
+    ] = None,
     layers: Annotated[
-        str,
-        typer.Option(
-            help="first, all, a module's name, or a regular expression that matches whole names.",
-            rich_help_panel=_MODEL,
+        str | None,
+        _of_model(
+            "first, all, a module's name, or a regular expression that matches whole names. "
+            "Default: all."
         ),
-    ] = "all",
+    ] = None,
     norm: Annotated[
-        str, typer.Option(help="Norm inserted where there is none.", rich_help_panel=_MODEL)
-    ] = "batch",
+        str | None, _of_model("Norm inserted where there is none. Default: batch.")
+    ] = None,
     passphrase: AskPassphrase = False,
     passphrase_file: PassphraseFile = None,
 ) -> None:
@@ -72,13 +77,34 @@ def inspect(
     """
     if (target is None) == (model is None):
         raise ConfigError("inspect one thing: a key file, a run folder, or --model NAME.")
+    sizes = _given(image_size=image_size, channels=channels, num_classes=num_classes)
+    settings = _given(defense=defense, layers=layers, norm=norm)
+    words = _given(passphrase=passphrase or None, passphrase_file=passphrase_file)
     if model is not None:
-        sizes = {"num_classes": num_classes, "channels": channels, "image_size": image_size}
-        _show_model(model, sizes, {"name": defense, "layers": layers, "norm": norm})
-    elif target is not None and target.is_dir():
+        _refuse(words, "key files")
+        _show_model(model, SIZES | sizes, LOCK | settings)
+        return
+    _refuse(sizes | settings, "--model")
+    assert target is not None
+    if target.is_dir():
+        _refuse(words, "key files")
         _show_run(target)
-    elif target is not None:
+    else:
         _show_key(target, passphrase_from(passphrase, passphrase_file))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(given: Mapping[str, Any], what: str) -> None:
+    """Raises where options were given that do nothing, as they are for ``what``."""
+    if given:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(
+            f"{flags} {'are' if len(given) > 1 else 'is'} for {what} and would do nothing here; "
+            "leave that out."
+        )
 
 
 def _show_model(name: str, sizes: Mapping[str, int], settings: Mapping[str, str]) -> None:
@@ -103,7 +129,7 @@ def _show_model(name: str, sizes: Mapping[str, int], settings: Mapping[str, str]
         rows.append(
             [row.name or "(the model)", row.module, row.kind, can + row.reason, share, lock]
         )
-    asked = f"{settings['name']}, layers {settings['layers']}"
+    asked = f"{settings['defense']}, layers {settings['layers']}"
     columns = ["name", "module", "kind", "lockable?", "adds", asked]
     out().print(table_of(f"{name}: what can carry a lock", columns, rows))
     print(f"{asked}: {len(locks) + len(inserted)} site(s).")
@@ -121,7 +147,10 @@ def _locks(
     from fedkl.locking import is_locked, lock_spec
     from fedkl.rng import derive
 
-    defense = make_defense(DefenseConfig(**settings))  # type: ignore[arg-type]
+    asked = DefenseConfig(
+        name=settings["defense"], layers=settings["layers"], norm=settings["norm"]
+    )
+    defense = make_defense(asked)
     shape = (4, sizes["channels"], sizes["image_size"], sizes["image_size"])
     example = torch.rand(shape, generator=derive(0, "example"))
     prepared = defense.prepare(model, Key.generate() if defense.keyed else None, example)
@@ -171,13 +200,16 @@ def _header(path: Path) -> Mapping[str, Any]:
 
 def _show_run(folder: Path) -> None:
     from fedkl.errors import CheckpointError
-    from fedkl.federation.folder import is_accuracy, read_config, read_summary
+    from fedkl.federation.folder import any_summary, is_accuracy, read_config, rounds_done
     from fedkl.federation.logbook import read_lines
 
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds no run (no config.json); check the path.")
     config = read_config(folder)
-    summary = read_summary(folder) if (folder / "summary.json").exists() else None
+    summary = any_summary(folder) if (folder / "summary.json").exists() else None
+    rounds = config.federation.rounds
+    if summary and not summary["rounds"] == rounds == rounds_done(folder, summary):
+        summary = None  # of an earlier end, before the run was asked for more rounds
     console = out()
     rows = []
     for section, values in config.to_dict().items():

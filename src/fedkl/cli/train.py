@@ -64,9 +64,9 @@ def train(
     """
     base = None
     if resume and (out_folder / "config.json").is_file():
-        from fedkl.files import read_json
+        from fedkl.federation.folder import read_settings
 
-        base = read_json(out_folder / "config.json")
+        base = read_settings(out_folder)
     config = build_config(flags=settings, file=config_file, preset=preset, base=base)
     try:
         summary = train_one(config, out_folder, resume=resume)

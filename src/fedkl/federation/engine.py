@@ -161,6 +161,17 @@ def exam_jobs(session: Session, round_: int, split: str) -> list[Job]:
     return [Job("examine", client, round_, split) for client in range(count)]
 
 
+def sample(config: RunConfig, count: int, number: int) -> tuple[list[int], list[int]]:
+    """Of ``count`` clients those that answer in round ``number``, and those that drop out."""
+    federation = config.federation
+    generator = derive(config.seed, "sample", number)
+    take = 1 if federation.method == "centralized" else federation.sampled
+    chosen = torch.randperm(count, generator=generator)[:take].sort().values.tolist()
+    lost = (torch.rand(len(chosen), generator=generator) < federation.dropout).tolist()
+    answering = [c for c, gone in zip(chosen, lost, strict=True) if not gone]
+    return answering, [c for c, gone in zip(chosen, lost, strict=True) if gone]
+
+
 class _Engine:
     def __init__(
         self, config: RunConfig, folder: Path, session: Session, emit: Callable[[Event], None]
@@ -236,7 +247,7 @@ class _Engine:
 
     def _round(self, pool: Pool, number: int) -> None:
         config, state = self.config.federation, self.state
-        asked, dropped = self._sample(number)
+        asked, dropped = sample(self.config, len(self.session.parts), number)
         state.counts["dropped"] += len(dropped)
         keep = [*self.checkpoints.rounds(), state.best.get("round", 0)]
         jobs = [Job("train", client, number, keep=keep) for client in asked]
@@ -284,16 +295,6 @@ class _Engine:
         pads["most_presentations"] = max(pads["most_presentations"], facts.get("spent", 0))
         if facts.get("note"):
             self.emit(Event("note", message=facts["note"]))
-
-    def _sample(self, number: int) -> tuple[list[int], list[int]]:
-        """Clients that answer in this round, and those that drop out."""
-        config, count = self.config.federation, len(self.session.parts)
-        generator = derive(self.config.seed, "sample", number)
-        take = 1 if config.method == "centralized" else config.sampled
-        chosen = torch.randperm(count, generator=generator)[:take].sort().values.tolist()
-        lost = (torch.rand(len(chosen), generator=generator) < config.dropout).tolist()
-        answering = [c for c, gone in zip(chosen, lost, strict=True) if not gone]
-        return answering, [c for c, gone in zip(chosen, lost, strict=True) if gone]
 
     def _apply(self, mean: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """The server's optimizer step of fedsgd. Buffers are taken as averaged."""

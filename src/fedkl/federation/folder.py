@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from fedkl.errors import CheckpointError, OutputError
+from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.config import RunConfig, config_from
 from fedkl.files import make_folder, read_json
 
@@ -70,8 +71,42 @@ def read_config(folder: Path) -> RunConfig:
     return config_from(read_json(path), source=str(path))
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The contents of config.json in ``folder``, not looked at beyond being a run's at all.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or is something else.
+    """
+    path = folder / "config.json"
+    found = read_json(path)
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(
+            f"{path} is not a run's configuration: expected a table of settings, got {found!r}. "
+            "Restore it from a copy, or start again in another folder."
+        )
+    return found
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary of the finished run in ``folder``; its rounds and accuracy are what they should.
+
+    Raises:
+        CheckpointError: It is missing, damaged, no summary, or not of the run's last round.
+        ConfigError: The run's config.json is no configuration.
+    """
+    found = any_summary(folder)
+    wanted = read_config(folder).federation.rounds
+    done = rounds_done(folder, found)
+    if not found["rounds"] == wanted == done:
+        raise CheckpointError(
+            f"{folder} is not finished: {done} of {wanted} rounds are done, and summary.json is of "
+            f"{found['rounds']}; continue with: fedkl train --out {folder} --resume"
+        )
+    return found
+
+
+def any_summary(folder: Path) -> dict[str, Any]:
+    """As :func:`read_summary`, but it may be of fewer rounds than the run was then asked for.
 
     Raises:
         CheckpointError: It is missing, damaged, or no summary.
@@ -86,6 +121,16 @@ def read_summary(folder: Path) -> dict[str, Any]:
             "--resume."
         )
     return dict(found)
+
+
+def rounds_done(folder: Path, summary: Mapping[str, Any]) -> int:
+    """The round of the newest checkpoint that can be used; without one, that of the summary.
+
+    Raises:
+        CheckpointError: There are checkpoints and all are damaged.
+    """
+    latest, _ = Checkpoints(folder / "checkpoints").latest()
+    return int(summary["rounds"]) if latest is None else latest.round
 
 
 def is_accuracy(value: object) -> bool:
@@ -111,16 +156,12 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[dict[str, Any] | None]:
             and ``resume`` is off.
         CheckpointError: ``resume`` is on and there is no run, or its configuration is damaged.
     """
-    path = folder / "config.json"
     check_folder(folder, resume=resume)
     make_folder(folder)
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         _claim(handle, folder)
-        found = read_json(path) if resume else None
-        if found is not None and not isinstance(found, dict):
-            raise CheckpointError(f"{path} is not a run's configuration; restore it from a copy.")
-        yield found
+        yield read_settings(folder) if resume else None
     finally:
         os.close(handle)
 

@@ -14,7 +14,7 @@ from fedkl.data import DataBundle
 from fedkl.errors import CheckpointError, ConfigError, unknown
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.config import RunConfig, config_from
-from fedkl.federation.engine import exam_jobs, one_thread
+from fedkl.federation.engine import exam_jobs, one_thread, sample
 from fedkl.federation.evaluate import Accuracy, combine
 from fedkl.federation.folder import claimed
 from fedkl.federation.remains import check_remains
@@ -106,9 +106,12 @@ def _state(
 def _check_private(session: Session, round_: int) -> None:
     if not session.workspace.private:
         return
+    played = (sample(session.config, len(session.parts), n)[0] for n in range(1, round_ + 1))
+    took_part = {client for clients in played for client in clients}
     for job in exam_jobs(session, round_, "test"):
         kept = session.store.rounds(job.client)
-        if kept and kept[0] > round_:
+        # One that took part later only had no lock yet, and is measured as it was then.
+        if job.client in took_part and kept and kept[0] > round_:
             raise CheckpointError(
                 f"the lock that client {job.client} had after round {round_} is no longer kept "
                 f"(the oldest is of round {kept[0]}); use --checkpoint last."

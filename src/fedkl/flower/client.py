@@ -74,7 +74,9 @@ def client_app(
             return Message(Error(code=REFUSED, reason=line), reply_to=message)
 
     def configured(message: Message, context: Context, call_next: Any) -> Message:
-        return layers(settings(context)[1], message, context, call_next)
+        ours, theirs = settings(context)
+        weighted = ours.federation.weighted
+        return layers(theirs, message, context, call_next, weighted=weighted)
 
     app = ClientApp(mods=[outermost])
     app.train(mods=[*mods, configured])(handler("train"))

@@ -20,8 +20,13 @@ from fedkl.flower.wire import ARRAYS, CONFIG, EXAMPLES, METRICS, VECTOR
 Next = Callable[[Message, Context], Message]
 
 
-def layers(flower: FlowerConfig, message: Message, context: Context, call_next: Next) -> Message:
-    """Runs ``call_next`` inside the layers that ``flower`` asks for; SecAgg+ is the outermost."""
+def layers(
+    flower: FlowerConfig, message: Message, context: Context, call_next: Next, *, weighted: bool
+) -> Message:
+    """Runs ``call_next`` inside the layers that ``flower`` asks for; SecAgg+ is the outermost.
+
+    ``weighted``: under SecAgg+ updates are weighted by their number of examples, else equally.
+    """
     inner = call_next
     if flower.dp == "local":
         noise = LocalDpMod(flower.clip, flower.clip, flower.epsilon, flower.delta)
@@ -30,7 +35,7 @@ def layers(flower: FlowerConfig, message: Message, context: Context, call_next: 
         inner = _guarded(lambda m, c: fixedclipping_mod(m, c, call_next))
     if not flower.secagg:
         return inner(message, context)
-    return secaggplus_mod(message, context, lambda m, c: _legacy(m, c, inner))
+    return secaggplus_mod(message, context, lambda m, c: _legacy(m, c, inner, weighted))
 
 
 def _guarded(layer: Next) -> Next:
@@ -48,7 +53,7 @@ def _guarded(layer: Next) -> Next:
     return call
 
 
-def _legacy(message: Message, context: Context, call_next: Next) -> Message:
+def _legacy(message: Message, context: Context, call_next: Next, weighted: bool) -> Message:
     """SecAgg+ still speaks Flower's records of before the Message API; translated here.
 
     The reply carries the change of the global state: its range is small, and so is the error of
@@ -74,7 +79,7 @@ def _legacy(message: Message, context: Context, call_next: Next) -> Message:
     result = FitRes(
         Status(Code.OK, ""),
         ndarrays_to_parameters([change]),
-        int(reply.content[METRICS][EXAMPLES]),
+        int(reply.content[METRICS][EXAMPLES]) if weighted else 1,
         facts,
     )
     return Message(compat.fitres_to_recorddict(result, keep_input=False), reply_to=message)

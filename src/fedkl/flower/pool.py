@@ -191,11 +191,13 @@ class GridPool(Pool):
         """One result per client, each with the mean of all: nobody's own is known."""
         job = next(iter(todo.values()))
         self._note_absent(todo, nodes, job)
+        # As the clients weight themselves: settings are the same on both sides, or refused.
+        weighted = self.session.config.federation.weighted
         summed = secure_round(
             self.grid,
             job.round,
             shared,
-            {node: int(self._facts[node]["examples"]) for node in nodes.values()},
+            {n: int(self._facts[n]["examples"]) if weighted else 1 for n in nodes.values()},
             {**self._common(), "job": job_text(job)},
             clipping_range=self.flower.clipping_range,
             timeout=self.flower.timeout,

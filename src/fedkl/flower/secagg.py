@@ -24,7 +24,7 @@ class Summed:
 
     Attributes:
         mean: Weighted mean of the clients' states, recovered from the sum.
-        facts: Of each node that answered: its number of examples, and what it said of itself.
+        facts: Of each node that answered: its weight as ``examples``, and what it said of itself.
     """
 
     mean: Mapping[str, Tensor]
@@ -47,7 +47,7 @@ def secure_round(
         grid: Flower's grid.
         round_: Number of the round.
         shared: Global state.
-        nodes: Node id -> number of examples, which is the weight.
+        nodes: Node id -> weight: the number of examples, or 1 for all.
         config: Goes to the clients along with the state.
         clipping_range: Largest change of a weight.
         timeout: Seconds per stage; there are four.

@@ -34,7 +34,7 @@ def server_app(
     on_event: Callable[[Event], None] | None = None,
     on_result: Callable[[RunResult], None] | None = None,
 ) -> ServerApp:
-    """A ServerApp that runs a FedKL federation, with checkpoints after every round.
+    """A ServerApp that runs a FedKL federation, with checkpoints every ``checkpoint_every`` rounds.
 
     Started again in the same folder, it goes on from there.
 
@@ -85,7 +85,7 @@ def _combiner(run: RunConfig, flower: FlowerConfig, given: Strategy | None) -> C
             "server": DifferentialPrivacyServerSideFixedClipping,
         }[flower.dp]
         strategy = wrapper(strategy, flower.noise, flower.clip, run.federation.sampled)
-    folder = Path(flower.folder).expanduser().absolute() / "strategy"
+    folder = Path(flower.folder).expanduser().absolute()
     return Combiner(strategy, folder, equal=_central(flower))
 
 

@@ -63,7 +63,7 @@ class Combiner:
         strategy: Any Message-API strategy, DP wrappers included. It sees one vector per client:
             all floating-point tensors of the shared state end to end. Counters and 0-d tensors,
             which most strategies mishandle, stay what they were or are inside the vector.
-        folder: Where the strategy's momentum is kept from round to round.
+        folder: The run's, where the strategy's momentum is kept from round to round.
         equal: Let every client count the same: the noise of central differential privacy is
             computed for that.
     """
