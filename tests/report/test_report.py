@@ -134,7 +134,7 @@ def test_unwritable_folder(tmp_path: Path) -> None:
 def test_verdict_follows_the_figures(rows: list[dict[str, Any]], word: str, said: str) -> None:
     found = verdict(rows)
     assert found.word == word
-    assert said in " ".join(found.sentences)
+    assert said in " ".join(found.paragraphs)
 
 
 def test_norm_of_another_method_is_no_comparison() -> None:

@@ -40,9 +40,9 @@ MEANING = (
 
 
 def out() -> Console:
-    """The console of results; at least 100 columns wide where nobody looks."""
+    """The console of results; wide enough for any table of ours where nobody looks."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=100)
+    return console if console.is_terminal else Console(highlight=False, width=120)
 
 
 def err() -> Console:

@@ -15,10 +15,10 @@ COST: Final = 0.01  # accuracy that a lock may cost
 
 @dataclass(frozen=True)
 class Verdict:
-    """``holds`` or ``does not hold`` or ``open``, and why, in whole sentences."""
+    """``holds`` or ``does not hold`` or ``open``, and why: a paragraph a lock, and one more."""
 
     word: str
-    sentences: tuple[str, ...]
+    paragraphs: tuple[str, ...]
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
@@ -37,9 +37,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         return Verdict("open", ("No row here is locked, so there is nothing to judge.",))
     judged = [_judge(row, rows) for row in locks]
     word = next(w for w in ("does not hold", "open", "holds") if any(w == j.word for j in judged))
-    sentences = [sentence for one in judged for sentence in one.sentences]
-    sentences.append("What the updates leak about the images is another question, not asked here.")
-    return Verdict(word, tuple(sentences))
+    last = "What the updates leak about the images is another question, not asked here."
+    return Verdict(word, (*(p for one in judged for p in one.paragraphs), last))
 
 
 def _judge(locked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Verdict:
@@ -61,8 +60,8 @@ def _judge(locked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Verd
     cost, sentence = _cost(locked, rows)
     sentences.append(sentence)
     if outside:
-        return Verdict("does not hold", tuple(sentences))
-    return Verdict("open" if cost is None or cost > COST else "holds", tuple(sentences))
+        return Verdict("does not hold", (" ".join(sentences),))
+    return Verdict("open" if cost is None or cost > COST else "holds", (" ".join(sentences),))
 
 
 def _outsiders(found: Mapping[str, Any]) -> str:
