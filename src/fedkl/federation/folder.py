@@ -81,8 +81,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict) or not found:
         raise CheckpointError(
-            f"{path} is not a run's configuration: expected a table of settings, got {found!r}. "
-            "Restore it from a copy, or start again in another folder."
+            f"{path} is not a run's configuration: expected a table of settings, got "
+            f"{found!r:.60}. Restore it from a copy, or start again in another folder."
         )
     return found
 

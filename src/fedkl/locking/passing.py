@@ -39,13 +39,13 @@ def passes_by(model: nn.Module, first: str, stem: Collection[str], example: Any)
     tree_map(
         lambda v: inputs.append(v) if isinstance(v, Tensor) and v.requires_grad else None, given
     )
-    names = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     # What is tied to a layer behind the lock would be heard there, without any input.
     embeddings = [
         module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        if f"{name}.weight" in stem and names.count(id(module.weight)) == 1
+        if f"{name}.weight" in stem and uses.count(id(module.weight)) == 1
     ]
     handle = model.get_submodule(first).register_forward_hook(_cut)
     try:

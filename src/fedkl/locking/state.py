@@ -113,11 +113,7 @@ def load_shared_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     own = shared_views(model)
     fit(own, state, "shared state")
-    if bad := [n for n, t in state.items() if isinstance(t, Tensor) and not _finite(t)]:
-        raise StateError(
-            f"this shared state holds NaN or infinity in {_some(bad)}; nothing was copied. The "
-            "model that it is of has diverged or was made to: ask for an earlier one."
-        )
+    _check_finite(state, "shared state", "ask for an earlier one")
     copy_state(own, state, "shared state")
 
 
@@ -132,11 +128,7 @@ def load_private_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     own = private_state(model)
     fit(own, state, "private state")
-    if bad := [n for n, t in state.items() if isinstance(t, Tensor) and not _finite(t)]:
-        raise StateError(
-            f"this private state holds NaN or infinity in {_some(bad)}; nothing was copied. The "
-            "client that it is of has diverged: go on from a state that it saved before."
-        )
+    _check_finite(state, "private state", "go on from one that the client saved before")
     copy_state(own, state, "private state")
     for _, norm in locked_norms(unwrap(model)):
         if isinstance(source := source_of(norm), PadAffine):
@@ -165,8 +157,13 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+def _check_finite(state: Mapping[str, Tensor], what: str, remedy: str) -> None:
+    tensors = {n: t for n, t in state.items() if isinstance(t, Tensor)}
+    if bad := [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]:
+        raise StateError(
+            f"this {what} holds NaN or infinity in {_some(bad)}; nothing was copied. The model "
+            f"that it is of has diverged or was made to: {remedy}."
+        )
 
 
 def fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
