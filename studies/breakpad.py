@@ -14,7 +14,7 @@ gradient
     The same on a sketch of the whole shared gradient: with a private head there are no features.
 matching
     The same by an attacker who is given the candidates and learns which of them a gradient fits
-    (studies/matcher.py), instead of drawing an image: the strongest of these attackers.
+    (the attack "retrieval"), instead of drawing an image: the strongest of these attackers.
 renewals
     The same over pads that are renewed every 16 presentations, statistics pooled over all of them.
 likelihood

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from matcher import Matcher
 from torch import Tensor
 from torch.nn.functional import conv2d, instance_norm
 
 from fedkl import metrics
+from fedkl.attacks.adaptive.dual_encoder import DualEncoder
 from fedkl.attacks.adaptive.shadow import Sketch, _gradients, _inputs, distance_of_means
 from fedkl.attacks.adaptive.shadow_client import Public, ShadowClient, train_secrets
 from fedkl.attacks.adaptive.shadow_decoder import Coordinates, Decoder
+from fedkl.attacks.adaptive.transport import Transport
 from fedkl.attacks.closed_form import penultimate_features
 from fedkl.attacks.network import Network
 from fedkl.audit import victims as audited
@@ -37,8 +38,9 @@ class Trained:
 
     inputs: Tensor
     decoder: Decoder
-    matcher: Matcher | None = None
-    whitened: dict[int, Any] = field(default_factory=dict)
+    transport: Transport
+    encoder: DualEncoder | None = None
+    pool: Tensor | None = None
 
 
 class Bench:
@@ -201,9 +203,7 @@ class Bench:
             mean = torch.stack(drawn).mean(dim=0)
             return metrics.identified(mean, self.truth[who], self.pool, self.decoys[who])
         candidates = torch.cat([self.rows[who].reshape(-1, 1), self.decoys[who]], dim=1)
-        scores = [
-            matcher_of(c).scores(x, labels, candidates) for c, x in zip(clients, moved, strict=True)
-        ]
+        scores = [_scores(c, x, labels, candidates) for c, x in zip(clients, moved, strict=True)]
         mean = torch.stack(scores).mean(dim=0)
         return mean[:, 0] > mean[:, 1:].amax(dim=1)
 
@@ -214,77 +214,32 @@ class Bench:
         coordinates = Coordinates.of(inputs, labels, 10)
         generator = derive(seed, "decoder")
         decoder = Decoder(coordinates, 10, hidden=512, epochs=8)
+        transport = Transport(coordinates.enter(inputs), labels, 10)
         if not self.matching:
             decoder.fit(inputs, labels, images, generator)
-            return Trained(inputs, decoder)
-        matcher = Matcher(inputs.shape[1], self.first.image_shape, 10, generator)
-        matcher.fit(coordinates.enter(inputs), labels, images, MATCHER_EPOCHS)
-        matcher.look_at(self.pool)
-        return Trained(inputs, decoder, matcher)
+            return Trained(inputs, decoder, transport)
+        encoder = DualEncoder(inputs.shape[1], self.first.image_shape, 10, generator)
+        encoder.fit(coordinates.enter(inputs), labels, images, MATCHER_EPOCHS)
+        return Trained(inputs, decoder, transport, encoder, encoder.embed(self.pool))
 
     def _moved(self, client: Trained, seen: Tensor, labels: Tensor, way: str | None) -> Tensor:
         """What victims gave away, in the client's coordinates."""
         coordinates = client.decoder.coordinates
         if way == "transport":
-            return self._transported(client, coordinates.align(seen, labels, "global"), labels)
+            return client.transport.move(coordinates.align(seen, labels, "global"), labels)
         return coordinates.align(seen, labels, "label" if way == "average" else way)
 
-    def _transported(self, client: Trained, seen: Tensor, labels: Tensor) -> Tensor:
-        """Victims rotated onto the shadow: class means first, then neighbours matched in turn.
 
-        Both sides are whitened in their leading within-class directions. The rotation (Procrustes)
-        starts from the class means and is fitted again to nearest neighbours of the same class
-        (Grave et al. 2019, "Unsupervised alignment of embeddings with Wasserstein Procrustes", in
-        its simplest form).
-        """
-        size = min(64, len(seen) // 4)
-        if size not in client.whitened:  # the same for every group of victims
-            mine = client.decoder.coordinates.enter(client.inputs)
-            client.whitened[size] = _whitened(mine, self.public.labels, size)
-        ours, means, lift = client.whitened[size]
-        theirs, their_means, _ = _whitened(seen, labels, size)
-        rotation = _procrustes(their_means, means)
-        for _ in range(10):
-            moved, match = theirs @ rotation, torch.empty_like(theirs)
-            for c in labels.unique():
-                near = ours[self.public.labels == c]
-                match[labels == c] = near[torch.cdist(moved[labels == c], near).argmin(dim=1)]
-            rotation = _procrustes(theirs, match)
-        return lift(theirs @ rotation)
-
-
-def matcher_of(client: Trained) -> Matcher:
-    """The client's matcher."""
-    assert client.matcher is not None
-    return client.matcher
+def _scores(client: Trained, seen: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
+    """How well each candidate (N, K), row of the pool, fits what victims gave away: (N, K)."""
+    assert client.encoder is not None
+    assert client.pool is not None
+    read = client.encoder.read(seen, labels)
+    return torch.einsum("nd,nkd->nk", read, client.pool[candidates])
 
 
 def _share(hits: Tensor) -> float:
     return float(hits.double().mean())
-
-
-def _whitened(x: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor, Any]:
-    """x (N, d) in its ``size`` leading within-class directions, its class means, and the way back.
-
-    The means are (10, size); of a class without an example, zero.
-    """
-    middle = x.mean(dim=0)
-    means = torch.stack(
-        [x[labels == c].mean(dim=0) if bool((labels == c).any()) else middle for c in range(10)]
-    )
-    _, values, basis = torch.linalg.svd(x - means[labels], full_matrices=False)
-    basis, scale = basis[:size], values[:size].clamp_min(1e-6) / len(x) ** 0.5
-
-    def lift(y: Tensor) -> Tensor:
-        return (y * scale) @ basis + middle
-
-    return (x - middle) @ basis.T / scale, (means - middle) @ basis.T / scale, lift
-
-
-def _procrustes(source: Tensor, target: Tensor) -> Tensor:
-    """The orthogonal map R that brings source R closest to target."""
-    u, _, v = torch.linalg.svd(source.T @ target)
-    return u @ v
 
 
 def likelihood(

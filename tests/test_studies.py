@@ -14,7 +14,7 @@ STUDIES = Path(__file__).resolve().parent.parent / "studies"
 @pytest.fixture(autouse=True)
 def studies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(STUDIES))
-    for name in ("cells", "leakage", "controls", "matcher"):
+    for name in ("cells", "leakage", "controls"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -86,27 +86,3 @@ def test_a_control_is_missed_below_its_target() -> None:
     floor = {**good, "ssim_aligned": [0.6] * 5, "floor_aligned": [0.5] * 5}
     assert controls.judged("ggl fashion trained", floor)["met"] is True
     assert controls.judged("ggl fashion trained", {**floor, "labels right": 0.8})["met"] is False
-
-
-@pytest.mark.slow
-def test_a_matcher_finds_images_by_what_tells_them_and_guesses_by_what_does_not() -> None:
-    import torch
-    from matcher import Matcher
-
-    from fedkl.rng import derive
-
-    generator = derive(0, "matcher")
-    images = torch.rand(600, 1, 8, 8, generator=generator)
-    labels = torch.arange(600) % 2
-    told = (images.flatten(1) - 0.5) @ torch.randn(64, 48, generator=generator)
-    victims, pool = torch.arange(500, 600), images
-    candidates = torch.cat([victims[:, None], torch.randint(500, (100, 19))], dim=1)
-    found = {}
-    for name, inputs in (("told", told), ("silent", torch.randn(600, 48, generator=generator))):
-        matcher = Matcher(48, (1, 8, 8), 2, derive(0, "networks"))
-        matcher.fit(inputs[:500], labels[:500], images[:500], epochs=30)
-        matcher.look_at(pool)
-        scores = matcher.scores(inputs[500:], labels[500:], candidates)
-        found[name] = float((scores.argmax(dim=1) == 0).double().mean())
-    assert found["told"] > 0.5
-    assert found["silent"] < 0.2  # chance is 1 in 20

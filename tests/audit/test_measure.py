@@ -186,3 +186,31 @@ def test_damaged_weights_of_lpips_are_an_error_and_small_images_are_none(
         return
     with pytest.raises(DataError, match=r"cannot be read .* get it anew, or remove it"):
         truth_of(bundle, rows, audit)
+
+
+def test_who_scores_candidates_is_asked_instead_of_compared() -> None:
+    """The picture may be anybody's; what counts is which candidate the attack says it was."""
+    generator = torch.Generator().manual_seed(0)
+    truth = truth_of_noise(generator)
+    labels = torch.zeros(2, 1, dtype=torch.int64)
+
+    def victim(first: int, *, knows: bool) -> Reconstruction:
+        """Two updates, of images ``first`` and ``first + 1``; the other way round if not known."""
+
+        def score(update: int, candidates: Tensor) -> Tensor:
+            own = truth.images[first + (update if knows else 1 - update)]
+            return -(candidates - own).flatten(1).square().sum(dim=1)
+
+        return Reconstruction(images=torch.zeros(2, 1, 1, 6, 6), labels=labels, score=score)
+
+    found = [victim(place, knows=place % 4 == 0) for place in range(0, COUNT, 2)]
+    made = rows_of(found, torch.zeros(COUNT, 1, 6, 6), truth.labels, truth, {})
+    right = [row["identified"] for row in made]
+    assert all(right[0::4])
+    assert all(right[1::4])
+    assert sum(right[2::4]) < 0.3 * len(right[2::4])  # chance is 1 in 10
+    flat = Reconstruction(
+        images=torch.zeros(1, 1, 1, 6, 6), labels=labels[:1], score=lambda _, x: x.new_zeros(len(x))
+    )
+    undecided = rows_of([flat] * COUNT, torch.zeros(COUNT, 1, 6, 6), truth.labels, truth, {})
+    assert not any(row["identified"] for row in undecided)

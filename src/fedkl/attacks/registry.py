@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from fedkl.attacks.adaptive.retrieval import Retrieval
 from fedkl.attacks.adaptive.shadow import Shadow
 from fedkl.attacks.base import Attack
 from fedkl.attacks.closed_form import ClosedForm
@@ -29,8 +30,9 @@ class Resources:
 
     Attributes:
         generator_model: For ``ggl``: see :mod:`fedkl.attacks.generators`.
-        public: For ``shadow``: public images (M, C, H, W) in [0, 1] and their labels (M,).
-        honest: For ``shadow`` where the victims' weights were crafted: an observation of the model
+        public: For ``shadow`` and ``retrieval``: public images (M, C, H, W) in [0, 1] and their
+            labels (M,).
+        honest: For the same where the victims' weights were crafted: an observation of the model
             with honest ones.
     """
 
@@ -38,19 +40,19 @@ class Resources:
     public: tuple[Tensor, Tensor] | None = None
     honest: Observation | None = None
 
-    def shadow(self, count: int, **settings: Any) -> Shadow:
-        """A shadow attacker with the first ``count`` public images.
+    def shadow(self, count: int, kind: type[Shadow] = Shadow, **settings: Any) -> Shadow:
+        """An attacker of that kind with the first ``count`` public images.
 
         Raises:
             AttackError: There are no public images.
         """
         if self.public is None:
             raise AttackError(
-                "the attack 'shadow' needs public images to train on, got none; pass public: "
+                f"the attack {kind.name!r} needs public images to train on, got none; pass public: "
                 "images and labels of the victim's kind."
             )
         images, labels = self.public
-        return Shadow(images[:count], labels[:count], honest=self.honest, **settings)
+        return kind(images[:count], labels[:count], honest=self.honest, **settings)
 
     def image_generator(self) -> nn.Module:
         """The generator.
@@ -76,6 +78,20 @@ def _shadow(**settings: Any) -> Mapping[str, Callable[[Resources], Attack]]:
         ),
         "paper": lambda given: given.shadow(
             10_000, secret_epochs=10, candidates=12, epochs=30, shadows=2, **settings
+        ),
+    }
+
+
+def _retrieval(**settings: Any) -> Mapping[str, Callable[[Resources], Attack]]:
+    return {
+        "quick": lambda given: given.shadow(
+            2_000, Retrieval, secret_epochs=8, candidates=2, epochs=20, **settings
+        ),
+        "standard": lambda given: given.shadow(
+            4_000, Retrieval, secret_epochs=8, candidates=4, epochs=30, **settings
+        ),
+        "paper": lambda given: given.shadow(
+            10_000, Retrieval, secret_epochs=10, candidates=8, epochs=40, shadows=2, **settings
         ),
     }
 
@@ -122,13 +138,16 @@ ATTACKS: Final[Mapping[str, Mapping[str, Callable[[Resources], Attack]]]] = {
     "shadow-global": _shadow(restandardize="global"),
     "shadow-label": _shadow(restandardize="label"),
     "shadow-gradient": _shadow(variant="gradient"),
+    "retrieval": _retrieval(),
+    "retrieval-label": _retrieval(restandardize="label"),
+    "retrieval-transport": _retrieval(restandardize="transport"),
 }
 
-NEED_PUBLIC: Final = ("ggl", "shadow", "shadow-global", "shadow-label", "shadow-gradient")
+NEED_PUBLIC: Final = ("ggl", *(n for n in ATTACKS if n.startswith(("shadow", "retrieval"))))
 """Attacks that learn from public images first."""
 SEARCHING: Final = ("dlg", "idlg", "inverting-gradients", "grnn", "ggl")
 """Attacks that go through iterations; all others solve or learn."""
-NEED_MANY: Final = ("shadow-global", "shadow-label")
+NEED_MANY: Final = ("shadow-global", "shadow-label", "retrieval-label", "retrieval-transport")
 """Attacks that compare many updates under one lock, 20 or more."""
 NEED_CMA: Final = {"ggl": ("paper",)}
 """Attacks that search by CMA-ES, and the efforts at which they do."""

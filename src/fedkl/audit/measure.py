@@ -216,6 +216,25 @@ def identified_in_batches(images: Tensor, truth: Truth, size: int) -> Tensor:
     return torch.stack(hits)
 
 
+def picked(found: Sequence[Reconstruction], truth: Truth) -> Tensor:
+    """For which of N images the attack's own score of the truth is above that of all decoys.
+
+    For attacks on updates of one image. It is given the candidates without a word on which is the
+    true one, as whoever compares them with a reconstruction.
+
+    Returns:
+        bool (N,).
+    """
+    hits = []
+    for i, decoys in enumerate(truth.decoys):
+        victim, update = divmod(i, len(truth.rows) // len(found))
+        score = found[victim].score
+        assert score is not None
+        scores = score(update, torch.cat([truth.images[i][None], truth.pool[decoys]]))
+        hits.append(scores[0] > scores[1:].max())
+    return torch.stack(hits)
+
+
 def rows_of(
     found: Sequence[Reconstruction],
     images: Tensor,
@@ -236,6 +255,8 @@ def rows_of(
     """
     figures = measured(images, truth, found[0].images.shape[1])
     per_victim = len(images) // len(found)
+    if all(one.score is not None for one in found):
+        figures["identified"] = picked(found, truth).double()
     numbers = range(len(found)) if victims is None else victims
     rows = []
     for i in range(len(images)):

@@ -2,6 +2,7 @@
 
 from fedkl.attacks.adaptive.crafting import Fishing, catch, craft
 from fedkl.attacks.adaptive.keys import GuessedKey, LockGradientKey, RegressedKey, read_key
+from fedkl.attacks.adaptive.retrieval import Retrieval
 from fedkl.attacks.adaptive.shadow import Shadow
 from fedkl.attacks.adaptive.shadow_client import Public, train_secrets
 from fedkl.attacks.adaptive.threats import ATTACKERS, adaptive_for
@@ -19,6 +20,7 @@ __all__ = [
     "LockGradientKey",
     "Public",
     "RegressedKey",
+    "Retrieval",
     "Shadow",
     "Start",
     "adaptive_for",

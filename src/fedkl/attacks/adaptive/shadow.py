@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from copy import copy
-from typing import ClassVar, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from fedkl.attacks.adaptive.shadow_decoder import (
     Coordinates,
     Decoder,
 )
+from fedkl.attacks.adaptive.transport import Transport
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.closed_form import penultimate_features
 from fedkl.attacks.labels import classifier, infer_labels
@@ -29,6 +29,7 @@ from fedkl.errors import AttackError, ConfigError, unknown
 from fedkl.observation import Observation
 
 VARIANTS: Final = ("features", "gradient")
+WAYS: Final = (*RESTANDARDIZATIONS, "transport")
 ENOUGH: Final = 20  # updates under one lock, to take a mean and a deviation from
 CLOSENESS: Final = 1000  # public images by which a shadow is compared with the victims
 
@@ -48,7 +49,9 @@ class Shadow(Attack):
         variant: ``features``: from the classifier's input, which its gradient gives away exactly;
             ``gradient``: from the whole shared gradient, as ever where the classifier is private.
         restandardize: None, ``global`` or ``label``: bring victims into the shadow's coordinates
-            by statistics of the victims of the call (:meth:`Coordinates.align`).
+            by statistics of the victims of the call (:meth:`Coordinates.align`); ``transport``: by
+            a rotation fitted to them (:class:`~fedkl.attacks.adaptive.transport.Transport`).
+            Who holds the victim's secrets needs none of it.
         shadows: Clients of the attacker's own, each with secrets and a decoder; images are
             averaged.
         candidates: Sets of secrets trained for each shadow; the one whose class means come
@@ -102,8 +105,8 @@ class Shadow(Attack):
         if self.variant not in VARIANTS:
             raise ConfigError(unknown("variant of the shadow", self.variant, VARIANTS))
         how = self.restandardize
-        if how not in RESTANDARDIZATIONS:
-            raise ConfigError(unknown("restandardization", str(how), ("global", "label")))
+        if how not in WAYS:
+            raise ConfigError(unknown("restandardization", str(how), WAYS[1:]))
         ones = (self.shadows, self.candidates, self.epochs, self.sketch)
         if min(ones) < 1 or min(self.secret_epochs, self.hidden) < 0:
             raise ConfigError(
@@ -129,29 +132,59 @@ class Shadow(Attack):
                 public images of another shape.
         """
         first, network = self._check(observations)
-        if self.variant == "features" and not gives_features(first, network):
-            twin = copy(self)
-            twin.variant = "gradient"
-            return twin.reconstruct(observations, generator=generator, progress=progress)
         found = each(observations, lambda o: infer_labels(o, network).reshape(-1))
         labels = torch.cat(found)
-        if self.variant == "features":
-            sketch = None
-            seen = torch.cat(each(observations, lambda o: penultimate_features(o, network)))
-        else:
-            sketch = Sketch(network.shared, self.sketch, generator)
-            seen = torch.cat([sketch(_gradients(o, network)) for o in observations])
-        total = torch.zeros(len(seen), *first.image_shape)
+        seen, sketch = self._given_away(observations, network, generator)
+        moved, learned = [], []
         for number in range(self.shadows):
             client = self._client(first, network, generator, (seen, labels), sketch)
             inputs = _inputs(client, self.public.images, self.public.labels, sketch)
-            decoder = self._learn(inputs, first.num_classes, generator, number, progress)
-            aligned = decoder.coordinates.align(seen, labels, self._how(labels))
-            total += decoder.decode(aligned, labels, first.image_shape)
-        images = torch.split(total / self.shadows, first.count)
+            coordinates = Coordinates.of(inputs, self.public.labels, first.num_classes)
+            learned.append(self._learn(coordinates, inputs, generator, number, progress))
+            how = self._how(first, labels)
+            moved.append(self._moved(coordinates, inputs, seen, labels, how))
+        notes = self._notes(first, labels, "features" if sketch is None else "gradient")
+        return self._answers(learned, moved, found, notes)
+
+    def _given_away(
+        self, observations: Sequence[Observation], network: Network, generator: torch.Generator
+    ) -> tuple[Tensor, Sketch | None]:
+        """What the updates tell (N, d): features, or sketched gradients and what sketched them."""
+        if self.variant == "features" and gives_features(observations[0], network):
+            return torch.cat(each(observations, lambda o: penultimate_features(o, network))), None
+        sketch = Sketch(network.shared, self.sketch, generator)
+        return torch.cat([sketch(_gradients(o, network)) for o in observations]), sketch
+
+    def _moved(
+        self,
+        coordinates: Coordinates,
+        inputs: Tensor,
+        seen: Tensor,
+        labels: Tensor,
+        how: str | None,
+    ) -> Tensor:
+        """What victims gave away (N, d), in the shadow's coordinates."""
+        if how != "transport":
+            return coordinates.align(seen, labels, how)
+        classes = len(coordinates.class_means)
+        transport = Transport(coordinates.enter(inputs), self.public.labels, classes)
+        return transport.move(coordinates.align(seen, labels, "global"), labels)
+
+    def _answers(
+        self,
+        learned: Sequence[Any],
+        moved: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        notes: tuple[str, ...],
+    ) -> list[Reconstruction]:
+        """One per victim: the mean of what the shadows' decoders draw."""
+        every, shape = torch.cat([*labels]), tuple(self.public.images.shape[1:])
+        pairs = zip(learned, moved, strict=True)
+        drawn = torch.stack([decoder.decode(x, every, shape) for decoder, x in pairs]).mean(dim=0)
+        images = torch.split(drawn, [len(mine) for mine in labels])
         return [
-            Reconstruction(images=x[:, None], labels=y[:, None], notes=self._notes(first, labels))
-            for x, y in zip(images, found, strict=True)
+            Reconstruction(images=x[:, None], labels=y[:, None], notes=notes)
+            for x, y in zip(images, labels, strict=True)
         ]
 
     def _check(self, observations: Sequence[Observation]) -> tuple[Observation, Network]:
@@ -202,14 +235,21 @@ class Shadow(Attack):
 
     def _learn(
         self,
+        coordinates: Coordinates,
         inputs: Tensor,
-        num_classes: int,
         generator: torch.Generator,
         number: int,
         progress: Progress | None,
-    ) -> Decoder:
-        coordinates = Coordinates.of(inputs, self.public.labels, num_classes)
-        decoder = Decoder(coordinates, num_classes, hidden=self.hidden, epochs=self.epochs)
+    ) -> Any:
+        """What is learned on one shadow: here, a decoder."""
+        classes = len(coordinates.class_means)
+        decoder = Decoder(coordinates, classes, hidden=self.hidden, epochs=self.epochs)
+        tell = self._teller(number, progress)
+        decoder.fit(inputs, self.public.labels, self.public.images, generator, tell)
+        return decoder
+
+    def _teller(self, number: int, progress: Progress | None) -> Callable[[float], None]:
+        """To be told the loss of every epoch of the shadow of that number."""
         done = number * self.epochs
 
         def tell(loss: float) -> None:
@@ -218,19 +258,27 @@ class Shadow(Attack):
             if progress is not None:
                 progress(done, self.shadows * self.epochs, loss)
 
-        decoder.fit(inputs, self.public.labels, self.public.images, generator, tell)
-        return decoder
+        return tell
 
-    def _how(self, labels: Tensor) -> str | None:
-        """The restandardization that this many victims allow."""
-        return self.restandardize if len(labels) >= ENOUGH else None
+    def _how(self, observation: Observation, labels: Tensor) -> str | None:
+        """The restandardization that this many victims allow.
 
-    def _notes(self, observation: Observation, labels: Tensor) -> tuple[str, ...]:
-        own = "no secrets" if not observation.secrets else f"{self.shadows} shadow client(s)"
-        if observation.secrets and set(observation.secrets) <= observation.known.keys():
-            own = "the victim's secrets"
-        how = self._how(labels)
-        note = f"shadow on {self.variant} with {own}; restandardized: {how or 'no'}"
+        Whoever holds the victim's secrets, or whose victim has none, is in its coordinates already:
+        statistics of a few victims would only add noise, and a control must not be weaker for them.
+        """
+        if set(observation.secrets) <= observation.known.keys() or len(labels) < ENOUGH:
+            return None
+        return self.restandardize
+
+    def _notes(self, observation: Observation, labels: Tensor, variant: str) -> tuple[str, ...]:
+        held = set(observation.secrets) <= observation.known.keys()
+        own = f"{self.shadows} shadow client(s)"
+        if held:
+            own = "the victim's secrets" if observation.secrets else "no secrets"
+        how = self._how(observation, labels)
+        note = f"{self.name} on {variant} with {own}; restandardized: {how or 'no'}"
+        if held:
+            return (note,)
         if how != self.restandardize:
             return note, f"{len(labels)} updates are too few to restandardize by (from {ENOUGH} on)"
         if how == "label" and int(torch.bincount(labels).max()) < MIN_PER_CLASS:

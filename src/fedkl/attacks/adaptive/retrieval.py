@@ -1,0 +1,127 @@
+"""The retrieval attack: out of given images, the one that a gradient was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedkl.attacks.adaptive.dual_encoder import DualEncoder
+from fedkl.attacks.adaptive.shadow import Shadow
+from fedkl.attacks.adaptive.shadow_decoder import Coordinates
+from fedkl.attacks.base import Progress, Reconstruction
+from fedkl.observation import Observation
+
+
+class Retrieval(Shadow):
+    """A shadow that recognizes images in place of drawing them: the strongest against a pad.
+
+    It learns on its own client which image fits which gradient
+    (:class:`~fedkl.attacks.adaptive.dual_encoder.DualEncoder`), so that it can be asked of any
+    image whether it was there (``Reconstruction.score``). As picture it shows the public image that
+    fits best, of the victim's class where there is one: that tells what the victim's resembles.
+
+    Args:
+        images: Public images (M, C, H, W) in [0, 1].
+        labels: Their labels (M,).
+        restandardize: As of :class:`Shadow`.
+        shadows: Clients of the attacker's own; their scores are averaged.
+        candidates: Sets of secrets tried for each, as of :class:`Shadow`.
+        secret_epochs: Passes over the public images to train secrets.
+        epochs: Passes over them to train the encoders.
+        sketch: Length that a gradient is sketched to.
+        honest: As of :class:`Shadow`.
+    """
+
+    name: ClassVar[str] = "retrieval"
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        restandardize: str | None = None,
+        shadows: int = 1,
+        candidates: int = 1,
+        secret_epochs: int = 3,
+        epochs: int = 30,
+        sketch: int = 2048,
+        honest: Observation | None = None,
+    ) -> None:
+        super().__init__(
+            images,
+            labels,
+            variant="gradient",
+            restandardize=restandardize,
+            shadows=shadows,
+            candidates=candidates,
+            secret_epochs=secret_epochs,
+            hidden=0,
+            epochs=epochs,
+            sketch=sketch,
+            honest=honest,
+        )
+        for unused in ("variant", "hidden"):
+            del self.settings[unused]
+
+    def _learn(
+        self,
+        coordinates: Coordinates,
+        inputs: Tensor,
+        generator: torch.Generator,
+        number: int,
+        progress: Progress | None,
+    ) -> Any:
+        images, labels = self.public.images, self.public.labels
+        classes = len(coordinates.class_means)
+        encoder = DualEncoder(inputs.shape[1], tuple(images.shape[1:]), classes, generator)
+        tell = self._teller(number, progress)
+        encoder.fit(coordinates.enter(inputs), labels, images, self.epochs, tell)
+        return encoder
+
+    def _answers(
+        self,
+        learned: Sequence[Any],
+        moved: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        notes: tuple[str, ...],
+    ) -> list[Reconstruction]:
+        every = torch.cat([*labels])
+        pairs = list(zip(learned, moved, strict=True))
+        # Cosines averaged over shadows: of embeddings side by side, at unit length each.
+        read = torch.cat([encoder.read(x, every) for encoder, x in pairs], dim=1) / len(pairs)
+        own = _embedded(learned, self.public.images)
+        best = self.public.images[self._closest(read, own, every)]
+        updates = [len(mine) for mine in labels]
+        return [
+            Reconstruction(
+                images=x[:, None],
+                labels=y[:, None],
+                notes=notes,
+                score=partial(_scored, learned, r),
+            )
+            for x, y, r in zip(
+                torch.split(best, updates), labels, torch.split(read, updates), strict=True
+            )
+        ]
+
+    def _closest(self, read: Tensor, own: Tensor, labels: Tensor) -> Tensor:
+        """Which public image fits best, int64 (N,): of the class, if there is one of it."""
+        other = labels[:, None] != self.public.labels[None]
+        other &= ~other.all(dim=1, keepdim=True)
+        return (read @ own.T).masked_fill(other, -torch.inf).argmax(dim=1)
+
+
+def _embedded(encoders: Sequence[DualEncoder], images: Tensor) -> Tensor:
+    """Embeddings of images (M, ...), those of all shadows side by side."""
+    return torch.cat([encoder.embed(images) for encoder in encoders], dim=1)
+
+
+def _scored(
+    encoders: Sequence[DualEncoder], read: Tensor, update: int, candidates: Tensor
+) -> Tensor:
+    """``Reconstruction.score`` of the victim whose updates are ``read`` (T, ...)."""
+    return _embedded(encoders, candidates.to(read.dtype)) @ read[update]
