@@ -15,6 +15,9 @@ gradient
 matching
     The same by an attacker who is given the candidates and learns which of them a gradient fits
     (the attack "retrieval"), instead of drawing an image: the strongest of these attackers.
+repeats
+    Matching against the pads of two more federations, every n attacked in the one way that was best
+    on the first, so that no maximum is taken.
 renewals
     The same over pads that are renewed every 16 presentations, statistics pooled over all of them.
 likelihood
@@ -34,7 +37,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import provenance, run_cells, say, table, write
+from breakpadtables import EVERY, PARTS, PRESENTATIONS, markdown
+from cells import provenance, run_cells, say, write
 from pad import LENET, RESNET, WIDE, merged
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,14 +55,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 STRONG = "pad, shared head, more public images"
 GRADIENT = {"channel": CHANNEL, "pad": PAD, "pad, shared head": OPEN_HEAD}
 MODELS: dict[str, dict[str, Any]] = {"lenet": LENET, "resnet20": merged(LENET, RESNET)}
-PARTS = ("curves", "resnet20", "gradient", "matching", "renewals", "likelihood", "optimizers")
 POOLED = {1: 100, 4: 25, 16: 7, 64: 2}  # updates under one lock: victims' locks
 COSTS = {
-    "curves": 110.0, "resnet20": 450.0, "gradient": 300.0, "matching": 500.0, "renewals": 200.0,
-    "likelihood": 200.0, "optimizers": 600.0,
+    "curves": 110.0, "resnet20": 450.0, "gradient": 300.0, "matching": 500.0, "repeats": 600.0,
+    "renewals": 200.0, "likelihood": 200.0, "optimizers": 600.0,
 }  # fmt: skip
-EVERY, STEPS = 16, 10
-PRESENTATIONS = (16, 64, 256, 1000, 2000)
+STEPS = 10
 EPOCHS = 8
 LAWS = ("near-one", "normal", "wide", "sign")
 SPREADS = (1.0, 3.0, 10.0, 30.0)
@@ -108,6 +110,13 @@ def cells_of(part: str, victims: int) -> list[Cell]:
             for a, lock in (("pad", PAD), ("channel", CHANNEL))
             for m in MODELS
         ]
+    if part == "repeats":
+        return [
+            dataclasses.replace(cell, part=part, arm=f"{cell.arm}, seed {seed}", seed=seed)
+            for seed in (1, 2)
+            for cell in cells_of("matching", victims)
+            if cell.lock == PAD
+        ]
     if part == "renewals":
         arms = {"pad": PAD, "pad, shared head": OPEN_HEAD}
         return [Cell(part, arm, lock, victims) for arm, lock in arms.items()]
@@ -147,6 +156,7 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
         "resnet20": _features,
         "gradient": _gradients,
         "matching": _gradients,
+        "repeats": _gradients,
         "renewals": _renewals,
         "likelihood": _likelihood,
         "optimizers": _audit,
@@ -176,7 +186,7 @@ def _gradients(cell: Cell, scratch: Path) -> dict[str, Any]:
     from intruders import Bench
 
     config, folder = trained(cell, scratch)
-    matching = cell.part == "matching"
+    matching = cell.part != "gradient"
     sketch = 2048 if matching else 1024
     bench = Bench(
         config, folder, cell.victims, public=cell.public, sketch=sketch, matching=matching
@@ -243,103 +253,6 @@ def _audit(cell: Cell, scratch: Path) -> dict[str, Any]:
     return {"verdict": result["verdict"], "summary": result["summary"]}
 
 
-def markdown(document: dict[str, Any]) -> str:
-    """The tables."""
-    found = {part: document["parts"][part]["arms"] for part in PARTS if part in document["parts"]}
-    about = [
-        f"- {part}: `{one['command']}` at commit {one['commit']}, {one['date']}"
-        f"{one.get('note', '')}"
-        for part, one in document["parts"].items()
-    ]
-    parts = [
-        "# Attempts to break the pad\n",
-        "\n".join(about) + "\n",
-        "Percent of victims identified among 100 images of the same class (chance 1). n: "
-        "presentations under one pad whose statistics and labels the attacker pools. *shadow*: "
-        "three sets of secrets of the attacker's own, the closest kept; 2,000 public images (more: "
-        "6,000). *insider*: a client of the same federation, with its own lock. Each in several "
-        "ways: *plain* (n = 1), *global* (restandardized), *label* (class means matched), "
-        "*average* (the same, mean over all shadows), *transport* (class means, then a rotation "
-        "fitted to matched neighbours); the best is shown, which is a maximum of several noisy "
-        "figures; ≤: upper end of its 95 % interval as if it were one. *key*: the same attack "
-        "holding the key, the positive control.\n",
-    ]
-    for part in ("curves", "resnet20", "gradient", "matching"):
-        if part in found:
-            parts.append(f"## {part}\n\n{_curve_table(found[part])}\n")
-    if "renewals" in found:
-        parts.append(
-            f"## renewals\n\nA pad serves {EVERY} presentations; statistics and labels of all "
-            f"victims, over all pads, are pooled.\n\n{_renewal_table(found['renewals'])}\n"
-        )
-    if "likelihood" in found:
-        rows = next(iter(found["likelihood"].values()))["identified"].items()
-        cells = [[n, f"{100 * v['identified']:.1f}"] for n, v in rows]
-        parts.append(f"## likelihood\n\n{table(['pad as drawn', 'identified'], cells)}\n")
-    if "optimizers" in found:
-        parts.append(f"## optimizers\n\n{_audit_table(found['optimizers'])}\n")
-    return "\n".join(parts)
-
-
-def _curve_table(arms: dict[str, Any]) -> str:
-    counts = [str(n) for n in PRESENTATIONS]
-    rows = []
-    for arm, one in arms.items():
-        for who in ("shadow", "insider"):
-            if who not in one:
-                continue
-            row = [arm, who, f"{100 * one['own_key']:.1f}", str(one["victims"])]
-            row += [f"{100 * one['floor']:.1f}", f"{100 * one['key']:.1f}"]
-            for n in ("1", *counts):
-                ways = one[who].get(n)
-                best = max(ways, key=lambda w: ways[w]) if ways else ""
-                row.append(f"{_bounded(ways[best], one['victims'])} {best}" if ways else "–")
-            rows.append(row)
-    header = ["lock", "attacker", "own-key accuracy", "victims", "floor", "key", "n = 1"]
-    return table([*header, *(f"n = {n}" for n in counts)], rows)
-
-
-def _bounded(rate: float, victims: int) -> str:
-    """Percent, with the upper end of the 95 % interval of Clopper and Pearson."""
-    from fedkl.metrics import proportion_interval
-
-    high = proportion_interval(round(rate * victims), victims)[1]
-    return f"{100 * rate:.1f} (≤ {100 * high:.1f})"
-
-
-def _renewal_table(arms: dict[str, Any]) -> str:
-    rows = []
-    for arm, one in arms.items():
-        for who in ("shadow", "insider"):
-            ways = [_bounded(v, one["victims"]) for v in one[who].values()]
-            percent = [f"{100 * one[k]:.1f}" for k in ("floor", "key")]
-            rows.append([arm, who, str(one["victims"]), *percent, *ways])
-    ways = list(next(iter(arms.values()))["shadow"])
-    return table(["lock", "attacker", "victims", "floor", "key", *ways], rows)
-
-
-def _audit_table(arms: dict[str, Any]) -> str:
-    rows = []
-    for arm, one in arms.items():
-        for entry in one["summary"]:
-            advantage, identified = entry["advantage"], entry["identified"]
-            bounds = "–" if advantage["low"] is None else f"{advantage['high']:.3f}"
-            rows.append(
-                [
-                    arm,
-                    entry["attack"],
-                    entry["defense"],
-                    entry["threat"],
-                    str(entry["n"]),
-                    f"{advantage['mean']:+.3f} (to {bounds})",
-                    f"{100 * identified['mean']:.1f} (to {100 * identified['high']:.1f})",
-                    entry["verdict"],
-                ]
-            )
-    header = ["audit", "attack", "defense", "threat", "n", "advantage", "identified", "verdict"]
-    return table(header, rows)
-
-
 def main() -> None:
     """Runs what is missing and writes results/breakpad.json and .md after every part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -361,7 +274,7 @@ def main() -> None:
             {c.name: (c, str(args.scratch)) for c in cells},
             work,
             args.scratch / "cells",
-            processes=1,  # cells share trained federations
+            processes=2 if part == "repeats" else 1,  # elsewhere cells share trained federations
             costs={c.name: COSTS[part] for c in cells},
         )
         document["parts"][part] = {
