@@ -20,7 +20,7 @@ from fedkl.errors import CheckpointError
 from fedkl.report.audit import words
 from fedkl.report.audit.facts import Interval
 from fedkl.report.audit.gallery import FILM_BYTES, films, heroes
-from fedkl.report.audit.grid import columns
+from fedkl.report.audit.grid import columns, matrix
 from fedkl.report.audit.pictures import Album
 from fedkl.report.audit.plots import STRIP_WIDTH, Curve, chart, scatter, strip, ticks
 from fedkl.report.audit.reading import read_audit
@@ -229,3 +229,36 @@ def test_scatter_puts_accurate_up_and_leaky_right() -> None:
     assert good.y < bad.y
     assert good.x == drawn.zero
     assert scatter([("x", 0, Interval(), 0.5)]) is None
+
+
+def test_identification_heats_a_cell_as_pictures_do(tmp_path: Path) -> None:
+    """An attack that recognizes images shows nothing in the advantage, whatever it finds."""
+
+    def heats(advantage: float, identified: float) -> tuple[float, bool]:
+        audit = write_fake_audit(tmp_path)
+        for one in audit["summary"]:
+            one["advantage"] |= {"mean": advantage}
+            one["identified"] |= {"mean": identified}
+            one["floor_identified"] = {"mean": 0.01, "low": 0.0, "high": 0.05}
+        rewrite(tmp_path, audit)
+        known = read_audit(tmp_path / "audit.json")
+        cell = matrix(known, columns(known)).lines[0].cells[0]
+        assert cell is not None
+        return cell.heat, cell.cool
+
+    assert heats(-0.2, 0.01) == (0.0, True)
+    assert heats(-0.2, 0.26) == (0.5, False)
+    assert heats(0.125, 0.01) == (0.5, False)
+    assert heats(0.125, 1.0)[0] > 0.9
+
+
+@pytest.mark.parametrize("attack", ["retrieval", "retrieval-transport", "shadow-label"])
+def test_pictures_of_who_recognizes_are_said_to_be_public(attack: str, tmp_path: Path) -> None:
+    audit = write_fake_audit(tmp_path)
+    text = json.dumps(audit).replace("inverting-gradients", attack)
+    (tmp_path / "audit.json").write_text(text, encoding="utf-8")
+    page = write_audit_page(tmp_path).read_text(encoding="utf-8")
+    assert ("This attack draws nothing" in page) == words.recognizes(attack)
+    assert ("public image<br>that fits best" in page) == words.recognizes(attack)
+    assert words.recognizes("retrieval+fishing")
+    assert not words.recognizes("closed-form")

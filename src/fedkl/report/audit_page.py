@@ -92,6 +92,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= _FILTERS
+    environment.tests["recognizer"] = words.recognizes
     environment.globals["dash"] = words.DASH
     return environment
 

@@ -43,7 +43,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """One summary and its ink: ``heat`` in [0, 1] grows with the advantage over the floor."""
+    """One summary and its ink.
+
+    ``heat`` in [0, 1] grows with what the attack has beyond the floor, in advantage (0.5 is all) or
+    identification (1 is), whichever is more; ``cool``: next to nothing in both.
+    """
 
     summary: Summary
     strip: Strip | None
@@ -132,8 +136,10 @@ def _cell(summary: Summary, ink: Strip | None) -> Cell:
     mean = summary["advantage"].mean
     if mean is None:
         return Cell(summary, ink, 0.0, False)
-    # The root spreads the small advantages, on which verdicts turn; half an SSIM is all there is.
-    return Cell(summary, ink, min(max(mean, 0.0) / 0.5, 1.0) ** 0.5, mean <= 0.02)
+    found, guessed = summary["identified"].mean, summary["floor_identified"].mean
+    more = 0.0 if found is None else found - (guessed or 0.0)
+    # The root spreads the small figures, on which verdicts turn; half an SSIM is all there is.
+    return Cell(summary, ink, min(max(mean / 0.5, more, 0.0), 1.0) ** 0.5, max(mean, more) <= 0.02)
 
 
 def _notes(variant: Variant) -> list[str]:

@@ -54,6 +54,11 @@ ACCURACIES: Final = {
 }
 
 
+def recognizes(attack: str) -> bool:
+    """Whether an attack picks among images, so that its pictures are public ones."""
+    return attack.partition("+")[0].partition("-")[0] == "retrieval"
+
+
 def figure(value: float | None, metric: str = "") -> str:
     """A figure with the digits and the unit that suit its metric."""
     if value is None:
