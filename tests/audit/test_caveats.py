@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from audithelp import small_audit
 
@@ -25,6 +27,29 @@ def test_untrained_control_is_called_so(own: float, classes: int, said: bool) ->
 @pytest.mark.parametrize("accuracy", [{}, {"none": None}, {"none": {"own_key": None}}])
 def test_nothing_is_said_of_what_was_not_trained(accuracy: dict[str, None]) -> None:
     assert caveats(small_audit(), accuracy, 10) == []
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"defenses": ("channel", "pad")}, True),
+        ({"defenses": ("pad",), "attacks": ("retrieval-transport",), "images": 63}, True),
+        ({"defenses": ("pad",), "attacks": ("retrieval",), "images": 200}, True),
+        ({"defenses": ("pad",), "attacks": ("dlg", "retrieval-transport"), "images": 64}, False),
+        ({"defenses": ("pad",), "attacks": ("retrieval-transport",), "images": 16,
+          "observations": 4}, False),
+        ({"defenses": ("pad",), "batch_size": 8}, False),
+        ({"defenses": ("channel",)}, False),
+    ],
+)  # fmt: skip
+def test_a_pad_that_was_not_tested_the_hardest_way_is_said_so(
+    settings: dict[str, Any], said: bool
+) -> None:
+    found = caveats(small_audit(**settings), {}, 10)
+    assert len(found) == said
+    if said:
+        assert "--attacks retrieval-transport --images 64" in found[0]
+        assert settings["defenses"][-1] in found[0]
 
 
 def test_other_iterations_than_those_of_the_effort_are_told() -> None:

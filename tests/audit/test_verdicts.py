@@ -91,6 +91,43 @@ def test_control_in_another_metric_does_not_count() -> None:
     assert entry["verdict"] == "inconclusive"
 
 
+@pytest.mark.parametrize(
+    "mine, controls, verdict, reason",
+    [
+        (rows("pad", "adaptive", 200, -0.1), rows("pad", "key-shared", 200, -0.1, 100), "holds",
+         "identification at most 1.8% (95 %), while"),
+        (rows("pad", "adaptive", 200, -0.1), rows("pad", "key-shared", 200, 0.3, 0), "inconclusive",
+         "floor by 0.1 in identification"),
+        (rows("pad", "adaptive", 200, -0.1, 4), WORKING, "inconclusive", "leave room for identif"),
+        (rows("pad", "adaptive", 200, -0.1, 40), WORKING, "leaks", "20% of the images"),
+        (rows("pad", "adaptive", 200, 0.2, 0), WORKING, "leaks", "beats the floor by 0.200"),
+    ],
+)  # fmt: skip
+def test_who_draws_nothing_is_judged_by_what_is_recognized(
+    mine: list[dict[str, Any]], controls: list[dict[str, Any]], verdict: str, reason: str
+) -> None:
+    found = [*mine, *controls]
+    entries = summarize(found, judged=["pad"], feed_forward=["a"], recognizing=["a"])
+    entry = next(e for e in entries if e["role"] == "defense")
+    assert (entry["verdict"], reason in entry["reason"]) == (verdict, True)
+    drawing = summarize(found, judged=["pad"], feed_forward=["a"])
+    assert next(e for e in drawing if e["role"] == "defense")["verdict"] in (
+        verdict,
+        "inconclusive",
+    )
+
+
+def test_worst_attack_is_the_one_that_finds_most_in_either_figure() -> None:
+    def by(attack: str, advantage: float, hits: int) -> list[dict[str, Any]]:
+        return [{**r, "attack": attack} for r in rows("channel", "adaptive", 200, advantage, hits)]
+
+    entries = summarize([*by("draws", 0.1, 30), *by("picks", -0.2, 160)], judged=["channel"])
+    worst = overall(entries, ["channel"])["defenses"]["channel"]
+    assert worst["reason"].startswith("picks (adaptive): 80%")
+    entries = summarize([*by("draws", 0.45, 30), *by("picks", -0.2, 160)], judged=["channel"])
+    assert overall(entries, ["channel"])["defenses"]["channel"]["reason"].startswith("draws")
+
+
 def test_one_leak_is_a_leak_and_the_worst_defense_counts() -> None:
     found = [
         *WORKING,

@@ -145,6 +145,8 @@ ATTACKS: Final[Mapping[str, Mapping[str, Callable[[Resources], Attack]]]] = {
 
 NEED_PUBLIC: Final = ("ggl", *(n for n in ATTACKS if n.startswith(("shadow", "retrieval"))))
 """Attacks that learn from public images first."""
+RECOGNIZING: Final = tuple(n for n in ATTACKS if n.startswith("retrieval"))
+"""Attacks that pick among images; as pictures they show public ones."""
 SEARCHING: Final = ("dlg", "idlg", "inverting-gradients", "grnn", "ggl")
 """Attacks that go through iterations; all others solve or learn."""
 NEED_MANY: Final = ("shadow-global", "shadow-label", "retrieval-label", "retrieval-transport")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from fedkl.audit.config import AuditConfig
+
+ENOUGH: Final = 64
+"""Images under one pad from which on the attack that breaks it finds more than a guesser."""
+STRONGEST: Final = "retrieval-transport"
 
 
 def caveats(
@@ -33,4 +37,19 @@ def caveats(
             f"Attacks that search made {audit.iterations} iterations, as the command asked, "
             f"instead of those of effort {audit.effort!r}."
         )
+    if pads := [d for d in audit.judged if "pad" in map(str.strip, d.split("+"))]:
+        found += _weak_against_pads(audit, pads[0])
     return found
+
+
+def _weak_against_pads(audit: AuditConfig, pad: str) -> list[str]:
+    """Why this audit is not the hardest test of a pad; empty if it is."""
+    if audit.per_update > 1:
+        return []  # nobody has an attack for that yet, and the controls say so
+    if STRONGEST in audit.attacks and audit.images * audit.observations >= ENOUGH:
+        return []
+    return [
+        f"The strongest attack on {pad} that we know is not among these at full strength: "
+        f"{STRONGEST} on {ENOUGH} images or more under one pad (--attacks {STRONGEST} --images "
+        f"{ENOUGH})."
+    ]

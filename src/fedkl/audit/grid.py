@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkl.attacks import check_installed
+from fedkl.attacks import RECOGNIZING, check_installed
 from fedkl.audit.arsenal import FEED_FORWARD, applicable, repeats
 from fedkl.audit.caveats import caveats
 from fedkl.audit.cells import Cell, Event, Listener, Scene, attacked
@@ -129,7 +129,11 @@ def _all_cells(scene: Scene, given: Mapping[str, Path]) -> dict[str, Any]:
         left_out += [{**what, **one} for one in found["left_out"]]
         threats[cell.threat.name] = cell.threat.to_dict()
     summary = summarize(
-        rows, judged=audit.judged, feed_forward=FEED_FORWARD, candidates=audit.candidates
+        rows,
+        judged=audit.judged,
+        feed_forward=FEED_FORWARD,
+        recognizing=RECOGNIZING,
+        candidates=audit.candidates,
     )
     return {
         "threats": threats,

@@ -38,6 +38,7 @@ def summarize(
     *,
     judged: Sequence[str],
     feed_forward: Sequence[str] = (),
+    recognizing: Sequence[str] = (),
     candidates: int = 100,
 ) -> list[dict[str, Any]]:
     """One entry per attack, defense and threat: means, 95 % intervals, and a verdict.
@@ -47,6 +48,8 @@ def summarize(
         judged: Defenses that a verdict is about; the others, and key holders, are controls.
         feed_forward: Attacks without an optimizer, which are cheap: their ``holds`` needs the
             identification bound of 2 % whatever the number of images.
+        recognizing: Attacks that pick among images and draw none: what their pictures, public
+            images, resemble is no part of ``holds``.
         candidates: Images among which the true one was to be found. The bounds are for 100, where
             chance is 1 %; with fewer they rise by as much as chance does.
     """
@@ -69,6 +72,7 @@ def summarize(
         entry["verdict"], entry["reason"] = judge(
             entry,
             cheap=str(entry["attack"]) in feed_forward,
+            draws=str(entry["attack"]) not in recognizing,
             chance=1 / candidates,
         )
         if absent := entry["left_out"]:
@@ -110,7 +114,9 @@ def _crafted(entry: Row) -> bool:
     return str(entry["threat"]) in THREATS and THREATS[str(entry["threat"])].crafting
 
 
-def judge(entry: Row, *, cheap: bool = False, chance: float = CHANCE) -> tuple[str, str]:
+def judge(
+    entry: Row, *, cheap: bool = False, draws: bool = True, chance: float = CHANCE
+) -> tuple[str, str]:
     """Verdict and one sentence. A missing bound counts as the worst it could be.
 
     So does a victim that was left out: a leak is found among the others, with that one guessed; but
@@ -119,6 +125,7 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = CHANCE) -> tuple[s
     Args:
         entry: Means and intervals of one attack.
         cheap: Whether the attack is feed-forward.
+        draws: Whether its pictures are its own; else identification alone decides on ``holds``.
         chance: Of a guesser to identify: bounds are an excess over it, so they rise by what it is
             above :data:`CHANCE`. Multiplied, they would pass 1 with two candidates.
     """
@@ -130,7 +137,8 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = CHANCE) -> tuple[s
         )
     if leak := _leak(entry, IDENTIFIED_LEAKS + rise):
         return LEAKS, leak
-    if missing := [name for name, fine in entry["works"].items() if not fine]:
+    counted = ("advantage", "identified") if draws else ("identified",)
+    if missing := [name for name in counted if not entry["works"][name]]:
         what = {"advantage": "aligned SSIM", "identified": "identification"}
         return INCONCLUSIVE, (
             f"the attack does not beat the floor by {WORKS} in "
@@ -138,7 +146,8 @@ def judge(entry: Row, *, cheap: bool = False, chance: float = CHANCE) -> tuple[s
             "its failure says nothing."
         )
     few = not cheap and entry["n"] >= FEW
-    return _held(entry, rise + (IDENTIFIED_HOLDS_FEW if few else IDENTIFIED_HOLDS))
+    bound = rise + (IDENTIFIED_HOLDS_FEW if few else IDENTIFIED_HOLDS)
+    return _held(entry, bound, draws=draws)
 
 
 def _leak(entry: Row, bound: float) -> str:
@@ -158,18 +167,19 @@ def _leak(entry: Row, bound: float) -> str:
     return ""
 
 
-def _held(entry: Row, bound: float) -> tuple[str, str]:
+def _held(entry: Row, bound: float, *, draws: bool) -> tuple[str, str]:
     """Whether the upper bounds are low enough, ``bound`` being that on identification."""
     high, found = entry["ceiling"]["advantage"], entry["ceiling"]["identified"]
     room = []
-    if high is None or high > ADVANTAGE_HOLDS:
+    if draws and (high is None or high > ADVANTAGE_HOLDS):
         room.append(f"an advantage up to {'–' if high is None else f'{high:.3f}'}")
     if found > bound:
         room.append(f"identification up to {found:.1%}")
     if not room:
+        most = f"advantage at most {high:.3f} and " if draws else ""
         return HOLDS, (
-            f"advantage at most {high:.3f} and identification at most {found:.1%} "
-            "(95 %), while the same attack succeeds where it should."
+            f"{most}identification at most {found:.1%} (95 %), while the same attack succeeds "
+            "where it should."
         )
     return INCONCLUSIVE, (
         f"{entry['n']} victims leave room for {' and '.join(room)} (95 %); "
@@ -250,7 +260,7 @@ def _worst(entries: Sequence[tuple[int, Row]]) -> dict[str, Any]:
     for verdict in (LEAKS, INCONCLUSIVE, HOLDS):
         having = [(i, e) for i, e in entries if e["verdict"] == verdict]
         if having:
-            i, entry = max(having, key=lambda pair: pair[1]["advantage"]["mean"] or 0.0)
+            i, entry = max(having, key=lambda pair: _strength(pair[1]))
             reason = f"{entry['attack']} ({entry['threat']}): {entry['reason']}"
             return {"verdict": verdict, "worst": i, "reason": reason}
     return {
@@ -258,6 +268,12 @@ def _worst(entries: Sequence[tuple[int, Row]]) -> dict[str, Any]:
         "worst": None,
         "reason": "no attack that was asked for applies to this defense.",
     }
+
+
+def _strength(entry: Row) -> float:
+    """What an attack has beyond the floor, 1 being all: of advantage half an SSIM is."""
+    more = float(entry["identified"]["mean"] - entry["floor_identified"]["mean"])
+    return max(2 * float(entry["advantage"]["mean"] or 0.0), more)
 
 
 def _left_out(rows: Sequence[Row]) -> dict[str, Any]:
