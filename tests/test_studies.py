@@ -14,7 +14,7 @@ STUDIES = Path(__file__).resolve().parent.parent / "studies"
 @pytest.fixture(autouse=True)
 def studies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(STUDIES))
-    for name in ("cells", "leakage", "controls"):
+    for name in ("cells", "leakage", "leakagetables", "controls"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
