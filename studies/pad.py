@@ -11,6 +11,8 @@ resnet20-frontier
     The same for ResNet-20 after 4 rounds, and what each setting of the pad does there.
 resnet20-iid, resnet20-dirichlet
     ResNet-20 at 16x16, 3 clients x 4,000 images, 10 rounds.
+resnet20-long
+    The same over 20 rounds, IID: does a pad catch up?
 clients
     The same 18,000 images over 10 and 100 clients.
 renewal
@@ -68,6 +70,7 @@ RESNET: dict[str, Any] = {
 }
 SHARED = {"head": False}
 SIGNS = {"inner_scale_law": "sign", "inner_spread": 0.1}
+MILD = {"spread": 0.1, "scale_law": "near-one", "inner_spread": 0.1}  # signs at random all the same
 FRONTIER: dict[str, tuple[dict[str, Any], float]] = {
     "norm": ({"name": "norm"}, 0.03),
     "pad": (PAD, 0.03),
@@ -81,11 +84,14 @@ FRONTIER: dict[str, tuple[dict[str, Any], float]] = {
     "inner signs, lr 0.05": ({**PAD, **SIGNS}, 0.05),
     "inner signs, spread 1, lr 0.05": ({**PAD, **SIGNS, "spread": 1.0}, 0.05),
     "spread 1": ({**PAD, "spread": 1.0}, 0.03),
+    "hardly any pad": ({**PAD, **MILD}, 0.03),
+    "no key: private stem, head and maps": ({"name": "open-pad", "head": True}, 0.03),
     "near-one throughout": ({**PAD, "scale_law": "near-one"}, 0.03),
     "gain 3": ({**PAD, "gain": 3.0}, 0.03),
     "gain 0.3, lr 0.05": ({**PAD, "gain": 0.3}, 0.05),
     "learned per channel, lr 0.05": ({**PAD, "learned": "channel"}, 0.05),
 }
+LONG = {"federation": {"rounds": 20}}
 DIRICHLET = {"data": {"partition": "dirichlet"}}
 RENEWALS: dict[str, dict[str, Any]] = {
     "never": {},
@@ -135,6 +141,7 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
         "resnet20-frontier": _frontier,
         "resnet20-iid": lambda n: _resnet("resnet20-iid", n, {}),
         "resnet20-dirichlet": lambda n: _resnet("resnet20-dirichlet", n, DIRICHLET),
+        "resnet20-long": lambda n: _resnet("resnet20-long", n, LONG),
         "clients": _clients,
         "renewal": _renewal,
     }
@@ -143,7 +150,7 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
 
 BLOCKS = (
     "tuning", "lenet-iid", "lenet-dirichlet", "clients", "renewal",
-    "resnet20-frontier", "resnet20-iid", "resnet20-dirichlet",
+    "resnet20-frontier", "resnet20-iid", "resnet20-dirichlet", "resnet20-long",
 )  # fmt: skip
 
 
@@ -233,7 +240,7 @@ def _resnet(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
             arm,
             seed,
             merged(merged(LENET, RESNET), merged(over, {"defense": ARMS[arm]})),
-            250.0 if "pad" in arm else 150.0,
+            (250.0 if "pad" in arm else 150.0) * (2 if block == "resnet20-long" else 1),
             thief=block == "resnet20-iid" and arm == "pad" and seed < 2,
         )
         for seed in range(seeds)
