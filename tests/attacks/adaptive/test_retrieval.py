@@ -53,6 +53,7 @@ def test_key_holder_finds_most() -> None:
     found = [*holding_the_key()]
     assert rate(found) > 0.25
     assert "retrieval on gradient with the victim's secrets" in found[0].notes[0]
+    assert "public images that fit best" in found[0].notes[-1]
 
 
 @pytest.mark.slow

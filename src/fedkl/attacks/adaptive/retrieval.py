@@ -89,6 +89,7 @@ class Retrieval(Shadow):
         labels: Sequence[Tensor],
         notes: tuple[str, ...],
     ) -> list[Reconstruction]:
+        notes = (*notes, "pictures are the public images that fit best")
         every = torch.cat([*labels])
         pairs = list(zip(learned, moved, strict=True))
         # Cosines averaged over shadows: of embeddings side by side, at unit length each.
