@@ -96,6 +96,24 @@ def test_features_are_those_of_batches_of_one() -> None:
         )
 
 
+def test_large_networks_have_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 gradients of a ResNet-18 would be 11 GB."""
+    x, y = digits()
+    network = Network(victims("key-shared", 1)[0])
+    size = sum(value.numel() for value in network.shared.values())
+    held = held_secrets(trained_victim().locked)
+    whole = ShadowClient(network, held, 10).gradients(x[:5], y[:5])
+    assert len(whole) == 1
+    monkeypatch.setattr("fedkl.attacks.adaptive.shadow_client.NUMBERS", 2 * size + 1)
+    parts = ShadowClient(network, held, 10).gradients(x[:5], y[:5])
+    assert [len(part["5.weight"]) for part in parts] == [2, 2, 1]
+    for name in network.shared:
+        joined = torch.cat([part[name] for part in parts])
+        torch.testing.assert_close(joined, whole[0][name], rtol=1e-3, atol=2e-5)
+    monkeypatch.setattr("fedkl.attacks.adaptive.shadow_client.NUMBERS", 1)
+    assert len(ShadowClient(network, held, 10).gradients(x[:3], y[:3])) == 3
+
+
 def test_own_secrets_make_the_shared_layers_classify() -> None:
     x, y = public()
     observation = victims("adaptive", 1)[0]

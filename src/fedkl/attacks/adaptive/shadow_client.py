@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from fedkl.locking import LockSpec
 from fedkl.observation import Observation
 
 Tensors = Mapping[str, Tensor]
+
+NUMBERS: Final = 2**28
+"""Gradient entries held at once: 1 GiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,17 @@ class ShadowClient:
         network: The victim's public model.
         secrets: Every private tensor by name.
         num_classes: Length of the model's output.
-        chunk: Images per evaluation, for memory.
+        chunk: Images per evaluation at most; of large networks fewer, for memory
+            (:data:`NUMBERS`).
     """
 
     def __init__(
         self, network: Network, secrets: Tensors, num_classes: int, *, chunk: int = 256
     ) -> None:
         self.network, self.secrets = network, dict(secrets)
-        self.num_classes, self.chunk = num_classes, chunk
+        self.num_classes = num_classes
+        size = sum(value.numel() for value in network.shared.values())
+        self.chunk = max(1, min(chunk, NUMBERS // max(1, size)))
 
     def features(self, images: Tensor) -> Tensor:
         """Inputs of the classifier (N, features), every image in a batch of its own."""
