@@ -39,7 +39,7 @@ from typing import Any
 
 from breakpadtables import EVERY, PARTS, PRESENTATIONS, markdown
 from cells import provenance, run_cells, say, write
-from pad import LENET, RESNET, WIDE, merged
+from pad import LENET, RESNET, WIDE, joined, merged
 
 ROOT = Path(__file__).resolve().parent.parent
 PAD = {"name": "pad"}
@@ -257,6 +257,7 @@ def main() -> None:
     """Runs what is missing and writes results/breakpad.json and .md after every part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--arms", help="separated by semicolons; others stay as they are")
     parser.add_argument("--victims", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "breakpad")
@@ -268,8 +269,10 @@ def main() -> None:
     known = json.loads(path.read_text())["parts"] if path.exists() else {}
     document: dict[str, Any] = {"parts": {p: known[p] for p in PARTS if p in known}}
     for part in wanted:
-        cells = cells_of(part, args.victims)
+        every = cells_of(part, args.victims)
+        cells = [c for c in every if not args.arms or c.arm in args.arms.split(";")]
         command = f"python studies/breakpad.py --parts {part} --victims {args.victims}"
+        command += f' --arms "{args.arms}"' if args.arms else ""
         found = run_cells(
             {c.name: (c, str(args.scratch)) for c in cells},
             work,
@@ -277,10 +280,9 @@ def main() -> None:
             processes=2 if part == "repeats" else 1,  # elsewhere cells share trained federations
             costs={c.name: COSTS[part] for c in cells},
         )
-        document["parts"][part] = {
-            **provenance(command),
-            "arms": {one["arm"]: one for one in found.values()},
-        }
+        now = {**provenance(command), "arms": {one["arm"]: one for one in found.values()}}
+        before = document["parts"].get(part) if args.arms else None
+        document["parts"][part] = joined(before, now, [c.arm for c in every])
         write(path, document)
         (args.out / "breakpad.md").write_text(markdown(json.loads(json.dumps(document))))
         say(f"{part}: wrote {args.out / 'breakpad.md'}")
