@@ -16,8 +16,8 @@ matching
     The same by an attacker who is given the candidates and learns which of them a gradient fits
     (the attack "retrieval"), instead of drawing an image: the strongest of these attackers.
 repeats
-    Matching against the pads of two more federations, every n attacked in the one way that was best
-    on the first, so that no maximum is taken.
+    Matching against the pads of two more federations: from n = 16 on by transport, the shadow's
+    best way on the first, so that no maximum over ways is taken.
 renewals
     The same over pads that are renewed every 16 presentations, statistics pooled over all of them.
 likelihood

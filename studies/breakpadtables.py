@@ -43,8 +43,10 @@ def markdown(document: dict[str, Any]) -> str:
             "## repeats\n\nMatching against pads: the mean over three federations (that of "
             "*matching* and two more, each with images, keys and attackers of its own) with the "
             "95 % interval over them (Student's t), and ≤: the upper end of the interval of "
-            "Clopper and Pearson over all victims. Each in one way, the best on the first "
-            "federation.\n\n"
+            "Clopper and Pearson over all victims. One way for each n: as it is at n = 1 (the "
+            "better of two shadows), else by transport, the shadow's best way on the first "
+            "federation. That one was attacked before the encoders' learning rate was made to end "
+            "at the last step of training.\n\n"
             f"{_repeat_table(found)}\n"
         )
     if "renewals" in found:

@@ -97,7 +97,7 @@ class Audit:
 ADAPTIVE = ("adaptive",)
 SETTINGS = ("key-unknown", "key-regressed", "lock-gradient", "adaptive")  # the paper's, and ours
 DLG, IG, GRNN, GGL = ("dlg",), ("inverting-gradients",), ("grnn",), ("ggl",)
-SHADOW, PICK = ("shadow-label",), ("retrieval", "retrieval-transport")
+SHADOW, PICK = ("shadow-label",), ("retrieval",)
 CHANNEL, PAD = {"channel": ADAPTIVE}, {"pad": ADAPTIVE}
 PAPER = {"paper-sigmoid": SETTINGS, "paper": ("key-unknown", "adaptive")}
 FEW = {"paper-sigmoid": ("key-unknown", "adaptive")}
@@ -246,7 +246,7 @@ def markdown(document: dict[str, Any], reading: str = "") -> str:
         *(" ".join(text.split()) + "\n" for text in about[1:]),
         "*Advantage*: aligned SSIM minus that of the floor. *Identified*: the true image is the "
         "nearest of 100 of its class (chance: 1 %). *Retrieval* picks it, and shows the public "
-        "image that fits best; *transport*: by statistics of all images, under one lock. "
+        "image that fits best. "
         "*Success*: SSIM ≥ 0.6, the floor's behind the slash. *Paper MSE, PSNR*: the paper's "
         "convention (a root on the scale 0 ... 255, and PSNR of that root). Brackets: 95 % "
         "intervals. Verdicts in brackets are of controls. LPIPS is "

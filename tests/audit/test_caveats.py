@@ -29,27 +29,29 @@ def test_nothing_is_said_of_what_was_not_trained(accuracy: dict[str, None]) -> N
     assert caveats(small_audit(), accuracy, 10) == []
 
 
+HARD = {"attacks": ("dlg", "retrieval-transport"), "images": 1000, "effort": "standard"}
+
+
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, words",
     [
-        ({"defenses": ("channel", "pad")}, True),
-        ({"defenses": ("pad",), "attacks": ("retrieval-transport",), "images": 63}, True),
-        ({"defenses": ("pad",), "attacks": ("retrieval",), "images": 200}, True),
-        ({"defenses": ("pad",), "attacks": ("dlg", "retrieval-transport"), "images": 64}, False),
-        ({"defenses": ("pad",), "attacks": ("retrieval-transport",), "images": 16,
-          "observations": 4}, False),
-        ({"defenses": ("pad",), "batch_size": 8}, False),
-        ({"defenses": ("channel",)}, False),
+        ({"defenses": ("channel", "pad")}, "hardest test of pad:"),
+        ({"defenses": ("pad",), **HARD}, ""),
+        ({"defenses": ("pad",), **HARD, "images": 250, "observations": 4}, ""),
+        ({"defenses": ("pad",), **HARD, "images": 999}, "hardest"),
+        ({"defenses": ("pad",), **HARD, "effort": "quick"}, "--effort standard"),
+        ({"defenses": ("pad",), **HARD, "attacks": ("retrieval",)}, "--images 1000"),
+        ({"defenses": ("pad",), **HARD, "threats": ("crafting",)}, "hardest"),
+        ({"defenses": ("pad",), "batch_size": 8}, "these are of 8"),
+        ({"defenses": ("channel",)}, ""),
     ],
-)  # fmt: skip
+)
 def test_a_pad_that_was_not_tested_the_hardest_way_is_said_so(
-    settings: dict[str, Any], said: bool
+    settings: dict[str, Any], words: str
 ) -> None:
     found = caveats(small_audit(**settings), {}, 10)
-    assert len(found) == said
-    if said:
-        assert "--attacks retrieval-transport --images 64" in found[0]
-        assert settings["defenses"][-1] in found[0]
+    assert len(found) == bool(words)
+    assert words in "".join(found)
 
 
 def test_other_iterations_than_those_of_the_effort_are_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,13 @@ from fedkl.audit.measure import (
     figures_of,
     identified_in_batches,
     matched,
+    picked,
     rows_of,
     truth_of,
 )
 from fedkl.data import DataBundle
 from fedkl.data.images import TensorImages
-from fedkl.errors import DataError
+from fedkl.errors import AttackError, DataError
 from fedkl.metrics import draw_decoys
 from fedkl.rng import derive
 
@@ -214,3 +216,28 @@ def test_who_scores_candidates_is_asked_instead_of_compared() -> None:
     )
     undecided = rows_of([flat] * COUNT, torch.zeros(COUNT, 1, 6, 6), truth.labels, truth, {})
     assert not any(row["identified"] for row in undecided)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_place_among_the_candidates_tells_nothing(first: bool) -> None:
+    truth = truth_of_noise(torch.Generator().manual_seed(0))
+    labels = torch.zeros(1, 1, dtype=torch.int64)
+
+    def score(update: int, candidates: Tensor) -> Tensor:
+        return torch.arange(len(candidates)) * (-1.0 if first else 1.0)
+
+    found = [Reconstruction(images=torch.zeros(1, 1, 1, 6, 6), labels=labels, score=score)] * COUNT
+    assert abs(float(picked(found, truth).double().mean()) - 1 / (DECOYS + 1)) < 0.05
+
+
+def test_scores_that_are_no_numbers_are_no_miss() -> None:
+    truth = truth_of_noise(torch.Generator().manual_seed(0))
+    one = Reconstruction(images=torch.zeros(1, 1, 1, 6, 6), labels=torch.zeros(1, 1).long())
+    bad = replace(one, score=lambda _, x: torch.full((len(x),), torch.nan))
+    with pytest.raises(AttackError, match="no numbers"):
+        picked([bad] * COUNT, truth)
+    with pytest.raises(AttackError, match="for all victims"):
+        picked([bad] * (COUNT - 1) + [one], truth)
+    batch = replace(bad, images=torch.zeros(1, 2, 1, 6, 6))
+    with pytest.raises(AttackError, match="of one image"):
+        picked([batch] * (COUNT // 2), truth)

@@ -32,9 +32,9 @@ class Reconstruction:
         frames: The first image of the first update over time, float32 (frames, C, H, W).
         restarts: Trials started over because their loss was not finite.
         notes: What a reader has to know.
-        score: Called with the number of an update and candidates (K, C, H, W) in [0, 1], says how
-            well each fits that update, (K,), the higher the better. None: whoever has candidates
-            compares them with ``images``.
+        score: Called with the number of an update and candidates (K, C, H, W) in [0, 1], all of the
+            label found, says how well each fits that update, (K,), the higher the better. None:
+            whoever has candidates compares them with ``images``.
     """
 
     images: Tensor = field(repr=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fedkl.audit.config import AuditConfig
+from fedkl.observation import THREATS
 
-ENOUGH: Final = 64
-"""Images under one pad from which on the attack that breaks it finds more than a guesser."""
+MANY: Final = 1000
+"""Images under one pad of which the attack that breaks it finds clearly more than a guesser."""
 STRONGEST: Final = "retrieval-transport"
 
 
@@ -37,19 +38,23 @@ def caveats(
             f"Attacks that search made {audit.iterations} iterations, as the command asked, "
             f"instead of those of effort {audit.effort!r}."
         )
-    if pads := [d for d in audit.judged if "pad" in map(str.strip, d.split("+"))]:
-        found += _weak_against_pads(audit, pads[0])
-    return found
+    pads = [d for d in audit.judged if "pad" in map(str.strip, d.split("+"))]
+    return found + (_weak_against(pads, audit) if pads else [])
 
 
-def _weak_against_pads(audit: AuditConfig, pad: str) -> list[str]:
-    """Why this audit is not the hardest test of a pad; empty if it is."""
+def _weak_against(pads: Sequence[str], audit: AuditConfig) -> list[str]:
+    """Why this audit is not the hardest test of pads; empty if it is."""
     if audit.per_update > 1:
-        return []  # nobody has an attack for that yet, and the controls say so
-    if STRONGEST in audit.attacks and audit.images * audit.observations >= ENOUGH:
+        return [
+            f"The strongest attack on {', '.join(pads)} that we know, {STRONGEST}, is for updates "
+            f"of one image; these are of {audit.per_update}."
+        ]
+    honest = any(not THREATS[name].crafting for name in audit.threats)
+    many = audit.images * audit.observations >= MANY
+    if STRONGEST in audit.attacks and many and honest and audit.effort != "quick":
         return []
     return [
-        f"The strongest attack on {pad} that we know is not among these at full strength: "
-        f"{STRONGEST} on {ENOUGH} images or more under one pad (--attacks {STRONGEST} --images "
-        f"{ENOUGH})."
+        f"This is not the hardest test of {', '.join(pads)}: the strongest attack that we know, "
+        f"{STRONGEST}, finds next to nothing of few images under one pad and 4 % of {MANY} "
+        f"(--attacks {STRONGEST} --images {MANY} --effort standard)."
     ]

@@ -15,7 +15,7 @@ from fedkl.attacks import Reconstruction
 from fedkl.audit.config import AuditConfig
 from fedkl.audit.floor import floor_of
 from fedkl.data import DataBundle
-from fedkl.errors import DataError
+from fedkl.errors import AttackError, DataError
 from fedkl.rng import derive
 
 PSNR_CEILING: Final = 100.0
@@ -219,19 +219,29 @@ def identified_in_batches(images: Tensor, truth: Truth, size: int) -> Tensor:
 def picked(found: Sequence[Reconstruction], truth: Truth) -> Tensor:
     """For which of N images the attack's own score of the truth is above that of all decoys.
 
-    For attacks on updates of one image. It is given the candidates without a word on which is the
-    true one, as whoever compares them with a reconstruction.
+    For attacks on updates of one image. It is given the candidates in an order that tells nothing.
 
     Returns:
         bool (N,).
+
+    Raises:
+        AttackError: Updates of several images, a victim without a score, or a score that is no
+            number.
     """
+    if any(one.score is None or one.images.shape[1] != 1 for one in found):
+        raise AttackError("scores of candidates are for updates of one image, and for all victims.")
     hits = []
     for i, decoys in enumerate(truth.decoys):
         victim, update = divmod(i, len(truth.rows) // len(found))
+        order = torch.randperm(len(decoys) + 1, generator=derive(i, "order of candidates"))
+        candidates = torch.cat([truth.images[i][None], truth.pool[decoys]])[order]
         score = found[victim].score
         assert score is not None
-        scores = score(update, torch.cat([truth.images[i][None], truth.pool[decoys]]))
-        hits.append(scores[0] > scores[1:].max())
+        scores = score(update, candidates)
+        if not bool(scores.isfinite().all()):
+            raise AttackError(f"victim {victim} has scores that are no numbers.")
+        own = order == 0
+        hits.append(scores[own].squeeze() > scores[~own].max())
     return torch.stack(hits)
 
 
@@ -255,7 +265,7 @@ def rows_of(
     """
     figures = measured(images, truth, found[0].images.shape[1])
     per_victim = len(images) // len(found)
-    if all(one.score is not None for one in found):
+    if found[0].score is not None:
         figures["identified"] = picked(found, truth).double()
     numbers = range(len(found)) if victims is None else victims
     rows = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from fedkl.attacks.adaptive.dual_encoder import LENGTH, DualEncoder
+from fedkl.attacks.adaptive.dual_encoder import BATCH, LENGTH, DualEncoder
 from fedkl.rng import derive
 
 
@@ -57,12 +59,37 @@ def test_every_epoch_is_told_and_the_generator_decides_all() -> None:
     assert not made[0].equal(made[2])
 
 
+@pytest.mark.parametrize("classes, each", [(10, 60), (7, 30), (100, 3), (3, 1)])
+def test_the_rate_falls_over_all_of_training(
+    classes: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many classes: it is above zero to the last step, and ends near it."""
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    count = classes * each
+    encoder = DualEncoder(4, (1, 8, 8), classes, derive(0))
+    images = torch.rand(count, 1, 8, 8, generator=derive(1))
+    sketches = torch.randn(count, 4, generator=derive(2))
+    encoder.fit(sketches, torch.arange(count) % classes, images, 10)
+    assert len(rates) == 10 * -(-count // BATCH)
+    assert rates == sorted(rates, reverse=True)
+    assert min(rates) > 0
+    assert rates[-1] < 0.1 * rates[0]
+
+
 def test_labels_alone_tell_no_image_from_another() -> None:
-    """Batches are of two classes, candidates of one: knowing the class is worth nothing."""
+    """Batches are of few classes, candidates of one: knowing the class is worth nothing."""
     encoder = DualEncoder(2, (1, 8, 8), 10, derive(0))
-    labels = torch.arange(300) % 10
+    labels = torch.arange(1280) % 10
     batches = encoder._batches(labels)
-    assert sorted(torch.cat(batches).tolist()) == list(range(300))
+    assert sorted(torch.cat(batches).tolist()) == list(range(1280))
+    assert [len(rows) for rows in batches] == [256] * 5
     assert all(len(labels[rows].unique()) == 2 for rows in batches)
     encoder.of_gradients.eval()  # no dropout
     loss = encoder._loss(torch.zeros(60, 2), labels[:60], torch.zeros(60, 1, 8, 8))

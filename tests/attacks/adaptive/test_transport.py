@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fedkl.attacks.adaptive.transport import Transport, procrustes
@@ -49,3 +50,39 @@ def test_few_victims_use_few_directions_and_missing_classes_do_no_harm() -> None
     # Five directions of twelve: what they do not span is our mean.
     rank = int(torch.linalg.matrix_rank(moved - moved.mean(dim=0)))
     assert rank <= 5
+
+
+def test_neighbours_finish_what_class_means_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clouds that overlap, skewed so that no direction looks like its mirror image."""
+    generator = derive(0, "shape")
+    labels = torch.arange(4000) % 10
+    centers = torch.randn(10, 8, generator=generator)
+    spread = torch.linspace(3, 0.7, 8)
+
+    def cloud() -> torch.Tensor:
+        draw = torch.rand(4000, 8, generator=generator).log().neg() - 1
+        return centers[labels] + spread * draw
+
+    ours, seen = cloud(), cloud()
+    theirs = seen @ rotation(8, 3)
+    before = (theirs - seen).square().mean()
+
+    def left() -> float:
+        moved = Transport(ours, labels, 10).move(theirs, labels)
+        return float((moved - seen).square().mean() / before)
+
+    done = left()
+    assert done < 0.005
+    monkeypatch.setattr("fedkl.attacks.adaptive.transport._ROUNDS", 0)
+    assert left() > 3 * done
+
+
+def test_one_victim_a_class_has_nothing_within_classes_and_blows_up_nothing() -> None:
+    generator = derive(0, "hundred")
+    ours, labels = torch.randn(1000, 32, generator=generator), torch.arange(1000) % 100
+    for count in (20, 64, 100, 128, 400):
+        seen = torch.randn(count, 32, generator=generator)
+        moved = Transport(ours, labels, 100).move(seen, torch.arange(count) % 100)
+        assert float(moved.abs().max()) < 10 * float(ours.abs().max())
+    alone = Transport(ours, labels, 100).move(seen[:64], torch.arange(64))
+    torch.testing.assert_close(alone, ours.mean(dim=0).expand_as(alone))

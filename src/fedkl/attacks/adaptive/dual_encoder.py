@@ -83,8 +83,7 @@ class DualEncoder:
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
-                    if schedule.last_epoch < steps:
-                        schedule.step()
+                    schedule.step()
                     losses.append(float(loss.detach()))
                 on_epoch(sum(losses) / max(1, len(losses)))
         for net in networks:
@@ -100,12 +99,16 @@ class DualEncoder:
         return cross_entropy(logits, own) + cross_entropy(logits.T, own)
 
     def _batches(self, labels: Tensor) -> list[Tensor]:
-        """Batches of two classes each: more candidates of the same class."""
-        found: list[Tensor] = []
+        """Everything in batches of as few classes as fill one: many candidates of the same class.
+
+        Classes come in pairs, the images of a pair mixed, so that large ones are not alone.
+        """
+        rows = []
         for pair in torch.split(torch.randperm(self.num_classes), 2):
-            rows = torch.isin(labels, pair).nonzero().flatten()
-            found += torch.split(rows[torch.randperm(len(rows))], BATCH)
-        return [found[i] for i in torch.randperm(len(found)).tolist() if len(found[i]) > 1]
+            mine = torch.isin(labels, pair).nonzero().flatten()
+            rows.append(mine[torch.randperm(len(mine))])
+        found = torch.split(torch.cat(rows), BATCH)
+        return [found[i] for i in torch.randperm(len(found)).tolist()]
 
     def _read(self, sketches: Tensor, labels: Tensor) -> Tensor:
         known = one_hot(labels, self.num_classes).to(sketches.dtype)

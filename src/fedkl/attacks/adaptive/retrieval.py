@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -20,9 +21,10 @@ class Retrieval(Shadow):
     """A shadow that recognizes images in place of drawing them: the strongest against a pad.
 
     It learns on its own client which image fits which gradient
-    (:class:`~fedkl.attacks.adaptive.dual_encoder.DualEncoder`), so that it can be asked of any
-    image whether it was there (``Reconstruction.score``). As picture it shows the public image that
-    fits best, of the victim's class where there is one: that tells what the victim's resembles.
+    (:class:`~fedkl.attacks.adaptive.dual_encoder.DualEncoder`), so that it can be asked which of
+    several images of the victim's class was there (``Reconstruction.score``). As picture it shows
+    the public image that fits best, of the victim's class where there is one: that tells what the
+    victim's resembles.
 
     Args:
         images: Public images (M, C, H, W) in [0, 1].
@@ -94,7 +96,8 @@ class Retrieval(Shadow):
         pairs = list(zip(learned, moved, strict=True))
         # Cosines averaged over shadows: of embeddings side by side, at unit length each.
         read = torch.cat([encoder.read(x, every) for encoder, x in pairs], dim=1) / len(pairs)
-        own = _embedded(learned, self.public.images)
+        gallery = _Gallery(learned)
+        own = gallery.embed(self.public.images)
         best = self.public.images[self._closest(read, own, every)]
         updates = [len(mine) for mine in labels]
         return [
@@ -102,7 +105,7 @@ class Retrieval(Shadow):
                 images=x[:, None],
                 labels=y[:, None],
                 notes=notes,
-                score=partial(_scored, learned, r),
+                score=partial(_scored, gallery, r),
             )
             for x, y, r in zip(
                 torch.split(best, updates), labels, torch.split(read, updates), strict=True
@@ -116,13 +119,32 @@ class Retrieval(Shadow):
         return (read @ own.T).masked_fill(other, -torch.inf).argmax(dim=1)
 
 
-def _embedded(encoders: Sequence[DualEncoder], images: Tensor) -> Tensor:
-    """Embeddings of images (M, ...), those of all shadows side by side."""
-    return torch.cat([encoder.embed(images) for encoder in encoders], dim=1)
+class _Gallery:
+    """Embeddings of images by all shadows side by side, each image's made once.
+
+    The same images are candidates of many victims.
+    """
+
+    def __init__(self, encoders: Sequence[DualEncoder]) -> None:
+        self.encoders = encoders
+        self._known: dict[bytes, Tensor] = {}
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(M, shadows x 128) of images (M, C, H, W)."""
+        names = [_fingerprint(image) for image in images]
+        new = {name: i for i, name in enumerate(names) if name not in self._known}
+        if new:
+            chosen = images[list(new.values())]
+            made = torch.cat([encoder.embed(chosen) for encoder in self.encoders], dim=1)
+            self._known |= dict(zip(new, made, strict=True))
+        return torch.stack([self._known[name] for name in names])
 
 
-def _scored(
-    encoders: Sequence[DualEncoder], read: Tensor, update: int, candidates: Tensor
-) -> Tensor:
+def _fingerprint(image: Tensor) -> bytes:
+    return hashlib.blake2b(image.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
+
+
+def _scored(gallery: _Gallery, read: Tensor, update: int, candidates: Tensor) -> Tensor:
     """``Reconstruction.score`` of the victim whose updates are ``read`` (T, ...)."""
-    return _embedded(encoders, candidates.to(read.dtype)) @ read[update]
+    # Row by row: the same image has the same score to the last bit, whatever stands beside it.
+    return (gallery.embed(candidates.to(read.dtype)) * read[update]).sum(dim=1)

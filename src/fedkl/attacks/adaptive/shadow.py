@@ -51,7 +51,6 @@ class Shadow(Attack):
         restandardize: None, ``global`` or ``label``: bring victims into the shadow's coordinates
             by statistics of the victims of the call (:meth:`Coordinates.align`); ``transport``: by
             a rotation fitted to them (:class:`~fedkl.attacks.adaptive.transport.Transport`).
-            Who holds the victim's secrets needs none of it.
         shadows: Clients of the attacker's own, each with secrets and a decoder; images are
             averaged.
         candidates: Sets of secrets trained for each shadow; the one whose class means come
@@ -141,7 +140,7 @@ class Shadow(Attack):
             inputs = _inputs(client, self.public.images, self.public.labels, sketch)
             coordinates = Coordinates.of(inputs, self.public.labels, first.num_classes)
             learned.append(self._learn(coordinates, inputs, generator, number, progress))
-            how = self._how(first, labels)
+            how = self._how(labels)
             moved.append(self._moved(coordinates, inputs, seen, labels, how))
         notes = self._notes(first, labels, "features" if sketch is None else "gradient")
         return self._answers(learned, moved, found, notes)
@@ -260,27 +259,28 @@ class Shadow(Attack):
 
         return tell
 
-    def _how(self, observation: Observation, labels: Tensor) -> str | None:
-        """The restandardization that this many victims allow.
+    def _how(self, labels: Tensor) -> str | None:
+        """The restandardization that these victims allow.
 
-        Whoever holds the victim's secrets, or whose victim has none, is in its coordinates already:
-        statistics of a few victims would only add noise, and a control must not be weaker for them.
+        Controls that hold the key go through it as well, needless as it is for them: they are to
+        show what the same attack can do.
         """
-        if set(observation.secrets) <= observation.known.keys() or len(labels) < ENOUGH:
+        if len(labels) < ENOUGH:
             return None
+        if self.restandardize == "transport" and len(labels.unique()) == 1:  # type: ignore[no-untyped-call]
+            return "global"  # the means of one class tell no rotation
         return self.restandardize
 
     def _notes(self, observation: Observation, labels: Tensor, variant: str) -> tuple[str, ...]:
-        held = set(observation.secrets) <= observation.known.keys()
-        own = f"{self.shadows} shadow client(s)"
-        if held:
-            own = "the victim's secrets" if observation.secrets else "no secrets"
-        how = self._how(observation, labels)
+        own = "no secrets" if not observation.secrets else f"{self.shadows} shadow client(s)"
+        if observation.secrets and set(observation.secrets) <= observation.known.keys():
+            own = "the victim's secrets"
+        how = self._how(labels)
         note = f"{self.name} on {variant} with {own}; restandardized: {how or 'no'}"
-        if held:
-            return (note,)
-        if how != self.restandardize:
+        if len(labels) < ENOUGH and self.restandardize is not None:
             return note, f"{len(labels)} updates are too few to restandardize by (from {ENOUGH} on)"
+        if how != self.restandardize:
+            return note, "victims of one class tell no rotation: restandardized as by 'global'"
         if how == "label" and int(torch.bincount(labels).max()) < MIN_PER_CLASS:
             few = f"no class has {MIN_PER_CLASS} victims or more: restandardized as by 'global'"
             return note, few

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,8 +20,8 @@ from fedkl.observation import Observation
 
 Tensors = Mapping[str, Tensor]
 
-NUMBERS: Final = 2**28
-"""Gradient entries held at once: 1 GiB in float32."""
+NUMBERS: Final = 2**26
+"""Gradient entries of one chunk: 256 MiB in float32, and three times that while they are made."""
 
 
 @dataclass(frozen=True)
@@ -130,19 +130,17 @@ class ShadowClient:
         finally:
             handle.remove()
 
-    def gradients(self, images: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
-        """Gradients of the shared parameters, per image, in chunks: each name (n, *shape)."""
+    def gradients(self, images: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Gradients of the shared parameters, per image, chunk by chunk: each name (n, *shape)."""
         network, secrets, classes = self.network, self.secrets, self.num_classes
 
         def loss(shared: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             return network.loss({**shared, **secrets}, x[None], y[None])
 
         each = vmap(grad(loss), in_dims=(None, 0, 0))
-        chunks = []
         for rows in torch.split(torch.arange(len(images)), self.chunk):
             y = one_hot(labels[rows], classes).to(images.dtype)
-            chunks.append(each(network.shared, images[rows], y))
-        return chunks
+            yield each(network.shared, images[rows], y)
 
 
 def check_single(observation: Observation) -> None:
@@ -154,7 +152,7 @@ def check_single(observation: Observation) -> None:
     training = observation.training
     if training.images != 1 or training.local_steps != 1:
         raise AttackError(
-            f"got updates of batch {training.batch_size} and {training.local_steps} steps; a "
-            "shadow's decoder is for one image and one step. Audit with batch_size 1 and "
+            f"got updates of batch {training.batch_size} and {training.local_steps} steps; what a "
+            "shadow learns is for one image and one step. Audit with batch_size 1 and "
             "local_steps 1, or use an attack that searches."
         )

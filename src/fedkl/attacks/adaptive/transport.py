@@ -13,7 +13,8 @@ from torch import Tensor
 
 MOST: Final = 64
 """Directions that are rotated."""
-_PER_DIRECTION: Final = 4  # victims for each of them at least
+_PER_DIRECTION: Final = 4  # victims for each of them at least, beyond those that their means take
+_FLAT: Final = 1e-4  # deviations below this part of the greatest are rounding
 _ROUNDS: Final = 10
 
 
@@ -38,9 +39,13 @@ class Transport:
     def move(self, seen: Tensor, labels: Tensor) -> Tensor:
         """Victims (M, d), standardized by themselves, with labels (M,): in our coordinates.
 
-        What is outside of our leading directions becomes our mean.
+        What is outside of our leading directions becomes our mean; so does everything where
+        victims are too few for their classes.
         """
-        size = max(1, min(MOST, len(seen) // _PER_DIRECTION, seen.shape[1], len(self.ours)))
+        free = len(seen) - len({*labels.tolist()})
+        size = min(MOST, free // _PER_DIRECTION, seen.shape[1], len(self.ours))
+        if size < 1:
+            return self.ours.mean(dim=0).expand_as(seen).clone()
         if size not in self._whitened:  # the same for every group of victims
             self._whitened[size] = _White(self.ours, self.labels, self.num_classes, size)
         ours, theirs = self._whitened[size], _White(seen, labels, self.num_classes, size)
@@ -73,9 +78,11 @@ class _White:
             ]
         )
         _, values, basis = torch.linalg.svd(x - means[labels], full_matrices=False)
-        self.basis, self.scale = basis[:size], values[:size].clamp_min(1e-6) / len(x) ** 0.5
-        self.x = (x - self.middle) @ self.basis.T / self.scale
-        self.means = (means - self.middle) @ self.basis.T / self.scale
+        self.basis, self.scale = basis[:size], values[:size] / len(x) ** 0.5
+        flat = self.scale <= _FLAT * self.scale.amax().clamp_min(1e-30)
+        whiten = torch.where(flat, 0.0, 1 / self.scale.clamp_min(1e-30))
+        self.x = (x - self.middle) @ self.basis.T * whiten
+        self.means = (means - self.middle) @ self.basis.T * whiten
 
     def lift(self, y: Tensor) -> Tensor:
         """(N, size) back among x."""
