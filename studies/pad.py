@@ -46,6 +46,7 @@ TUNING_SEED = 1000
 
 PAD = {"name": "pad"}
 WIDE = {"inner_scale_law": "wide", "inner_spread": 1.0}
+MILD = {"spread": 0.1, "scale_law": "near-one", "inner_spread": 0.1}  # signs at random all the same
 ARMS: dict[str, dict[str, Any]] = {
     "alone": {"name": "norm"},  # every client for itself: what is a federation worth?
     "norm": {"name": "norm"},
@@ -54,7 +55,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "pad": PAD,
     "pad-open-head": {**PAD, "head": False},
     "pad-wide": {**PAD, **WIDE},
+    "no key": {"name": "open-pad", "head": True},  # private stem, head and maps, from equal starts
+    "hardly any pad": {**PAD, **MILD},
 }
+CAUSES = ("no key", "hardly any pad")
 # Rates of norm and fedbn were chosen on validation by studies/accuracy.py, the pad's here.
 LENET: dict[str, Any] = {
     "model": {"name": "lenet"},
@@ -70,7 +74,6 @@ RESNET: dict[str, Any] = {
 }
 SHARED = {"head": False}
 SIGNS = {"inner_scale_law": "sign", "inner_spread": 0.1}
-MILD = {"spread": 0.1, "scale_law": "near-one", "inner_spread": 0.1}  # signs at random all the same
 FRONTIER: dict[str, tuple[dict[str, Any], float]] = {
     "norm": ({"name": "norm"}, 0.03),
     "pad": (PAD, 0.03),
@@ -244,7 +247,7 @@ def _resnet(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
             thief=block == "resnet20-iid" and arm == "pad" and seed < 2,
         )
         for seed in range(seeds)
-        for arm in ("alone", "norm", "fedbn", "pad")
+        for arm in ("alone", "norm", "fedbn", "pad", *(CAUSES if block == "resnet20-iid" else ()))
     ]
 
 
