@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedkl.attacks.adaptive.transport import Transport, procrustes
+from fedkl.attacks.adaptive.transport import Transport, directions, procrustes
+from fedkl.errors import AttackError
 from fedkl.rng import derive
 
 
@@ -44,12 +45,13 @@ def test_few_victims_use_few_directions_and_missing_classes_do_no_harm() -> None
     ours, labels = torch.randn(200, 12, generator=generator), torch.arange(200) % 4
     seen = torch.randn(20, 12, generator=generator)
     transport = Transport(ours, labels, 5)
-    moved = transport.move(seen, torch.full((20,), 4))  # a class that we have no image of
+    theirs = torch.arange(20) % 2 + 3  # 4 is a class that we have no image of
+    moved = transport.move(seen, theirs)
     assert moved.shape == (20, 12)
     assert bool(moved.isfinite().all())
     # Five directions of twelve: what they do not span is our mean.
     rank = int(torch.linalg.matrix_rank(moved - moved.mean(dim=0)))
-    assert rank <= 5
+    assert rank == 5
 
 
 def test_neighbours_finish_what_class_means_begin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +82,14 @@ def test_neighbours_finish_what_class_means_begin(monkeypatch: pytest.MonkeyPatc
 def test_one_victim_a_class_has_nothing_within_classes_and_blows_up_nothing() -> None:
     generator = derive(0, "hundred")
     ours, labels = torch.randn(1000, 32, generator=generator), torch.arange(1000) % 100
-    for count in (20, 64, 100, 128, 400):
+    for count in (104, 128, 400):
         seen = torch.randn(count, 32, generator=generator)
         moved = Transport(ours, labels, 100).move(seen, torch.arange(count) % 100)
         assert float(moved.abs().max()) < 10 * float(ours.abs().max())
-    alone = Transport(ours, labels, 100).move(seen[:64], torch.arange(64))
-    torch.testing.assert_close(alone, ours.mean(dim=0).expand_as(alone))
+    for few in (torch.arange(64), torch.arange(100) % 100, torch.zeros(64, dtype=torch.int64)):
+        assert directions(few) == 0
+        with pytest.raises(AttackError, match="tell a rotation"):
+            Transport(ours, labels, 100).move(seen[: len(few)], few)
+    assert directions(torch.arange(400) % 100) == 64
+    assert directions(torch.arange(16) % 10) == 4
+    assert directions(torch.arange(104) % 100) == 4

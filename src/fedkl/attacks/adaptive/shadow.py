@@ -20,7 +20,7 @@ from fedkl.attacks.adaptive.shadow_decoder import (
     Coordinates,
     Decoder,
 )
-from fedkl.attacks.adaptive.transport import Transport
+from fedkl.attacks.adaptive.transport import Transport, directions
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.closed_form import penultimate_features
 from fedkl.attacks.labels import classifier, infer_labels
@@ -267,8 +267,8 @@ class Shadow(Attack):
         """
         if len(labels) < ENOUGH:
             return None
-        if self.restandardize == "transport" and len(labels.unique()) == 1:  # type: ignore[no-untyped-call]
-            return "global"  # the means of one class tell no rotation
+        if self.restandardize == "transport" and not directions(labels):
+            return "global"
         return self.restandardize
 
     def _notes(self, observation: Observation, labels: Tensor, variant: str) -> tuple[str, ...]:
@@ -280,7 +280,10 @@ class Shadow(Attack):
         if len(labels) < ENOUGH and self.restandardize is not None:
             return note, f"{len(labels)} updates are too few to restandardize by (from {ENOUGH} on)"
         if how != self.restandardize:
-            return note, "victims of one class tell no rotation: restandardized as by 'global'"
+            return (
+                note,
+                "too few victims for their classes, or one class: restandardized as by 'global'",
+            )
         if how == "label" and int(torch.bincount(labels).max()) < MIN_PER_CLASS:
             few = f"no class has {MIN_PER_CLASS} victims or more: restandardized as by 'global'"
             return note, few

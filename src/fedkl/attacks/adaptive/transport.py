@@ -11,11 +11,23 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fedkl.errors import AttackError
+
 MOST: Final = 64
 """Directions that are rotated."""
-_PER_DIRECTION: Final = 4  # victims for each of them at least, beyond those that their means take
+_PER_DIRECTION: Final = 4  # victims for each of them at least
 _FLAT: Final = 1e-4  # deviations below this part of the greatest are rounding
 _ROUNDS: Final = 10
+
+
+def directions(labels: Tensor) -> int:
+    """How many directions victims with these labels (M,) tell the rotation of.
+
+    0: it cannot be told, since they are too few for their classes or all of one.
+    """
+    classes = len({*labels.tolist()})
+    free = len(labels) - classes  # what is left when every class has given up its mean
+    return 0 if classes < 2 else min(MOST, len(labels) // _PER_DIRECTION, free)
 
 
 class Transport:
@@ -39,13 +51,17 @@ class Transport:
     def move(self, seen: Tensor, labels: Tensor) -> Tensor:
         """Victims (M, d), standardized by themselves, with labels (M,): in our coordinates.
 
-        What is outside of our leading directions becomes our mean; so does everything where
-        victims are too few for their classes.
+        What is outside of our leading directions becomes our mean.
+
+        Raises:
+            AttackError: These victims tell no rotation (:func:`directions`).
         """
-        free = len(seen) - len({*labels.tolist()})
-        size = min(MOST, free // _PER_DIRECTION, seen.shape[1], len(self.ours))
+        size = min(directions(labels), seen.shape[1], len(self.ours))
         if size < 1:
-            return self.ours.mean(dim=0).expand_as(seen).clone()
+            raise AttackError(
+                f"got {len(labels)} victims; to tell a rotation takes {_PER_DIRECTION} or more, "
+                "of two classes or more, and more victims than classes."
+            )
         if size not in self._whitened:  # the same for every group of victims
             self._whitened[size] = _White(self.ours, self.labels, self.num_classes, size)
         ours, theirs = self._whitened[size], _White(seen, labels, self.num_classes, size)
