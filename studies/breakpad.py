@@ -249,7 +249,7 @@ def _audit(cell: Cell, scratch: Path) -> dict[str, Any]:
         pictured=1,
     )
     place = scratch / "audits" / cell.name
-    result = run_audit(audit, place, sources=sources, resume=(place / "audit.json").exists())
+    result = run_audit(audit, place, sources=sources, resume=(place / "audit-config.json").exists())
     return {"verdict": result["verdict"], "summary": result["summary"]}
 
 

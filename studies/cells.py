@@ -61,22 +61,32 @@ def run_cells(
 
     Returns:
         Every cell's result by name.
+
+    Raises:
+        Exception: What the first cell that failed had raised, once all others are done and kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     todo = [name for name in cells if not (folder / f"{name}.json").exists()]
     say(f"{len(cells)} cells, {len(cells) - len(todo)} done already")
     started, spent = time.monotonic(), 0.0
+    failed: list[BaseException] = []
     # The longest first, so that the processes finish together.
     todo.sort(key=lambda name: -costs[name])
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(work, name, cells[name]): name for name in todo}
         for done, future in enumerate(as_completed(futures), 1):
             name = futures[future]
-            write(folder / f"{name}.json", future.result())
             spent += costs[name]
+            if (error := future.exception()) is not None:
+                failed.append(error)
+                say(f"{name} failed, the others go on: {error!r}")
+                continue
+            write(folder / f"{name}.json", future.result())
             left = sum(costs[n] for n in todo) - spent
             pace = (time.monotonic() - started) / max(spent, 1e-9)
             say(f"[{done}/{len(todo)}] {name}; about {left * pace / 60:.0f} min left")
+    if failed:
+        raise failed[0]
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in cells}
 
 

@@ -86,3 +86,21 @@ def test_a_control_is_missed_below_its_target() -> None:
     floor = {**good, "ssim_aligned": [0.6] * 5, "floor_aligned": [0.5] * 5}
     assert controls.judged("ggl fashion trained", floor)["met"] is True
     assert controls.judged("ggl fashion trained", {**floor, "labels right": 0.8})["met"] is False
+
+
+def test_a_failed_cell_costs_no_other_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import cells
+
+    (tmp_path / "inverse.py").write_text("def work(name, cell):\n    return {'of': 1 / cell}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import inverse  # type: ignore[import-not-found]
+
+    jobs, costs = {"bad": 0, "good": 4}, {"bad": 2.0, "good": 1.0}  # the bad one goes first
+    with pytest.raises(ZeroDivisionError):
+        cells.run_cells(jobs, inverse.work, tmp_path / "cells", processes=1, costs=costs)
+    assert "bad failed, the others go on: ZeroDivisionError" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == ["good.json"]
+    again = cells.run_cells({"good": 4}, inverse.work, tmp_path / "cells", processes=1, costs=costs)
+    assert again == {"good": {"of": 0.25}}
