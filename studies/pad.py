@@ -13,6 +13,8 @@ resnet20-iid, resnet20-dirichlet
     ResNet-20 at 16x16, 3 clients x 4,000 images, 10 rounds.
 resnet20-long
     The same over 20 rounds, IID: does a pad catch up?
+resnet20-depth
+    The first lock behind stage 1 or 2, all before it private: what is left to learn together?
 clients
     The same 18,000 images over 10 and 100 clients.
 renewal
@@ -37,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import provenance, run_cells, say, write
+from deep import behind
 from padtables import markdown
 from thief import alone, label_thief, on_own_mix
 
@@ -94,6 +97,16 @@ FRONTIER: dict[str, tuple[dict[str, Any], float]] = {
     "gain 0.3, lr 0.05": ({**PAD, "gain": 0.3}, 0.05),
     "learned per channel, lr 0.05": ({**PAD, "learned": "channel"}, 0.05),
 }
+DEPTHS: dict[str, tuple[int, dict[str, Any]]] = {
+    "norm": (2, {"name": "norm"}),
+    "fedbn": (2, {"name": "fedbn"}),
+    "alone": (2, {"name": "norm"}),
+    "no key, behind stage 1": (1, ARMS["no key"]),
+    "no key, behind stage 2": (2, ARMS["no key"]),
+    "pad, behind stage 1": (1, PAD),
+    "pad, behind stage 2": (2, PAD),
+    "pad, behind stage 2, spread 10": (2, {**PAD, "spread": 10.0}),
+}
 LONG = {"federation": {"rounds": 20}}
 DIRICHLET = {"data": {"partition": "dirichlet"}}
 RENEWALS: dict[str, dict[str, Any]] = {
@@ -145,6 +158,7 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
         "resnet20-iid": lambda n: _resnet("resnet20-iid", n, {}),
         "resnet20-dirichlet": lambda n: _resnet("resnet20-dirichlet", n, DIRICHLET),
         "resnet20-long": lambda n: _resnet("resnet20-long", n, LONG),
+        "resnet20-depth": _depths,
         "clients": _clients,
         "renewal": _renewal,
     }
@@ -154,6 +168,7 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
 BLOCKS = (
     "tuning", "lenet-iid", "lenet-dirichlet", "clients", "renewal",
     "resnet20-frontier", "resnet20-iid", "resnet20-dirichlet", "resnet20-long",
+    "resnet20-depth",
 )  # fmt: skip
 
 
@@ -248,6 +263,20 @@ def _resnet(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
         )
         for seed in range(seeds)
         for arm in ("alone", "norm", "fedbn", "pad", *(CAUSES if block == "resnet20-iid" else ()))
+    ]
+
+
+def _depths(seeds: int) -> list[Cell]:
+    return [
+        Cell(
+            "resnet20-depth",
+            arm,
+            seed,
+            merged(merged(LENET, RESNET), merged(behind(stage), {"defense": lock})),
+            180.0,
+        )
+        for seed in range(seeds)
+        for arm, (stage, lock) in DEPTHS.items()
     ]
 
 
