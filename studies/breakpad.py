@@ -18,6 +18,9 @@ matching
 repeats
     Matching against the pads of two more federations: from n = 16 on by transport, the shadow's
     best way on the first, so that no maximum over ways is taken.
+depth
+    The same with the first lock of ResNet-20 behind stage 2, all before it private: three
+    federations.
 renewals
     The same over pads that are renewed every 16 presentations, statistics pooled over all of them.
 likelihood
@@ -39,6 +42,7 @@ from typing import Any
 
 from breakpadtables import EVERY, PARTS, PRESENTATIONS, markdown
 from cells import provenance, run_cells, say, write
+from deep import behind
 from pad import LENET, RESNET, WIDE, joined, merged
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,10 +59,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 STRONG = "pad, shared head, more public images"
 GRADIENT = {"channel": CHANNEL, "pad": PAD, "pad, shared head": OPEN_HEAD}
 MODELS: dict[str, dict[str, Any]] = {"lenet": LENET, "resnet20": merged(LENET, RESNET)}
+NETWORKS = tuple(MODELS)
+MODELS["resnet20-deep"] = merged(MODELS["resnet20"], behind(2))
+APART = ("repeats", "depth")  # elsewhere cells share trained federations
 POOLED = {1: 100, 4: 25, 16: 7, 64: 2}  # updates under one lock: victims' locks
 COSTS = {
     "curves": 110.0, "resnet20": 450.0, "gradient": 300.0, "matching": 500.0, "repeats": 600.0,
-    "renewals": 200.0, "likelihood": 200.0, "optimizers": 600.0,
+    "depth": 600.0, "renewals": 200.0, "likelihood": 200.0, "optimizers": 600.0,
 }  # fmt: skip
 STEPS = 10
 EPOCHS = 8
@@ -101,14 +108,14 @@ def cells_of(part: str, victims: int) -> list[Cell]:
         return [
             # Twice the victims where the claim is: narrower intervals.
             Cell(part, f"{model}, {arm}", lock, (1 + (arm == "pad")) * victims, model=model)
-            for model in MODELS
+            for model in NETWORKS
             for arm, lock in GRADIENT.items()
         ]
     if part == "matching":
         return [
             Cell(part, f"{m}, {a}", lock, 2 * victims, public=4_000, shadows=2, model=m)
             for a, lock in (("pad", PAD), ("channel", CHANNEL))
-            for m in MODELS
+            for m in NETWORKS
         ]
     if part == "repeats":
         return [
@@ -117,6 +124,10 @@ def cells_of(part: str, victims: int) -> list[Cell]:
             for cell in cells_of("matching", victims)
             if cell.lock == PAD
         ]
+    if part == "depth":
+        kind = {"public": 4_000, "shadows": 2, "model": "resnet20-deep"}
+        arm = "resnet20, pad behind stage 2"
+        return [Cell(part, f"{arm}, seed {n}", PAD, 2 * victims, n, **kind) for n in range(3)]
     if part == "renewals":
         arms = {"pad": PAD, "pad, shared head": OPEN_HEAD}
         return [Cell(part, arm, lock, victims) for arm, lock in arms.items()]
@@ -157,6 +168,7 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
         "gradient": _gradients,
         "matching": _gradients,
         "repeats": _gradients,
+        "depth": _gradients,
         "renewals": _renewals,
         "likelihood": _likelihood,
         "optimizers": _audit,
@@ -277,7 +289,7 @@ def main() -> None:
             {c.name: (c, str(args.scratch)) for c in cells},
             work,
             args.scratch / "cells",
-            processes=2 if part == "repeats" else 1,  # elsewhere cells share trained federations
+            processes=2 if part in APART else 1,
             costs={c.name: COSTS[part] for c in cells},
         )
         now = {**provenance(command), "arms": {one["arm"]: one for one in found.values()}}

@@ -8,7 +8,8 @@ from typing import Any
 from cells import table
 
 PARTS = (
-    "curves", "resnet20", "gradient", "matching", "repeats", "renewals", "likelihood", "optimizers",
+    "curves", "resnet20", "gradient", "matching", "repeats", "depth", "renewals", "likelihood",
+    "optimizers",
 )  # fmt: skip
 EVERY = 16
 PRESENTATIONS = (16, 64, 256, 1000, 2000)
@@ -47,7 +48,15 @@ def markdown(document: dict[str, Any]) -> str:
             "better of two shadows), else by transport, the shadow's best way on the first "
             "federation. That one was attacked before the encoders' learning rate was made to end "
             "at the last step of training.\n\n"
-            f"{_repeat_table(found)}\n"
+            f"{_repeat_table(_federations(found))}\n"
+        )
+    if "depth" in found:
+        groups: dict[str, list[Any]] = {}
+        for arm, one in found["depth"].items():
+            groups.setdefault(arm.rpartition(", seed ")[0], []).append(one)
+        parts.append(
+            "## depth\n\nAs *repeats*, with the first lock behind a whole stage and all before it "
+            f"private.\n\n{_repeat_table(groups)}\n"
         )
     if "renewals" in found:
         parts.append(
@@ -81,14 +90,21 @@ def _curve_table(arms: dict[str, Any]) -> str:
     return table([*header, *(f"n = {n}" for n in counts)], rows)
 
 
-def _repeat_table(found: dict[str, Any]) -> str:
+def _federations(found: dict[str, Any]) -> dict[str, list[Any]]:
+    """Results of the same lock in several federations: those of matching and of its repeats."""
+    repeats = found["repeats"].items()
+    groups = {
+        first: [one, *(v for arm, v in repeats if arm.startswith(f"{first}, "))]
+        for first, one in found["matching"].items()
+    }
+    return {first: mine for first, mine in groups.items() if len(mine) > 1}
+
+
+def _repeat_table(federations: dict[str, list[Any]]) -> str:
     from fedkl.metrics import mean_interval
 
     rows = []
-    for first, one in found["matching"].items():
-        mine = [one, *(v for arm, v in found["repeats"].items() if arm.startswith(f"{first}, "))]
-        if len(mine) == 1:
-            continue
+    for first, mine in federations.items():
         total = sum(each["victims"] for each in mine)
         for who in ("shadow", "insider"):
             row = [first, who, str(total)]
