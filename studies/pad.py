@@ -97,15 +97,15 @@ FRONTIER: dict[str, tuple[dict[str, Any], float]] = {
     "gain 0.3, lr 0.05": ({**PAD, "gain": 0.3}, 0.05),
     "learned per channel, lr 0.05": ({**PAD, "learned": "channel"}, 0.05),
 }
-DEPTHS: dict[str, tuple[int, dict[str, Any]]] = {
-    "norm": (2, {"name": "norm"}),
-    "fedbn": (2, {"name": "fedbn"}),
-    "alone": (2, {"name": "norm"}),
-    "no key, behind stage 1": (1, ARMS["no key"]),
-    "no key, behind stage 2": (2, ARMS["no key"]),
-    "pad, behind stage 1": (1, PAD),
-    "pad, behind stage 2": (2, PAD),
-    "pad, behind stage 2, spread 10": (2, {**PAD, "spread": 10.0}),
+DEPTHS: dict[str, tuple[int, dict[str, Any], int]] = {  # behind which stage, lock, seeds at most
+    "norm": (2, {"name": "norm"}, 99),
+    "fedbn": (2, {"name": "fedbn"}, 99),
+    "alone": (2, {"name": "norm"}, 99),
+    "pad, behind stage 2": (2, PAD, 99),
+    "pad, behind stage 2, spread 10": (2, {**PAD, "spread": 10.0}, 1),
+    "pad, behind stage 1": (1, PAD, 1),
+    "no key, behind stage 2": (2, ARMS["no key"], 1),
+    "no key, behind stage 1": (1, ARMS["no key"], 1),
 }
 LONG = {"federation": {"rounds": 20}}
 DIRICHLET = {"data": {"partition": "dirichlet"}}
@@ -276,7 +276,8 @@ def _depths(seeds: int) -> list[Cell]:
             180.0,
         )
         for seed in range(seeds)
-        for arm, (stage, lock) in DEPTHS.items()
+        for arm, (stage, lock, most) in DEPTHS.items()
+        if seed < most
     ]
 
 
