@@ -212,3 +212,48 @@ def test_views_of_one_vector_are_sent_without_the_rest_of_it(tmp_path: Path) -> 
     assert torch.equal(shared_state(model)["3.weight"], model[3].weight)
     fresh = locked()
     assert shared_state(fresh)["3.weight"].data_ptr() == fresh[3].weight.data_ptr()
+
+
+class Adapted(nn.Module):
+    """A layer with a low-rank adapter beside it, as PEFT makes them."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.down, self.up = nn.ModuleDict({"default": nn.LazyConv2d(2, 3)}), nn.Conv2d(2, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x) + self.up(self.down["default"](x))
+        return out
+
+
+def grown(layer: nn.Module) -> nn.Module:
+    layer.register_parameter("extra", nn.Parameter(torch.zeros(3)))
+    return layer
+
+
+STRANGERS: dict[str, tuple[Callable[[Any], nn.Module], str]] = {
+    "adapter of the stem": (replacing(0, Adapted), r"0\.down\.default\.weight"),
+    "layers around the head": (replacing(8, lambda m: nn.Sequential(nn.Linear(32, 32), m)), "8.0"),
+    "parameter of a private layer": (replacing(0, grown), r"0\.extra"),
+    "layer in front": (lambda m: m.insert(0, nn.BatchNorm2d(3)), r"0\.weight, 0\.bias"),
+}
+
+
+@pytest.mark.parametrize("how", STRANGERS)
+def test_what_came_in_around_the_pad_is_not_sent(how: str) -> None:
+    change, names = STRANGERS[how]
+    model = change(locked())
+    with pytest.raises(StateError, match=rf"since lock\(\): .*{names}.* came in.*undo"):
+        shared_state(model)
+    with pytest.raises(StateError, match="came in"):
+        shared_state(copy.deepcopy(model))
+
+
+def test_adapters_of_shared_layers_are_sent() -> None:
+    model = replacing(3, Adapted)(locked())
+    model(X)
+    sent = set(shared_state(model))
+    assert {"3.base_layer.weight", "3.down.default.weight", "3.up.weight"} <= sent
+    assert not any(name.startswith(("0.", "8.")) for name in sent)
+    assert set(unlock(replacing(0, grown)(locked())).state_dict()) >= {"0.extra", "3.weight"}

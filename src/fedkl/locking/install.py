@@ -32,7 +32,7 @@ from fedkl.locking.sites import (
 from fedkl.locking.sizes import Size, activation_sizes, head_of, stem_of
 from fedkl.locking.sources import AffineSource
 from fedkl.locking.spec import LockSpec, SiteSpec
-from fedkl.locking.split import RECORD, record, split
+from fedkl.locking.split import forget, record, split
 from fedkl.locking.stem import draw_private, give_back, make_private, owned
 from fedkl.locking.survey import Trace
 
@@ -213,4 +213,4 @@ def remove(model: nn.Module) -> None:
             remove_norm(module)
         give_back(module)
         module.__dict__.pop("_fedkl_spec", None)
-        module.__dict__.pop(RECORD, None)
+        forget(module)

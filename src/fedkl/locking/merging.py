@@ -17,7 +17,7 @@ from fedkl.locking.sites import (
     source_of,
     unlock_norm,
 )
-from fedkl.locking.split import RECORD
+from fedkl.locking.split import forget
 
 
 class Shift(nn.Module):
@@ -67,7 +67,7 @@ def merge(model: nn.Module) -> nn.Module:
     root = _replace(root, {})
     for module in root.modules():
         module.__dict__.pop("_fedkl_spec", None)
-        module.__dict__.pop(RECORD, None)
+        forget(module)
     assert not is_locked(root)
     return root
 

@@ -6,7 +6,7 @@ therefore carry a mark, and the split looks for the very tensors they hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fedkl.errors import StateError
-from fedkl.locking.holder import holders, unwrap
+from fedkl.locking.holder import holders, lock_spec, unwrap
 from fedkl.locking.sites import LOCK_NAME, SITE, LockedNorm, source_of
 from fedkl.locking.stem import owned
 
 RECORD: Final = "_fedkl_record"
+_KNOWN: Final = "_fedkl_known"
 # What torch.compile, activation checkpointing and FSDP put into names.
 _WRAPPERS: Final = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _REMEDY: Final = (
@@ -38,6 +39,14 @@ class Split:
 def record(model: nn.Module) -> None:
     """Writes down, on a freshly locked model, what :func:`split` has to find (in place)."""
     model.__dict__[RECORD] = frozenset(_found(model, {}, set()))
+    for module in model.modules():
+        module.__dict__[_KNOWN] = frozenset(_own(module))
+
+
+def forget(module: nn.Module) -> None:
+    """Inverse of :func:`record` for one module (in place)."""
+    module.__dict__.pop(RECORD, None)
+    module.__dict__.pop(_KNOWN, None)
 
 
 def split(model: nn.Module) -> Split:
@@ -45,7 +54,8 @@ def split(model: nn.Module) -> Split:
 
     Raises:
         StateError: The model was changed since ``lock()`` so that something private is not there
-            any more as it was, or it is a part of a locked model only.
+            any more as it was, or that there are tensors in, around or beside its layers of which
+            nobody knows what they see; or it is a part of a locked model only.
         LockError: ``model`` is not a module.
     """
     root = unwrap(model)
@@ -57,6 +67,14 @@ def split(model: nn.Module) -> Split:
             raise StateError(
                 f"the model was changed since lock(): {', '.join(lost[:4])}, which is private, is "
                 f"not where the lock left it. {_REMEDY}"
+            )
+    for holder in holders(root):
+        hides = bool(lock_spec(holder).private)
+        if hides and (new := list(_strangers(holder, private, ""))):
+            raise StateError(
+                f"the model was changed since lock(): {', '.join(new[:4])} came in, a new layer or "
+                "an adapter of a private one, and its gradient may give the input away. Adapters "
+                f"of shared layers may stay. {_REMEDY}"
             )
     if any(id(module) not in covered and _guards(module) for module in root.modules()):
         raise StateError(
@@ -89,6 +107,37 @@ def _check(parts: Split, state: dict[str, Tensor], private: dict[int, Tensor]) -
             "two tensors of the model have the same name without its wrappers; wrap the whole "
             "model, or rename the layers before lock()."
         )
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that the module itself holds."""
+    tensors = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _strangers(module: nn.Module, private: dict[int, Tensor], prefix: str) -> Iterator[str]:
+    """Names of tensors that came in after lock() where they may see what a pad hides.
+
+    What was there at lock() may not have got any in a private layer; what is new has none, or is
+    wrapped around layers that were there and are shared.
+    """
+    known = module.__dict__.get(_KNOWN)
+    if known is None:
+        inside = list(module.named_modules(prefix=prefix.removesuffix(".")))
+        old = [m for _, m in inside if _KNOWN in m.__dict__]
+        if not old or any(_guards(m) for m in old):
+            yield from (
+                f"{name}.{local}"
+                for name, m in inside
+                for local, tensor in _own(m).items()
+                if _KNOWN not in m.__dict__ and id(tensor) not in private
+            )
+        return
+    if _guards(module):
+        own = _own(module).items()
+        yield from (f"{prefix}{n}" for n, t in own if n not in known and id(t) not in private)
+    for name, child in module.named_children():
+        yield from _strangers(child, private, f"{prefix}{name}.")
 
 
 def _guards(module: nn.Module) -> bool:

@@ -33,8 +33,9 @@ def shared_state(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         LockError: The model is not locked, so all of it would be sent.
         StateError: The model was changed since ``lock()`` so that what is private cannot be told
-            from the rest (a weight norm or pruning of a private layer, a replaced layer), or it is
-            a part of a locked model. Wrappers that keep the tensors do no harm.
+            from the rest (a weight norm, pruning or adapter of a private layer, a new or replaced
+            layer), or it is a part of a locked model. Wrappers that keep the tensors and adapters
+            of shared layers do no harm.
     """
     shared = shared_views(model)
     if not is_locked(model):
