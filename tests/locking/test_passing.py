@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkl.errors import LockError, ShortcutWarning
 from fedkl.key import Key
-from fedkl.locking import lock, renew, set_key
+from fedkl.locking import lock, lock_spec, renew, set_key, shared_state
 from fedkl.models import build
 from fedkl.rng import derive
 
@@ -145,3 +145,63 @@ def test_renewal_drops_momentum_of_what_starts_again() -> None:
     }
     assert not any(m for n, m in moved.items() if "learned" in n)
     assert moved["fc.weight"]  # others go on
+
+
+class Beside(nn.Module):
+    """Indices that are looked up once more beside the lock, or whose positions are."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(5, 8), nn.LayerNorm(8)
+        self.mix, self.beside = nn.Linear(8, 8), nn.Embedding(6, 8)
+        self.fc = nn.Linear(8, 5, bias=False)
+        self.way = way
+        if way == "tied residual":
+            self.fc.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        y = self.mix(self.norm(x).relu())
+        if self.way == "indices":
+            y = y + torch.relu_(self.beside(ids))
+        if self.way == "positions":
+            y = y + self.beside(torch.arange(ids.shape[1]))
+        if self.way == "tied residual":
+            y = y + x
+        out: Tensor = self.fc(y.mean(dim=1))
+        return out
+
+
+@pytest.mark.parametrize("way", ["indices", "tied residual"])
+@pytest.mark.parametrize("ids", [TOKENS, torch.zeros(4, 6, dtype=torch.long)])
+def test_indices_that_go_around_are_told(way: str, ids: Tensor) -> None:
+    with pytest.warns(ShortcutWarning, match="passes the first lock"):
+        lock(Beside(way), KEY, scheme="pad", example=ids)
+
+
+def test_positions_beside_the_lock_tell_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lock(Beside("positions"), KEY, scheme="pad", example=TOKENS)
+
+
+def starts_with_norm() -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+        *(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)),
+    )
+
+
+def test_a_norm_of_the_input_itself_lies_in_the_stem() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = lock(starts_with_norm(), KEY, scheme="pad", example=X)
+        lock(starts_with_norm(), KEY, example=X)
+    assert [site.name for site in lock_spec(model).sites] == ["2"]
+    assert set(shared_state(model)) == {"4.weight", "4.bias"}
+
+
+@pytest.mark.parametrize("layers", ["first", ["0", "2"]])
+def test_a_lock_on_the_input_itself_is_told(layers: Any) -> None:
+    with pytest.warns(ShortcutWarning, match=r"nothing secret but the pad.* on 0: .*layers="):
+        lock(starts_with_norm(), KEY, scheme="pad", layers=layers, example=X)

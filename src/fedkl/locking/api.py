@@ -15,7 +15,15 @@ from fedkl.errors import ConfigError, LockError, ShortcutWarning, unknown
 from fedkl.key import Key
 from fedkl.locking.check import verify
 from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
-from fedkl.locking.install import Plan, install, plan, remove, site_name, target_of
+from fedkl.locking.install import (
+    Plan,
+    has_weights,
+    install,
+    plan,
+    remove,
+    site_name,
+    target_of,
+)
 from fedkl.locking.pad import Pad, PadAffine
 from fedkl.locking.passing import passes_by
 from fedkl.locking.scheme import Scheme
@@ -59,7 +67,8 @@ def lock(
             of one image. ``norm``, ``fedbn`` and ``open-pad`` are controls without a key. Further
             keyword arguments are the settings of a named scheme (``spread=1.0``).
         layers: ``first`` (executed on ``example``), ``all``, a module's name, a regular
-            expression over whole names, a list of names, or ``predicate(name, module)``.
+            expression over whole names, a list of names, or ``predicate(name, module)``. Of
+            ``all`` a pad leaves out norms of the input itself, which come to lie in its stem.
         example: A tensor, tuple of arguments or dict of keyword arguments the model runs on.
             With it the lock is verified: in train, eval and no-grad mode every lock must matter.
             Frozen layers that a pad makes private are trained; frozen norms stay so.
@@ -75,7 +84,8 @@ def lock(
 
     Warns:
         ShortcutWarning: Something of the input goes around the first lock of a pad, as in a
-            pre-norm transformer or a second branch: the pad does not hide that part.
+            pre-norm transformer or a second branch: the pad does not hide that part. Or that lock
+            stands on the input itself, with no private weights before it.
 
     Raises:
         LockError: Nothing can be locked or nothing would be left to share, a lock would have no
@@ -94,7 +104,7 @@ def lock(
     order = registered(locked) if example is None else trace(locked, example)
     targets = select(locked, layers, order, traced=example is not None)
     try:
-        what = plan(locked, value, targets, order, example)
+        what = plan(locked, value, targets, order, example, every=layers == "all")
         sources = install(locked, key, value, what, norm, share_statistics)
         if group is not None:
             agree(locked, group)
@@ -110,7 +120,16 @@ def lock(
 
 def _warn_of_shortcuts(model: nn.Module, what: Plan, example: Any) -> None:
     first = what.targets[0]
-    if passes_by(model, first.name, what.stem, example):
+    if not has_weights(model, what.stem, ()):
+        warnings.warn(
+            f"nothing secret but the pad lies before the first lock, on {site_name(first)}: it "
+            "stands on the input itself, and a pad of a known law alone hides that from nobody who "
+            "sees what the next layer gets. Lock behind the first layer that has weights "
+            "(layers=…).",
+            ShortcutWarning,
+            stacklevel=3,
+        )
+    if passes_by(model, first.name, example):
         warnings.warn(
             f"something of the input passes the first lock, on {site_name(first)}, by: a shortcut, "
             "a second branch or a residual stream goes around it, and what takes that way is not "

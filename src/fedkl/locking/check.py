@@ -47,16 +47,25 @@ def verify(model: nn.Module, sources: Mapping[str, AffineSource], example: Any) 
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Within the block modes and buffers may change; afterwards they are as before."""
+    """Within the block modes and buffers may change; afterwards they are as before.
+
+    Buffers are the same tensors again, also where the model puts new ones in their place.
+    """
     modes = {module: module.training for module in model.modules()}
-    buffers = {id(b): (b, b.detach().clone()) for b in model.buffers()}
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for buffer, before in buffers.values():
+        for module, name, buffer, before in buffers:
             buffer.copy_(before)
+            module._buffers[name] = buffer
 
 
 @contextmanager

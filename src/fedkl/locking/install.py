@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +29,19 @@ from fedkl.locking.sites import (
     remove_norm,
     unlock_norm,
 )
-from fedkl.locking.sizes import Size, activation_sizes, head_of, stem_of
+from fedkl.locking.sizes import (
+    Size,
+    activation_sizes,
+    check_batch_axis,
+    ends_of,
+    head_of,
+    stem_of,
+)
 from fedkl.locking.sources import AffineSource
 from fedkl.locking.spec import LockSpec, SiteSpec
 from fedkl.locking.split import forget, record, split
 from fedkl.locking.stem import draw_private, give_back, make_private, owned
-from fedkl.locking.survey import Trace
+from fedkl.locking.survey import Trace, is_norm
 
 
 @dataclass(frozen=True)
@@ -55,24 +62,44 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, scheme: Scheme, targets: Sequence[Target], ran: Trace, example: Any
+    model: nn.Module,
+    scheme: Scheme,
+    targets: Sequence[Target],
+    ran: Trace,
+    example: Any,
+    *,
+    every: bool = False,
 ) -> Plan:
     """Sizes of the locks and names of the private layers, from a run on ``example``.
 
+    ``every``: the targets are all that there are, so that a pad may leave those out before which
+    there is nothing secret.
+
     Raises:
-        LockError: A norm runs at two sizes or not at all, or there is no head.
+        LockError: A norm runs at two sizes or not at all, its batch is not axis 0, or there is no
+            head.
     """
     if not isinstance(scheme, Pad | OpenPad):
         return Plan(targets)
     outputs = activation_sizes(model, example, [t.name for t in targets])
-    sizes = {site_name(t): _longer(outputs[t.name], scheme.max_length) for t in targets}
+    check_batch_axis(model, example, outputs)
+    if every and scheme.stem:
+        targets = _behind_weights(model, example, targets)
+    tokens = {site_name(t) for t in targets if _of_tokens(model, t)}
+    if scheme.max_length is not None and not tokens:
+        raise LockError(
+            f"max_length={scheme.max_length} is for tokens (T, D), and no lock of this model "
+            "stands on any; leave it out."
+        )
+    sizes = {site_name(t): outputs[t.name] for t in targets}
+    sizes |= {name: _longer(sizes[name], scheme.max_length) for name in tokens}
     private: list[str] = []
     if scheme.stem:
-        private += stem_of(model, example, targets[0].name, ran.order)
+        private += stem_of(model, example, targets[0].name)
     stem, order = tuple(private), ran.order
     taken = _affines_of(model, targets)
     if scheme.head is not False:
-        private += _head(model, scheme, ran, {*private, *taken})
+        private += _head(model, scheme, ran, example, {*private, *taken})
     if scheme.lock_head_input:
         head = head_of(order, model)
         target = Target(head, insert=True, before=True)
@@ -80,6 +107,32 @@ def plan(
         targets = [*targets, target]
         sizes[site_name(target)] = _longer(size, scheme.max_length)
     return Plan(targets, sizes, tuple(n for n in private if n not in taken), stem)
+
+
+def _behind_weights(model: nn.Module, example: Any, targets: Sequence[Target]) -> Sequence[Target]:
+    """Without the first norms that have no weights before them, unless all are such.
+
+    What they normalize is the input itself. They come to lie in the private stem.
+    """
+    for index, target in enumerate(targets):
+        if has_weights(model, stem_of(model, example, target.name), [target]):
+            return targets[index:]
+    return targets
+
+
+def has_weights(model: nn.Module, stem: Collection[str], targets: Sequence[Target]) -> bool:
+    """Whether a stem has parameters besides γ and β of norms to be locked."""
+    taken = _affines_of(model, targets)
+    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    return any(n in parameters and n not in taken for n in stem)
+
+
+def _of_tokens(model: nn.Module, target: Target) -> bool:
+    """Whether what stands there is normalized over its last axis, whatever lies before."""
+    module = model.get_submodule(target.name)
+    if target.insert:
+        return isinstance(module, nn.Linear)
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(affine_shape(module)) == 1
 
 
 def _affines_of(model: nn.Module, targets: Sequence[Target]) -> set[str]:
@@ -93,14 +146,18 @@ def _affines_of(model: nn.Module, targets: Sequence[Target]) -> set[str]:
     }
 
 
-def _head(model: nn.Module, scheme: Pad | OpenPad, ran: Trace, taken: Set[str]) -> list[str]:
+def _head(
+    model: nn.Module, scheme: Pad | OpenPad, ran: Trace, example: Any, taken: Set[str]
+) -> list[str]:
     """Names of the parameters of the head and of further output layers, if not taken already.
 
     Empty if nobody asked for a private head and it, with what is taken, is all there is to share.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     try:
-        heads = (head_of(ran.order, model), *ran.ends)
+        heads = ends_of(model, example)
+        if not heads or all(is_norm(model.get_submodule(name)) for name in heads):
+            heads = [*heads, head_of(ran.order, model)]
         ids = {id(p) for name in heads for p in model.get_submodule(name).parameters()}
     except LockError:
         if scheme.head:

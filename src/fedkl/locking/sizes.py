@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fedkl.errors import LockError
 from fedkl.locking.check import restored
-from fedkl.locking.survey import call, is_norm, kind_of
+from fedkl.locking.survey import call, kind_of
 from fedkl.rng import borrowed, derive
 
 Size = tuple[int, ...]
@@ -60,17 +60,18 @@ def activation_sizes(
     return {name: sizes.pop() for name, sizes in found.items()}
 
 
-def _run(model: nn.Module, example: Any, *, train: bool) -> None:
+def _run(model: nn.Module, example: Any, *, train: bool) -> list[Tensor]:
     with torch.enable_grad(), borrowed(derive(0, "sizes")):
         model.train(train)
         try:
-            call(model, example)
+            output = call(model, example)
         except Exception as error:
             raise LockError(
                 f"the model does not run on the example: {type(error).__name__}: {error}. "
                 "Pass the tensor, tuple of arguments or dict of keyword arguments it takes, of "
                 "at least two inputs."
             ) from error
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
 def head_of(order: Sequence[str], model: nn.Module) -> str:
@@ -86,41 +87,145 @@ def head_of(order: Sequence[str], model: nn.Module) -> str:
     raise LockError("the model has no linear layer or convolution that could be its head.")
 
 
-def stem_of(model: nn.Module, example: Any, first: str, order: Sequence[str]) -> list[str]:
+def check_batch_axis(model: nn.Module, example: Any, sizes: Mapping[str, Size]) -> None:
+    """Raises unless axis 0 is the batch where the locks stand: on twice the batch they fit as well.
+
+    Models of tokens may keep them in axis 0 and the batch behind (``batch_first=False``). A pad
+    would then have one γ and β per example of the batch, and all tokens would share them.
+
+    Args:
+        model: Not yet locked.
+        example: As of :func:`fedkl.lock`.
+        sizes: Size per example by module's name, as :func:`activation_sizes` gives it.
+
+    Raises:
+        LockError: It is not.
+    """
+    batches = [len(t) for t in tree_leaves(example) if isinstance(t, Tensor) and t.ndim]
+    if not batches:
+        return
+    batch = batches[0]
+
+    def doubled(value: Any) -> Any:
+        ours = isinstance(value, Tensor) and value.ndim and len(value) == batch
+        return torch.cat([value, value]) if ours else value
+
+    try:
+        after = activation_sizes(model, tree_map(doubled, example), list(sizes))
+    except LockError:
+        return  # not made of a batch that could be doubled
+    ends = _first_axes(model, example)
+    turned = any(
+        isinstance(t, Tensor) and t.ndim in (2, 3) and {t.shape[1]} == ends != {t.shape[0]}
+        for t in tree_leaves(example)
+    )
+    if turned or after != sizes:
+        raise LockError(
+            "the batch is not the first axis where the locks stand (tokens come first, as with "
+            "batch_first=False), so that a pad would hang on examples instead of positions; build "
+            "the model with batch_first=True, or use scheme='channel'."
+        )
+
+
+def _first_axes(model: nn.Module, example: Any) -> set[int]:
+    """Lengths of the first axis of the model's outputs."""
+    with restored(model), torch.no_grad():
+        model.eval()
+        leaves = tree_leaves(call(model, example))
+    return {len(t) for t in leaves if isinstance(t, Tensor) and t.ndim}
+
+
+def ends_of(model: nn.Module, example: Any) -> list[str]:
+    """Output layers: modules from which the output follows without another one's parameters.
+
+    By the gradient of the output in eval mode with respect to what each module puts out, cut off
+    from what it was made of. Of modules within modules the innermost count.
+
+    Raises:
+        LockError: The model does not run on the example.
+    """
+    made: list[tuple[str, Tensor]] = []
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            def cut(value: Any) -> Any:
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    return value
+                made.append((name, value.detach().requires_grad_()))
+                return made[-1][1].clone()  # for layers that write into their input
+
+            return tree_map(cut, output)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(watch(name))
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False)) and _innermost(module)
+    ]
+    try:
+        with restored(model):
+            outputs = [t for t in _run(model, example, train=False) if t.requires_grad]
+            total = sum((_energy(t) for t in outputs), torch.zeros(()))
+            values = [value for _, value in made]
+            grads = torch.autograd.grad(total, values, allow_unused=True) if outputs else ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = (name for (name, _), grad in zip(made, grads, strict=False) if grad is not None)
+    return list(dict.fromkeys(found))
+
+
+def _innermost(module: nn.Module) -> bool:
+    """Whether no layer with parameters runs inside it; torch's own read them without calling."""
+    inside = (p for child in module.children() for p in child.parameters())
+    return type(module).__module__.startswith("torch.nn.") or next(inside, None) is None
+
+
+def stem_of(model: nn.Module, example: Any, first: str) -> list[str]:
     """Names of the tensors that the output of ``first`` depends on: the stem, that module's too.
 
-    Parameters by the gradient of that output, buffers of every norm that runs before and of every
-    module one of whose parameters is in the stem. Tied parameters under all their names.
+    Parameters by the gradient of that output, and the buffers of every module that has run by
+    then, which are functions of private inputs or weights (running means, power iterations), or
+    has a parameter in the stem. Tied parameters under all their names.
     """
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    parameters = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
     outputs: list[Tensor] = []
+    before: set[nn.Module] = set()
+    locked = model.get_submodule(first)
 
-    def record(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs.extend(t for t in tree_leaves(output) if isinstance(t, Tensor))
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module is locked:
+            outputs.extend(t for t in tree_leaves(output) if isinstance(t, Tensor))
+        elif not outputs:
+            before.add(module)
 
-    handle = model.get_submodule(first).register_forward_hook(record)
+    handles = [module.register_forward_hook(record) for module in model.modules()]
     try:
         # Backward before the buffers are put back, which would spoil it.
         with restored(model), _all_with_gradient(parameters):
             _run(model, example, train=False)
-            total = sum((t.float().square().sum() for t in outputs), torch.zeros(()))
+            total = sum((_energy(t) for t in outputs), torch.zeros(()))
             used = (
                 torch.autograd.grad(total, parameters, allow_unused=True)
                 if total.requires_grad
                 else [None] * len(parameters)
             )
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     stem = {id(p) for p, grad in zip(parameters, used, strict=True) if grad is not None}
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in stem]
-    before = set(order[: order.index(first)]) if first in order else set()
-    locked = model.get_submodule(first)
     for name, module in model.named_modules(remove_duplicate=False):
         owns = any(id(p) in stem for p in module.parameters(recurse=False))
-        if module is not locked and (owns or (name in before and is_norm(module))):
+        if module is not locked and (owns or module in before):
             dot = f"{name}." if name else ""
             names += [f"{dot}{n}" for n in module._buffers if module._buffers[n] is not None]
     return names
+
+
+def _energy(value: Tensor) -> Tensor:
+    return (torch.view_as_real(value) if value.is_complex() else value).float().square().sum()
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def make_private(model: nn.Module, names: Iterable[str]) -> None:
             # A layer in two places has two names; the first is that of its key stream.
             if local not in marks or stream is not None:
                 marks[local] = kept
-            if is_parameter and tensor.is_floating_point():
+            if is_parameter and (tensor.is_floating_point() or tensor.is_complex()):
                 fresh.append(tensor)
     for tensor in fresh:
         tensor.requires_grad_(True)
@@ -97,7 +97,7 @@ def draw_private(model: nn.Module, key: Key) -> None:
     """Draws the private parameters from the key (in place); buffers start as before locking.
 
     Weights follow PyTorch's own law for linear layers and convolutions, U(±1/√fan_in), their
-    biases too; norms start at 1 and 0.
+    biases too, of complex ones the real and the imaginary part; norms start at 1 and 0.
     """
     restore(model, parameters=False)
     with torch.no_grad():
@@ -117,5 +117,7 @@ def _start(name: str, owner: nn.Module, parameter: Tensor, stream: KeyStream) ->
     like = parameter if parameter.ndim > 1 or weight is None else weight
     inputs = like.numel() // like.shape[0] if like.ndim else 1
     bound = float(max(inputs, 1)) ** -0.5
+    if parameter.is_complex():
+        return torch.view_as_complex((stream.uniform((*shape, 2)) * 2 - 1) * bound)
     start: Tensor = (stream.uniform(shape) * 2 - 1) * bound
     return start

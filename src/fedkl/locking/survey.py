@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 
 from fedkl.errors import LockError
 from fedkl.locking.sites import CONVOLUTIONS, LockedNorm, NormAfter, affine_shape
@@ -167,14 +166,10 @@ def call(model: nn.Module, example: Any) -> Any:
 
 @dataclass(frozen=True)
 class Trace:
-    """Order of execution on an example: candidate names, and the norm right behind a layer.
-
-    ``ends``: layers whose output is an output of the model.
-    """
+    """Order of execution on an example: candidate names, and the norm right behind a layer."""
 
     order: tuple[str, ...]
     norm_behind: Mapping[str, str]
-    ends: tuple[str, ...] = ()
 
 
 class _Tracer:
@@ -229,7 +224,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
     model.eval()
     try:
         with torch.enable_grad(), borrowed(derive(0, "trace")):
-            outputs = [t for t in tree_leaves(call(model, example)) if isinstance(t, Tensor)]
+            call(model, example)
     except Exception as error:
         raise LockError(
             f"the model does not run on the example: {type(error).__name__}: {error}. "
@@ -239,8 +234,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
         tracer.close()
         for module, mode in modes.items():
             module.training = mode
-    ends = dict.fromkeys(getattr(t, "_fedkl_origin", None) for t in outputs)
-    return Trace(tuple(tracer.order), dict(tracer.behind), tuple(n for n in ends if n is not None))
+    return Trace(tuple(tracer.order), dict(tracer.behind))
 
 
 def registered(model: nn.Module) -> Trace:

@@ -1,0 +1,172 @@
+"""What a run on the example shows: the stem with all that it computes, output layers, the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+from fedkl.errors import LockError
+from fedkl.key import Key
+from fedkl.locking import affines, lock, lock_like, lock_spec, private_state, shared_state, unlock
+from fedkl.rng import derive
+
+KEY = Key.generate()
+X = torch.rand(4, 3, 8, 8, generator=derive(0, "x"))
+
+
+class Standardized(nn.Module):
+    """Keeps a running mean of what it sees, and has no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = self.mean.lerp(x.detach().mean(0), 0.1)
+        return x - self.mean
+
+
+class Spectral(nn.Module):
+    """A linear layer between frequencies, with complex weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = torch.einsum("bchf,co->bohf", torch.fft.rfft(x), self.weight)
+        return torch.fft.irfft(mixed, n=8)
+
+
+def behind(*stem: nn.Module, channels: int = 4, side: int = 6) -> nn.Sequential:
+    return nn.Sequential(
+        *stem,
+        *(nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, 4, 3)),
+        *(nn.Flatten(), nn.Linear(4 * (side - 2) ** 2, 5)),
+    )
+
+
+STEMS: dict[str, tuple[Callable[[], nn.Sequential], set[str], str]] = {
+    "running mean of the input": (
+        lambda: behind(Standardized(), nn.Conv2d(3, 4, 3)),
+        {"0.mean", "1.weight", "1.bias"},
+        "4",
+    ),
+    "power iteration": (
+        lambda: behind(spectral_norm(nn.Conv2d(3, 4, 3))),
+        {f"0.parametrizations.weight.{n}" for n in ("original", "0._u", "0._v")} | {"0.bias"},
+        "3",
+    ),
+    "complex weights": (lambda: behind(Spectral(), side=8), {"0.weight"}, "3"),
+}
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_all_that_a_stem_computes_is_private(name: str) -> None:
+    make, names, shared = STEMS[name]
+    net = make()
+    model = lock(net, KEY, scheme="pad", example=X)
+    assert names <= set(private_state(model))
+    assert set(shared_state(model)) == {f"{shared}.weight", f"{shared}.bias"}
+    twin = lock_like(net, KEY, lock_spec(model))
+    assert all(torch.equal(t, private_state(twin)[n]) for n, t in private_state(model).items())
+    before, after = net.state_dict(), unlock(model).state_dict()
+    assert all(torch.equal(tensor, after[n]) for n, tensor in before.items())
+
+
+def test_complex_weights_are_drawn_from_the_key() -> None:
+    first, second = (
+        private_state(lock(behind(Spectral(), side=8), key, scheme="pad", example=X))["0.weight"]
+        for key in (KEY, Key.generate())
+    )
+    assert not torch.equal(first, second)
+    parts = torch.view_as_real(first)
+    assert parts.abs().max() <= 0.5  # 1 / sqrt(4 inputs)
+    assert (parts.std(dim=(0, 1)) > 0.1).all()
+
+
+class Cosine(nn.Module):
+    """A classifier that is no linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+class Body(nn.Module):
+    """Two convolutions, a linear gate inside, and a head of some kind behind functional pooling."""
+
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.more = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+        self.gate, self.kind = nn.Linear(4, 4), head
+        self.first: nn.Module = {"convolution": nn.Conv2d(4, 5, 1), "custom": Cosine()}.get(
+            head, nn.Linear(4, 5)
+        )
+        if head == "two":
+            self.second = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.more(self.norm(self.conv(x)).relu())
+        y = y * self.gate(y.mean(dim=(2, 3))).sigmoid()[:, :, None, None]
+        if self.kind == "convolution":
+            return (F.adaptive_avg_pool2d(self.first(y), 1).flatten(1),)
+        z = y.mean(dim=(2, 3))
+        out = self.first(z).log_softmax(dim=1)
+        return (out, self.second(z)) if self.kind == "two" else (out,)
+
+
+@pytest.mark.parametrize("head", ["linear", "convolution", "custom", "two"])
+def test_the_head_is_what_the_output_follows_from(head: str) -> None:
+    sent = set(shared_state(lock(Body(head), KEY, scheme="pad", example=X)))
+    assert sent == {f"{layer}.{n}" for layer in ("more", "gate") for n in ("weight", "bias")}
+
+
+def test_behind_a_last_norm_the_head_is_the_last_linear_layer() -> None:
+    net = nn.Sequential(*behind(nn.Conv2d(3, 4, 3)), nn.LayerNorm(5))
+    assert set(shared_state(lock(net, KEY, scheme="pad", example=X))) == {"3.weight", "3.bias"}
+
+
+class Turned(nn.Module):
+    """Tokens in axis 0 inside, and perhaps outside."""
+
+    def __init__(self, *, outside: bool) -> None:
+        super().__init__()
+        self.into, self.norm = nn.Linear(5, 8), nn.LayerNorm(8)
+        self.mix, self.fc, self.outside = nn.Linear(8, 8), nn.Linear(8, 3), outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x if self.outside else x.transpose(0, 1))
+        out: Tensor = self.fc(self.mix(self.norm(x)).relu().mean(dim=0))
+        return out
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_tokens_before_the_batch_are_refused(outside: bool) -> None:
+    net, x = Turned(outside=outside), torch.rand(4, 7, 5)
+    with pytest.raises(LockError, match=r"not the first axis.*batch_first=True.*channel"):
+        lock(net, KEY, scheme="pad", example=x)
+    lock(net, KEY, scheme="channel", example=x)
+
+
+def test_max_length_makes_room_for_tokens_alone() -> None:
+    series = nn.Sequential(
+        *(nn.Conv1d(2, 6, 3, padding=1), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4)),
+        *(nn.LayerNorm(4), nn.Flatten(), nn.Linear(24, 3)),
+    )
+    model = lock(series, KEY, scheme="pad", example=torch.rand(4, 2, 6), max_length=9)
+    assert {name: tuple(scale.shape) for name, (scale, _) in affines(model).items()} == {
+        "1": (6, 6),
+        "4": (9, 4),
+    }
+    with pytest.raises(LockError, match=r"max_length=9 is for tokens.*leave it out"):
+        lock(behind(nn.Conv2d(3, 4, 3)), KEY, scheme="pad", example=X, max_length=9)
