@@ -265,10 +265,15 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def paired(block: dict[str, Any], arm: str, against: str) -> tuple[str, float | None]:
-    """Difference in own-key accuracy by seed, in points, and the lower end of its interval."""
+    """Difference in own-key accuracy by seed, in points, and the lower end of its interval.
+
+    Over the seeds that both have: every arm's are counted from 0.
+    """
     from fedkl.metrics import paired_interval
 
-    mean, half = paired_interval(block[arm]["own_key"], block[against]["own_key"])
+    ours, theirs = block[arm]["own_key"], block[against]["own_key"]
+    both = min(len(ours), len(theirs))
+    mean, half = paired_interval(ours[:both], theirs[:both])
     if half is None:
         return f"{100 * mean:+.1f}", None
     return f"{100 * mean:+.1f} ± {100 * half:.1f}", 100 * (mean - half)
