@@ -185,11 +185,13 @@ class Pad(Scheme):
             what is learned by lr·n·gain².
         stem: Whether everything up to and including the first lock is private, drawn from the key.
         head: Whether the classifier is private as well, so that no gradient gives its input away:
-            the last linear layer that runs in eval mode, and every layer whose output is an output
-            of the model there. None: yes, unless nothing would be left to share.
+            every layer from which an output of the model follows, in eval mode, without another
+            one's parameters; behind a last norm the last linear layer too. None: yes, unless
+            nothing would be left to share.
         lock_head_input: Whether a norm with a pad is inserted in front of the classifier.
         max_length: Rows allocated for tokens (T, D); None takes the example's length. Of shorter
-            inputs the first T rows are used.
+            inputs the first T rows are used. What is learned of them moves as fast as if all were
+            used: many rows too many are a high gain.
     """
 
     name: ClassVar[str] = "pad"
