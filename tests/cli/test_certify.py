@@ -29,6 +29,15 @@ def test_certificate_is_written_and_shown(call: Call, tmp_path: Path) -> None:
     assert "update 4/4" in answer.err
 
 
+def test_a_pad_that_shares_statistics_is_not_said_to_hide(call: Call, tmp_path: Path) -> None:
+    words = (*TINY, "--defense", "pad", "--share-statistics", "--out", tmp_path / "out")
+    answer = call("certify", *words)
+    assert answer.code == 0
+    found = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert found["cancellation"]["cut"] is False
+    assert "the lock does NOT hide it" in answer.out
+
+
 def test_finished_run_is_certified_with_its_own_keys(
     call: Call, finished: Path, tmp_path: Path
 ) -> None:

@@ -90,7 +90,8 @@ def certify(
     about what follows from far away, or about what an attacker knows of images beforehand.
 
     Args:
-        observation: One victim with T updates under one set of secrets.
+        observation: One victim with T updates under one set of secrets; running statistics that
+            were sent count as seen.
         images: The true images (T, images, C, H, W).
         labels: The true labels (T, images).
         secrets: The true secrets by name.
