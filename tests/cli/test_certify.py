@@ -65,6 +65,8 @@ def test_batches_are_counted_in_presentations(call: Call, tmp_path: Path) -> Non
         (("--presentations", "3", "--batch-size", "2"), "no positive multiple of the batch size 2"),
         (("--batch-size", "0"), "--batch-size must be at least 1"),
         (("--tolerance", "0"), "tolerance must be"),
+        (("--tolerance", "2"), "tolerance must be"),
+        (("--presentations", "9999"), "take 9999 test images"),
         (("--noise", "0"), "deviation of noise must be a positive number"),
         (("--defense", "pat"), "Did you mean"),
         (("--run", "/nowhere", "--seed", "1"), "holds no finished run"),
@@ -77,3 +79,4 @@ def test_refusals_say_what_to_do(
     assert answer.code == 2
     assert answer.err.count("\n") == 1 + answer.err.count("note:")
     assert message in answer.err
+    assert not (tmp_path / "out").exists()

@@ -81,6 +81,9 @@ def certify(
     from fedkl.audit import AuditConfig
     from fedkl.audit.certified import certify_victims
     from fedkl.audit.victims import Victims, draw_victims
+    from fedkl.certificate import Prior
+    from fedkl.certificate.certify import check_tolerance
+    from fedkl.certificate.prior import PIXEL
     from fedkl.federation.engine import one_thread
     from fedkl.federation.remains import check_remains
     from fedkl.federation.session import load_data
@@ -88,6 +91,8 @@ def certify(
 
     check_apart(out_folder, "a certificate")
     updates = _updates(presentations, batch_size)
+    check_tolerance(tolerance)
+    Prior(PIXEL, noise, {})  # refused before a key is made for nothing
     base = START if run_folder is None else base_of(run_folder, settings)
     run = build_config(flags=settings, file=config_file, base=base)
     audit = AuditConfig(
@@ -100,13 +105,14 @@ def certify(
     )
     if run_folder is not None:
         check_remains(run_folder, run)
-    make_folder(out_folder)
     bundle = load_data(run)
+    rows = draw_victims(bundle, audit)[0]
+    make_folder(out_folder)
     with one_thread():
         victims = Victims(run, run_folder or make_folder(out_folder / "client"), bundle, audit)
         found = certify_victims(
             victims,
-            draw_victims(bundle, audit)[0],
+            rows,
             updates=updates,
             tolerance=tolerance,
             noise=noise,
