@@ -204,14 +204,9 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             :func:`lock`, which returns a copy with new parameters. Or the model is not locked.
         StateError: As :func:`shared_state`.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise LockError(
-            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the one that "
-            "was built from the locked model's parameters()."
-        )
+    held = held_by(optimizer)
     private = split(model).private
     lock_spec(model)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     lacking = {
         id(p): name
         for name, p in reversed(private.items())  # a tied one by its first name
@@ -224,3 +219,17 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. Build it after lock(), "
             "from the locked model's parameters()."
         )
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of the parameters that ``optimizer`` holds.
+
+    Raises:
+        LockError: It is no optimizer.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise LockError(
+            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the one that "
+            "was built from the locked model's parameters()."
+        )
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
