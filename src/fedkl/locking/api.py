@@ -76,6 +76,8 @@ def lock(
     Warns:
         ShortcutWarning: Something of the input goes around the first lock of a pad, as in a
             pre-norm transformer or a second branch: the pad does not hide that part.
+        ExtraStateWarning: Modules have extra state (``get_extra_state``), which is neither in the
+            shared nor in the private state.
 
     Raises:
         LockError: Nothing can be locked or nothing would be left to share, a lock would have no
