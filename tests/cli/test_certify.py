@@ -8,6 +8,13 @@ from pathlib import Path
 import pytest
 from cli_support import Call
 
+from fedkl.audit import AuditConfig
+from fedkl.audit.certified import certify_victims
+from fedkl.audit.victims import Victims, draw_victims
+from fedkl.cli.certify import IDLE, START
+from fedkl.cli.configure import build_config
+from fedkl.federation.session import load_data
+
 TINY = ("--dataset", "digits", "--image-size", "8", "--channels", "1")
 
 
@@ -55,6 +62,38 @@ def test_batches_are_counted_in_presentations(call: Call, tmp_path: Path) -> Non
     assert answer.code == 0
     found = json.loads((tmp_path / "certificate.json").read_text())
     assert [one["presentations"] for one in found["certificates"]] == [2]
+
+
+def certificate(folder: Path, flags: dict[str, object]) -> object:
+    own = {"data.dataset": "digits", "data.image_size": 8, "defense.name": "pad"}
+    run = build_config(flags={**flags, **own}, base=START)
+    audit = AuditConfig(run=run, defenses=("pad",), stage="initial", images=1)
+    bundle = load_data(run)
+    found = certify_victims(Victims(run, folder, bundle, audit), draw_victims(bundle, audit)[0])
+    return found.to_dict()
+
+
+def test_what_certify_has_no_flag_for_does_nothing(tmp_path: Path) -> None:
+    changed: dict[str, dict[str, object]] = {
+        "federation": {"clients": 7, "rounds": 50, "join_steps": 400, "settle_steps": 3},
+        "training": {"lr": 1.0, "optimizer": "adam", "local_epochs": 9, "schedule": "cosine"},
+        "data": {"augment": True, "partition": "dirichlet", "alpha": 9.0, "samples": 50},
+        "renewal": {"budget": 3, "every": 2, "on_spent": "renew"},
+        "evaluation": {"every": 1, "wrong_keys": 1, "images": 9, "calibration_images": 9},
+    }
+    flags = {
+        f"{section}.{name}": v for section, them in changed.items() for name, v in them.items()
+    }
+    flags |= {"workers": 2, "checkpoint_every": 3}
+    assert set(flags) <= set(IDLE)
+    assert certificate(tmp_path, flags) == certificate(tmp_path, {})  # with one key
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--rounds", "--budget", "--workers", "--eval-every"])
+def test_a_flag_that_would_do_nothing_is_none(call: Call, tmp_path: Path, flag: str) -> None:
+    answer = call("certify", *TINY, flag, "2", "--out", tmp_path / "out")
+    assert answer.code == 2
+    assert f"No such option: {flag}" in answer.err
 
 
 @pytest.mark.parametrize(

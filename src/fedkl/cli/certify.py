@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from fedkl.cli.audit import OWN_FLAGS, base_of
+from fedkl.cli.audit import base_of
 from fedkl.cli.configure import build_config, with_settings
 from fedkl.cli.folders import check_apart, named
 from fedkl.cli.provenance import command_line, versions
+from fedkl.cli.settings import SETTINGS
 from fedkl.cli.show import out, plain, say, table_of
 from fedkl.errors import ConfigError
 
@@ -22,10 +23,17 @@ if TYPE_CHECKING:
 # Nothing is trained: a handful of images per client will do.
 START: Final = {"data": {"samples": 100, "channels": 1}}
 WITHOUT_RUN: Final = "Without --run: settings of the client that is made for it"
-_WITHOUT = tuple(path for path in OWN_FLAGS if path != "defense.name")
+# One gradient of test images at fresh weights: whatever is about training, and about who has which
+# images, does nothing. The method stays: fedkl is short for a pad.
+_IDLE: Final = ("federation", "training", "renewal", "evaluation")
+IDLE: Final = (
+    *(s.path for s in SETTINGS if s.section in _IDLE and s.path != "federation.method"),
+    *("data.augment", "data.partition", "data.alpha", "data.shards_per_client", "data.samples"),
+    *("workers", "device", "checkpoint_every"),
+)
 
 
-@functools.partial(with_settings, without=_WITHOUT, panel=WITHOUT_RUN)
+@functools.partial(with_settings, without=IDLE, panel=WITHOUT_RUN)
 def certify(
     out_folder: Annotated[
         Path,
