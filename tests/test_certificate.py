@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from certhelp import CLASSES, Affine, certified, classified, observed, pictures
-from fedkl.certificate import Prior, certify, prior_of
+from fedkl.certificate import Certificate, Prior, certify, prior_of
 from fedkl.certificate.algebra import Information, Leftover, compressed
 from fedkl.certificate.certify import check_size
 from fedkl.certificate.jacobians import Presented
@@ -78,6 +79,30 @@ def test_one_secret_scale_and_shift_a_channel_hide_nothing_behind_a_norm(channel
         14 * channels,
         2 * channels,
     )
+
+
+def told(momentum: float | None, *, sent: bool = True) -> Certificate:
+    """One image behind a norm whose statistics are shared and a secret shift per position."""
+    x, y = pictures(1, SHAPE)
+    norm = nn.BatchNorm2d(1, affine=False, momentum=momentum)
+    model = classified([norm, Affine(SHAPE, scale=False)], 9)
+    before, seen = copy.deepcopy(model), observed(model, x, y, ("1.beta",))
+    statistics = ({n: b.clone() for n, b in model.named_buffers()},) if sent else ()
+    seen = dataclasses.replace(seen, model=before, statistics=statistics)
+    held = {"1.beta": dict(model.named_parameters())["1.beta"].detach()}
+    (found,) = certify(seen, x, y, held, prior=Prior(0.3, 0.01, {"1.beta": 1.0}))
+    return found
+
+
+def test_shared_statistics_give_mean_and_variance_away() -> None:
+    assert (told(0.1, sent=False).directions, told(0.1).directions) == (0, 2)
+    assert told(0.1).values == told(0.1, sent=False).values + 2
+
+
+def test_shared_statistics_that_cannot_be_derived_are_refused() -> None:
+    assert told(None, sent=False).directions == 0
+    with pytest.raises(AttackError, match=r"0\.running_mean is sent and was changed by update 0"):
+        told(None)
 
 
 def test_a_private_layer_is_an_unknown_like_any_other() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,11 +48,15 @@ def seen(
 ) -> tuple[Observation, dict[str, Tensor]]:
     """What an outsider sees of updates (T, batch, C, H, W), and the secrets behind them."""
     locked = lock(model, KEY, example=torch.rand(4, 1, 6, 6), **settings).train()
-    names, changes = set(shared_state(locked)), []
+    names, changes, statistics = set(shared_state(locked)), [], []
+    start = {n: b.clone() for n, b in locked.named_buffers()}
     for x, y in zip(images, labels, strict=True):
         locked.zero_grad()
+        locked.load_state_dict(start, strict=False)
         cross_entropy(locked(x), y).backward()
         changes.append({n: p.grad.clone() for n, p in locked.named_parameters() if n in names})
+        buffers = locked.named_buffers()
+        statistics.append({n: b.clone() for n, b in buffers if n in names})
     twin = rebuild(model, lock_spec(locked))
     observation = Observation(
         model=twin,
@@ -63,6 +68,7 @@ def seen(
         threat=THREATS["adaptive"],
         secrets=secret_names(twin),
         spec=lock_spec(locked).to_dict(),
+        statistics=tuple(statistics),
     )
     return observation, held_secrets(locked)
 
@@ -115,6 +121,20 @@ def test_cancellation_agrees_with_the_dense_certificate() -> None:
         (dense,) = certify(observation, X, Y, held, prior=prior)
         assert (dense.directions == 0) == hidden
         assert dense.known > 30
+
+
+def test_shared_statistics_are_a_path_beside_the_lock() -> None:
+    found = checked(plain(), scheme="pad", share_statistics=True)
+    assert not found.cut
+    assert min(found.remaining, found.swapped) > 1e-3
+
+
+def test_shared_statistics_that_are_not_in_the_observation_are_asked_for() -> None:
+    observation, held = seen(plain(), X, Y, scheme="pad", share_statistics=True)
+    blind = replace(observation, statistics=())
+    prior = prior_of(None, held)
+    with pytest.raises(AttackError, match=r"has no 1\.running_mean; pass what was sent"):
+        cancellation(blind, X, Y, held, OTHER, prior=prior, generator=derive(0))
 
 
 def test_price_of_a_cancellation_falls_with_the_spread() -> None:

@@ -47,6 +47,10 @@ class ShortcutWarning(UserWarning):
     """Something of the input goes around the first lock of a pad, which does not hide that part."""
 
 
+class ExtraStateWarning(UserWarning):
+    """A model keeps something in its state dict that is neither shared nor private state."""
+
+
 class StateError(FedKLError, ValueError):
     """Names, shapes or dtypes of a state do not match the model it is meant for."""
 

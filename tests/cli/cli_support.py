@@ -14,9 +14,10 @@ from fedkl.federation.folder import read_config
 
 SMALL = [
     *("--dataset", "digits", "--image-size", "16", "--local-steps", "2", "--eval-every", "1"),
-    *("--eval-images", "40", "--wrong-keys", "2", "--wrong-key-images", "40"),
-    *("--thief-images", "40"),
+    *("--eval-images", "40"),
 ]
+# For those with a lock.
+EXAMINED = ["--wrong-keys", "2", "--wrong-key-images", "40", "--thief-images", "40"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli_support import SMALL, Answer, Call
+from cli_support import EXAMINED, SMALL, Answer, Call
 
 from fedkl.cli import main
 
@@ -26,7 +26,8 @@ def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="session")
 def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    words = ["train", *SMALL, "--method", "fedkl", "--defense", "channel", "--rounds", "2"]
+    words = ["train", *SMALL, *EXAMINED, "--method", "fedkl", "--defense", "channel"]
+    words += ["--rounds", "2"]
     assert main([*words, "--out", str(folder)]) == 0
     return folder
 

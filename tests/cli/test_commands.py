@@ -54,12 +54,20 @@ def test_train_says_what_is_secret(call: Call, finished: Path) -> None:
     assert "insider: another client" in answer.out
 
 
-@pytest.mark.parametrize("command", ["audit", "certify"])
-def test_settings_that_a_run_has_already_stand_under_a_heading(call: Call, command: str) -> None:
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        ("audit", ["--rounds", "--lr", "--key-length", "--budget"]),
+        ("certify", ["--method", "--key-length", "--seed"]),
+    ],
+)
+def test_settings_that_a_run_has_already_stand_under_a_heading(
+    call: Call, command: str, options: Sequence[str]
+) -> None:
     text = call(command, "--help").out
     assert text.count("─ Without --run") == 1
     head, _, below = text.partition("─ Without --run")
-    for option in ("--rounds", "--lr", "--key-length", "--budget"):
+    for option in options:
         assert option not in head
         assert option in below
     assert "--run" in head

@@ -127,6 +127,25 @@ def test_what_comes_from_a_run_or_a_preset_needs_no_effect() -> None:
     assert build_config(flags={"defense.name": "norm"}, preset="paper").training.decay == 0.2
 
 
+def test_what_a_lock_is_examined_on_may_stand_in_a_file_of_many_runs(tmp_path: Path) -> None:
+    file = tmp_path / "runs.toml"
+    file.write_text("[evaluation]\nwrong_keys = 3\nthief_images = 50\n[defense]\ngain = 2.0\n")
+    flags = {"defense.name": "pad", "defense.learned": "none"}
+    assert build_config(flags=flags, file=file).evaluation.wrong_keys == 3
+    file.write_text("[evaluation]\nwrong_keys = 3\nthief_images = 50\ncalibration_images = 9\n")
+    assert build_config(flags={"defense.name": "norm"}, file=file).evaluation.thief_images == 50
+
+
+def test_settings_of_inner_locks_need_a_second_one() -> None:
+    flags = {"defense.name": "pad", "defense.layers": "first", "defense.inner_spread": 2.0}
+    with pytest.raises(ConfigError, match="--inner-spread does nothing"):
+        build_config(flags=flags)
+    flags |= {"defense.lock_head_input": True}
+    assert build_config(flags=flags).defense.inner_spread == 2.0
+    learned = {"defense.learned": "none", "defense.gain": 2.0}
+    assert build_config(flags=learned, defenses=["channel", "pad"]).defense.gain == 2.0
+
+
 @pytest.mark.parametrize(
     "names, choices",
     [

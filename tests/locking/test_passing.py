@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fedkl.errors import LockError, ShortcutWarning
 from fedkl.key import Key
-from fedkl.locking import lock, lock_spec, renew, set_key, shared_state
+from fedkl.locking import epoch_of, lock, lock_spec, renew, set_key, shared_state
 from fedkl.models import build
 from fedkl.rng import derive
 
@@ -205,3 +206,22 @@ def test_a_norm_of_the_input_itself_lies_in_the_stem() -> None:
 def test_a_lock_on_the_input_itself_is_told(layers: Any) -> None:
     with pytest.warns(ShortcutWarning, match=r"nothing secret but the pad.* on 0: .*layers="):
         lock(starts_with_norm(), KEY, scheme="pad", layers=layers, example=X)
+
+
+def test_renewal_is_given_an_optimizer_of_the_lock_or_changes_nothing() -> None:
+    model = lock(Ways(), KEY, scheme="pad", example=X)
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    others: dict[str, Any] = {
+        "got str": "sgd",
+        "none of this model's learned maps": sgd(Ways().parameters()),
+        "built, after lock": sgd(model.fc.parameters()),
+    }
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    for message, other in others.items():
+        with pytest.raises(LockError, match=message):
+            renew(model, KEY, 1, optimizer=other)
+    assert epoch_of(model) == 0
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    renew(model, KEY, 1, optimizer=sgd([p for n, p in model.named_parameters() if "shift" in n]))
+    frozen = lock(Ways(), KEY, scheme="pad", learned="none", example=X)
+    renew(frozen, KEY, 1, optimizer=sgd(frozen.fc.parameters()))  # nothing of the lock is learned

@@ -16,10 +16,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 from torch.nn.utils.parametrizations import weight_norm
 
-from fedkl.errors import LockError, StateError
+from fedkl.errors import ExtraStateWarning, LockError, StateError
 from fedkl.key import Key
 from fedkl.locking import (
     check_optimizer,
+    load_private_state,
     load_shared_state,
     lock,
     lock_spec,
@@ -49,6 +50,20 @@ def locked(scheme: str = "pad") -> Any:
 def checkpointed(model: Any) -> nn.Module:
     apply_activation_checkpointing(model)
     return model  # type: ignore[no-any-return]
+
+
+class Counting(nn.Sequential):
+    """Has something of its own in its state dict."""
+
+    def __init__(self) -> None:
+        super().__init__(*cnn())
+        self.extra: Any = {"images": 7}
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
 
 
 def replacing(index: int, make: Callable[[nn.Module], Any]) -> Callable[[Any], nn.Module]:
@@ -257,3 +272,18 @@ def test_adapters_of_shared_layers_are_sent() -> None:
     assert {"3.base_layer.weight", "3.down.default.weight", "3.up.weight"} <= sent
     assert not any(name.startswith(("0.", "8.")) for name in sent)
     assert set(unlock(replacing(0, grown)(locked())).state_dict()) >= {"0.extra", "3.weight"}
+
+
+@pytest.mark.parametrize("extra", [{"images": 7}, torch.ones(3)])
+def test_extra_state_is_in_neither_part_and_stays_in_the_model(extra: Any) -> None:
+    plain = Counting()
+    plain.extra = extra
+    with pytest.warns(ExtraStateWarning, match="_extra_state, which is neither shared nor private"):
+        model = lock(plain, KEY, scheme="pad", example=X)
+    shared, private = shared_state(model), private_state(model)
+    assert "_extra_state" in model.state_dict()
+    assert set(model.state_dict()) - {"_extra_state"} == {*shared, *private}
+    load_shared_state(model, {n: t + 1 for n, t in shared.items()})
+    load_private_state(model, private)
+    assert str(model.extra) == str(extra)
+    assert "_extra_state" not in shared_views(plain)

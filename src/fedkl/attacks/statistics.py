@@ -21,6 +21,7 @@ Tensors = Mapping[str, Tensor]
 Heard = dict[str, Tensor]
 """By norm: mean and unbiased variance of its input, (2, channels)."""
 
+RUNNING: Final = ("running_mean", "running_var")
 _EPS: Final = 1e-5
 
 
@@ -40,7 +41,7 @@ class Statistics:
         if not training.train_mode:
             return
         for name, module in model.named_modules():
-            names = [f"{name}.{kind}" for kind in ("running_mean", "running_var")]
+            names = [f"{name}.{kind}" for kind in RUNNING]
             # Without a momentum the mean is over all batches ever, of which nobody knows how many.
             if isinstance(module, _BatchNorm) and module.momentum and set(names) <= set(sent):
                 mean, variance = module.running_mean, module.running_var

@@ -3,7 +3,8 @@
 For every direction v of image space, moving the first lock's shift by δβ = −γ ⊙ D(norm∘stem)·v
 leaves γ ⊙ norm(stem(x)) + β where it was. If that lock cuts every path from the image to what is
 shared, nothing that is observed changes; and to the image x' of any other picture belongs a shift
-β' under which the update is the same to the last digit.
+β' under which the update is the same to the last digit. Shared running statistics of that lock's
+norm are such a path: no shift reaches them.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ def certify(
     about what follows from far away, or about what an attacker knows of images beforehand.
 
     Args:
-        observation: One victim with T updates under one set of secrets.
+        observation: One victim with T updates under one set of secrets; running statistics that
+            were sent count as seen.
         images: The true images (T, images, C, H, W).
         labels: The true labels (T, images).
         secrets: The true secrets by name.
@@ -108,11 +109,7 @@ def certify(
         AttackError: As :class:`fedkl.certificate.jacobians.Presented`.
     """
     wanted = _wanted(observation, updates)
-    if not _FINEST <= tolerance < 1:
-        raise ConfigError(
-            f"tolerance must be from {_FINEST} to 1, got {tolerance}: squares of singular values "
-            "in float64 tell no more."
-        )
+    check_tolerance(tolerance)
     presented = Presented(observation, images, labels, secrets)
     check_size(presented.inputs, len(presented.secrets), presented.values, wanted[-1])
     found, state = [], _Growing(presented, prior, tolerance)
@@ -195,6 +192,19 @@ def _wanted(observation: Observation, updates: Iterable[int] | None) -> list[int
             f"observation has, got {wanted}."
         )
     return wanted
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raises unless ``tolerance`` is at least 1e-7 and below 1.
+
+    Raises:
+        ConfigError: It is not; for those who have something to make before :func:`certify`.
+    """
+    if not _FINEST <= tolerance < 1:
+        raise ConfigError(
+            f"tolerance must be from {_FINEST} to 1, got {tolerance}: squares of singular values "
+            "in float64 tell no more."
+        )
 
 
 def check_size(inputs: int, secrets: int, values: int, updates: int) -> None:

@@ -14,6 +14,7 @@ from torch.func import jvp, vmap
 from torch.nn.functional import one_hot
 
 from fedkl.attacks.network import Network
+from fedkl.attacks.statistics import RUNNING, Statistics
 from fedkl.errors import AttackError
 from fedkl.observation import Observation
 
@@ -26,7 +27,10 @@ _AGREEMENT = 0.1
 class Presented:
     """T updates of one victim as a function of what the attacker does not know.
 
-    Everything is computed in float64, whatever the model's dtype: ranks need the digits.
+    Everything is computed in float64, whatever the model's dtype: ranks need the digits. Running
+    statistics that were sent count as seen: as mean and variance of what each norm was given,
+    which is what they tell beyond those before, and in units in which the first update's have the
+    root mean square of its gradient, so that noise and tolerance mean the same for both.
 
     Args:
         observation: What was seen of one victim. Whatever its threat model grants, every tensor
@@ -36,8 +40,9 @@ class Presented:
         secrets: True values of the private parameters, by name.
 
     Raises:
-        AttackError: Number or shape does not fit, a secret is missing, or the model does not give
-            the observed gradient at these images, labels and secrets.
+        AttackError: Number or shape does not fit, a secret is missing, the model does not give the
+            observed gradient at these images, labels and secrets, or a buffer was sent that tells
+            of the images and cannot be derived by them.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class Presented:
         labels: Tensor,
         secrets: Mapping[str, Tensor],
     ) -> None:
+        _check_statistics(observation)
         self.network = Network(replace(observation, model=deepcopy(observation.model).double()))
         expected = (observation.count, observation.training.images, *observation.image_shape)
         if tuple(images.shape) != expected or tuple(labels.shape) != expected[:2]:
@@ -65,6 +71,8 @@ class Presented:
         self._shapes = [self.network.secrets[name].shape for name in self.names]
         parts = [secrets[name].detach().double().flatten() for name in self.names]
         self.secrets = torch.cat(parts) if parts else images.new_zeros(0).double()
+        self._unit = 1.0
+        self._unit = self._told_unit()
         self._check(observation)
 
     @property
@@ -74,7 +82,12 @@ class Presented:
 
     @property
     def values(self) -> int:
-        """Observed numbers of one update."""
+        """Observed numbers of one update: gradient and statistics."""
+        told = sum(before.numel() for before in self.network.statistics.before.values())
+        return self._gradients + told
+
+    @property
+    def _gradients(self) -> int:
         return sum(parameter.numel() for parameter in self.network.shared.values())
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
@@ -85,8 +98,19 @@ class Presented:
 
     def seen(self, t: int, images: Tensor, secrets: Tensor) -> Tensor:
         """The ``t``-th update, flat, as it would be with these images and (flat) secrets."""
-        change = self.network.change(self.named(secrets), images, self.targets[t])
-        return torch.cat([value.flatten() for value in change.values()])
+        return self._flat(*self.network.sent(self.named(secrets), images, self.targets[t]))
+
+    def _told_unit(self) -> float:
+        """What statistics are multiplied with to be as large as the gradient; 1 without any."""
+        first = self.seen(0, self.images[0], self.secrets)
+        gradient, told = first[: self._gradients], first[self._gradients :]
+        if not (bool(gradient.any()) and bool(told.any())):
+            return 1.0
+        return float(gradient.square().mean().sqrt() / told.square().mean().sqrt())
+
+    def _flat(self, change: Mapping[str, Tensor], heard: Mapping[str, Tensor]) -> Tensor:
+        told = [self._unit * heard[name].flatten() for name in self.network.statistics.rates]
+        return torch.cat([*(value.flatten() for value in change.values()), *told])
 
     def by_inputs(self, t: int) -> Tensor:
         """J_x of the ``t``-th update: (values, inputs)."""
@@ -100,10 +124,11 @@ class Presented:
         # The images of several steps are seen in an order that nobody wrote down.
         if observation.kind != "gradient":
             return
+        told = self.network.statistics.rates
         for t, change in enumerate(observation.changes):
             made = self.seen(t, self.images[t], self.secrets)
-            flat = [v.double().flatten() for v in self.network.observed(change).values()]
-            there = torch.cat(flat)
+            heard = self.network.statistics.observed(observation.statistics[t]) if told else {}
+            there = self._flat(self.network.observed(change), heard).double()
             apart = float((made - there).norm()) / max(float(there.norm()), 1e-300)
             if not apart <= _AGREEMENT:
                 raise AttackError(
@@ -143,3 +168,36 @@ def _basis(size: int, like: Tensor) -> Iterator[Tensor]:
         block = like.new_zeros(count, size)
         block[torch.arange(count), start + torch.arange(count)] = 1.0
         yield block
+
+
+def _check_statistics(observation: Observation) -> None:
+    """Raises unless every buffer that was sent, or would be, can be derived by the images.
+
+    Raises:
+        AttackError: Names the first that cannot; what it tells would be left out.
+    """
+    model, training = observation.model, observation.training
+    before = dict(model.named_buffers())
+    sent = observation.statistics[0] if observation.statistics else {}
+    covered = Statistics(model, tuple(sent), training).before
+    for t, one in enumerate(observation.statistics):
+        for name, after in one.items():
+            owner, _, kind = name.rpartition(".")
+            if kind == "num_batches_tracked" or (owner in covered and kind in RUNNING):
+                continue
+            if name not in before or not torch.equal(after.double(), before[name].double()):
+                raise AttackError(
+                    f"{name} is sent and was changed by update {t}, but it is no running statistic "
+                    "of a batch norm with a momentum, so what it tells of the images cannot be "
+                    "certified; keep it private, or take a norm without such a buffer."
+                )
+    spec = observation.spec or {}
+    if not spec.get("statistics_shared") or not training.train_mode:
+        return
+    names = [f"{site['name']}.{kind}" for site in spec["sites"] for kind in RUNNING]
+    if lacking := [name for name in names if name in before and name not in sent]:
+        raise AttackError(
+            "the lock spec says that running statistics are shared, but the observation has no "
+            f"{lacking[0]}; pass what was sent as Observation(statistics=...), or lock without "
+            "share_statistics."
+        )

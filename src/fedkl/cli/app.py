@@ -23,7 +23,7 @@ from fedkl.cli.keys import keygen
 from fedkl.cli.provenance import arguments
 from fedkl.cli.show import plain, say
 from fedkl.cli.train import train
-from fedkl.errors import FedKLError, ShortcutWarning
+from fedkl.errors import ExtraStateWarning, FedKLError, ShortcutWarning
 
 DONE, USER, INTERNAL, INTERRUPTED = 0, 2, 70, 130
 
@@ -135,7 +135,7 @@ def _telling() -> Iterator[None]:
     show = warnings.showwarning
 
     def tell(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-        if issubclass(category, ShortcutWarning):
+        if issubclass(category, ShortcutWarning | ExtraStateWarning):
             say(f"warning: {message}")
         else:
             show(message, category, *rest)

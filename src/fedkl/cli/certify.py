@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from fedkl.cli.audit import OWN_FLAGS, base_of
+from fedkl.cli.audit import base_of
 from fedkl.cli.configure import build_config, with_settings
 from fedkl.cli.folders import check_apart, named
 from fedkl.cli.provenance import command_line, versions
+from fedkl.cli.settings import SETTINGS
 from fedkl.cli.show import out, plain, say, table_of
 from fedkl.errors import ConfigError
 
@@ -22,10 +23,17 @@ if TYPE_CHECKING:
 # Nothing is trained: a handful of images per client will do.
 START: Final = {"data": {"samples": 100, "channels": 1}}
 WITHOUT_RUN: Final = "Without --run: settings of the client that is made for it"
-_WITHOUT = tuple(path for path in OWN_FLAGS if path != "defense.name")
+# One gradient of test images at fresh weights: whatever is about training, and about who has which
+# images, does nothing. The method stays: fedkl is short for a pad.
+_IDLE: Final = ("federation", "training", "renewal", "evaluation")
+IDLE: Final = (
+    *(s.path for s in SETTINGS if s.section in _IDLE and s.path != "federation.method"),
+    *("data.augment", "data.partition", "data.alpha", "data.shards_per_client", "data.samples"),
+    *("workers", "device", "checkpoint_every"),
+)
 
 
-@functools.partial(with_settings, without=_WITHOUT, panel=WITHOUT_RUN)
+@functools.partial(with_settings, without=IDLE, panel=WITHOUT_RUN)
 def certify(
     out_folder: Annotated[
         Path,
@@ -81,6 +89,9 @@ def certify(
     from fedkl.audit import AuditConfig
     from fedkl.audit.certified import certify_victims
     from fedkl.audit.victims import Victims, draw_victims
+    from fedkl.certificate import Prior
+    from fedkl.certificate.certify import check_tolerance
+    from fedkl.certificate.prior import PIXEL
     from fedkl.federation.engine import one_thread
     from fedkl.federation.remains import check_remains
     from fedkl.federation.session import load_data
@@ -88,6 +99,8 @@ def certify(
 
     check_apart(out_folder, "a certificate")
     updates = _updates(presentations, batch_size)
+    check_tolerance(tolerance)
+    Prior(PIXEL, noise, {})  # refused before a key is made for nothing
     base = START if run_folder is None else base_of(run_folder, settings)
     run = build_config(flags=settings, file=config_file, base=base)
     audit = AuditConfig(
@@ -100,13 +113,14 @@ def certify(
     )
     if run_folder is not None:
         check_remains(run_folder, run)
-    make_folder(out_folder)
     bundle = load_data(run)
+    rows = draw_victims(bundle, audit)[0]
+    make_folder(out_folder)
     with one_thread():
         victims = Victims(run, run_folder or make_folder(out_folder / "client"), bundle, audit)
         found = certify_victims(
             victims,
-            draw_victims(bundle, audit)[0],
+            rows,
             updates=updates,
             tolerance=tolerance,
             noise=noise,

@@ -163,7 +163,8 @@ def _check_needs(
     for setting in SETTINGS:
         if setting.path not in flags and setting.path not in filed:
             continue
-        lacking = [[need for need in setting.needs if not need.holds(one)] for one in used]
+        needs = [need for need in setting.needs if need.filed or setting.path in flags]
+        lacking = [[need for need in needs if not need.holds(one)] for one in used]
         if not all(lacking):
             continue
         need = lacking[0][0]

@@ -97,7 +97,6 @@ def demo(
         "federation.clients": 3,
         "evaluation.every": max(1, rounds // 4),
         "evaluation.images": 1_000,
-        "evaluation.wrong_key_images": 1_000,
         "workers": workers,
         "seed": seed,
     }
@@ -124,7 +123,9 @@ def _configs(common: Mapping[str, Any]) -> dict[str, RunConfig]:
         own = {"federation.method": arm.method, "defense.name": arm.defense, "training.lr": arm.lr}
         return {k: v for k, v in {**common, **own}.items() if v is not None}
 
-    return {name: build_config(flags=flags(arm)) for name, arm in DEMO_ARMS.items()}
+    # Not a flag: arms without a lock have no wrong keys.
+    base = {"evaluation": {"wrong_key_images": 1_000}}
+    return {name: build_config(flags=flags(arm), base=base) for name, arm in DEMO_ARMS.items()}
 
 
 def _data(

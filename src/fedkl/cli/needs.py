@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -19,11 +19,13 @@ class Need:
         said: What is needed, as it is written on the command line.
         path: The setting that decides it.
         holds: Whether a configuration has it.
+        filed: Whether it is asked of what a file says, too. Files are shared between runs.
     """
 
     said: str
     path: str
     holds: Callable[[RunConfig], bool]
+    filed: bool = True
 
 
 def _defense(*names: str) -> Need:
@@ -43,6 +45,21 @@ PADS: Final = _defense("pad", "open-pad")
 KEYED: Final = _defense("channel", "pad")
 PRIVATE: Final = _defense("fedbn", "channel", "pad", "open-pad")
 NORMED: Final = _defense("norm", "fedbn", "channel", "pad", "open-pad")
+# Figures that only keys and private tensors give rise to.
+EXAMINED_KEYS: Final = replace(KEYED, filed=False)
+EXAMINED: Final = replace(PRIVATE, filed=False)
+LEARNING: Final = Need(
+    "a lock of which something is --learned",
+    "defense.learned",
+    lambda c: not PAD.holds(c) or c.defense.learned != "none",
+    filed=False,
+)
+INNER: Final = Need(
+    "locks behind the first, by --layers or --lock-head-input",
+    "defense.layers",
+    lambda c: c.defense.layers != "first" or bool(c.defense.lock_head_input),
+    filed=False,
+)
 GROUPED: Final = Need(
     "a lock that is not the paper's", "defense.preset", lambda c: c.defense.preset is None
 )

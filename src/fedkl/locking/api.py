@@ -86,6 +86,8 @@ def lock(
         ShortcutWarning: Something of the input goes around the first lock of a pad, as in a
             pre-norm transformer or a second branch: the pad does not hide that part. Or that lock
             stands on the input itself, with no private weights before it.
+        ExtraStateWarning: Modules have extra state (``get_extra_state``), which is neither in the
+            shared nor in the private state.
 
     Raises:
         LockError: Nothing can be locked or nothing would be left to share, a lock would have no

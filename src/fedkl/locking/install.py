@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from fedkl.errors import LockError
+from fedkl.errors import ExtraStateWarning, LockError
 from fedkl.key import Key
 from fedkl.locking.pad import OpenPad, Pad
 from fedkl.locking.scheme import Scheme, Site
@@ -239,6 +240,15 @@ def _seal(model: nn.Module, scheme: Scheme) -> None:
             guard(module)
     record(model)
     parts = split(model)
+    if parts.left_out:
+        warnings.warn(
+            f"the model has extra state, {', '.join(parts.left_out[:4])}, which is neither shared "
+            "nor private state: nobody knows what of it may leave the client. It stays in the "
+            "model and its state_dict() and is not sent. Make a buffer of what a global model "
+            "needs.",
+            ExtraStateWarning,
+            stacklevel=4,
+        )
     if not scheme.private or any(isinstance(t, nn.Parameter) for t in parts.shared.values()):
         return
     raise LockError(

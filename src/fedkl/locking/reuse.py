@@ -16,6 +16,7 @@ from fedkl.locking.pad import OpenPad, Pad, PadAffine
 from fedkl.locking.schemes import Channel
 from fedkl.locking.sites import LOCK_NAME, PositionalNorm, restore_statistics
 from fedkl.locking.sources import KeyedAffine, PrivateAffine
+from fedkl.locking.state import held_by
 from fedkl.locking.stem import draw_private, restore
 
 
@@ -69,11 +70,13 @@ def renew(
         epoch: Number of the pad, above :func:`epoch_of` and below 2**63.
         keep_learned: Whether learned maps stay.
         optimizer: The client's. Its moments of the learned maps are dropped along with them, or
-            the next step would add what was learned under the old pad.
+            the next step would add what was learned under the old pad. It need not hold the whole
+            model; what of the learned maps it holds is looked after.
 
     Raises:
-        LockError: The scheme has no pad, or ``key`` is none or another. Nothing is changed.
-        ConfigError: ``epoch`` is no integer above the present one.
+        LockError: The scheme has no pad, ``key`` is none or another, or ``optimizer`` is none or
+            holds none of the learned maps that are trained. Nothing is changed.
+        ConfigError: ``epoch`` is no integer above the present one. Nothing is changed.
     """
     if not isinstance(key, Key):
         raise LockError(f"expected a fedkl.Key, got {type(key).__name__}.")
@@ -94,11 +97,27 @@ def renew(
             f"this pad was drawn from key {', '.join(sorted(owners))}, got {key.fingerprint}; "
             "renew it with the same key, or put another in with set_key(model, key) first."
         )
+    if optimizer is not None:
+        _check_holds(optimizer, model)
     _redraw(model, scheme, key, epoch, keep_learned=keep_learned)
     if optimizer is not None and not keep_learned:
-        for source in sources_of(model).values():
-            for parameter in source.parameters():
-                optimizer.state.pop(parameter, None)
+        for parameter in _learned(model):
+            optimizer.state.pop(parameter, None)
+
+
+def _learned(model: nn.Module) -> list[nn.Parameter]:
+    return [p for source in sources_of(model).values() for p in source.parameters()]
+
+
+def _check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    held = held_by(optimizer)
+    trained = [p for p in _learned(model) if p.requires_grad]
+    if trained and not any(id(p) in held for p in trained):
+        raise LockError(
+            "the optimizer holds none of this model's learned maps, so what it remembers is "
+            "another model's; pass the one that was built, after lock(), from this model's "
+            "parameters(), or none if the learned maps are not trained."
+        )
 
 
 def _redraw(

@@ -20,6 +20,8 @@ from fedkl.locking.stem import owned
 
 RECORD: Final = "_fedkl_record"
 _KNOWN: Final = "_fedkl_known"
+# Where a state dict has what get_extra_state() of a module returned.
+_EXTRA: Final = "_extra_state"
 # What torch.compile, activation checkpointing and FSDP put into names.
 _WRAPPERS: Final = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _REMEDY: Final = (
@@ -30,10 +32,18 @@ _REMEDY: Final = (
 
 @dataclass(frozen=True)
 class Split:
-    """The state dict in two parts, under the original names; the model's own tensors."""
+    """The state dict in two parts, under the original names; the model's own tensors.
+
+    Attributes:
+        shared: What may leave the client.
+        private: What never does.
+        left_out: Names of what is in neither: extra state (``get_extra_state``) and whatever else
+            is no tensor. Nobody knows whether that is public, and it cannot be copied in place.
+    """
 
     shared: dict[str, Tensor] = field(default_factory=dict)
     private: dict[str, Tensor] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
 
 def record(model: nn.Module) -> None:
@@ -51,6 +61,8 @@ def forget(module: nn.Module) -> None:
 
 def split(model: nn.Module) -> Split:
     """Shared and private tensors of a model; all are shared where there is no lock.
+
+    What a module keeps as extra state is in neither part.
 
     Raises:
         StateError: The model was changed since ``lock()`` so that something private is not there
@@ -84,6 +96,9 @@ def split(model: nn.Module) -> Split:
     state = root.state_dict(keep_vars=True)
     parts = Split()
     for name, tensor in zip(_original_names(root, state), state.values(), strict=True):
+        if name.rpartition(".")[2] == _EXTRA or not isinstance(tensor, Tensor):
+            parts.left_out.append(name)
+            continue
         part = parts.private if id(tensor) in private else parts.shared
         part[name] = tensor
     _check(parts, state, private)
@@ -102,7 +117,7 @@ def _check(parts: Split, state: dict[str, Tensor], private: dict[int, Tensor]) -
             f"the model was changed since lock(): {', '.join(odd[:4])} bears the name of a lock "
             f"and belongs to none. {_REMEDY}"
         )
-    if len(parts.shared) + len(parts.private) != len(state):
+    if len(parts.shared) + len(parts.private) + len(parts.left_out) != len(state):
         raise StateError(
             "two tensors of the model have the same name without its wrappers; wrap the whole "
             "model, or rename the layers before lock()."

@@ -29,6 +29,8 @@ def shared_state(model: nn.Module) -> dict[str, Tensor]:
     The tensors are detached but not copied; clone them before training goes on. Only one that
     shares its memory with others is a copy, since serializers write the whole of it. Integer
     buffers such as ``num_batches_tracked`` of shared norms are in it and must not be averaged.
+    Extra state of a module (``get_extra_state``) is not in it, nor in the private state: it may be
+    anything. :func:`fedkl.lock` warns of it; the model's own ``state_dict()`` has it.
 
     Raises:
         LockError: The model is not locked, so all of it would be sent.
@@ -44,7 +46,7 @@ def shared_state(model: nn.Module) -> dict[str, Tensor]:
             "the client; pass what lock(model, key) returned, or send model.state_dict() if "
             "everything may go."
         )
-    return {n: _alone(t) if isinstance(t, Tensor) else t for n, t in shared.items()}
+    return {n: _alone(t) for n, t in shared.items()}
 
 
 def shared_views(model: nn.Module) -> dict[str, Tensor]:
@@ -72,7 +74,8 @@ def _alone(tensor: Tensor) -> Tensor:
 def private_state(model: nn.Module) -> dict[str, Tensor]:
     """What stays: lock parameters, statistics of locked norms, private layers. Never the key.
 
-    Together with :func:`shared_state` this is the whole state dict, with nothing in both.
+    Together with :func:`shared_state` this is the whole state dict but for extra state, with
+    nothing in both.
 
     Raises:
         LockError: The model is not locked, so nothing of it is private.
@@ -101,8 +104,7 @@ def _check_locked(model: nn.Module, so: str) -> None:
 
 
 def _views(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # A module may put something of its own kind into its state dict.
-    return {n: t.detach() if isinstance(t, Tensor) else t for n, t in tensors.items()}
+    return {n: t.detach() for n, t in tensors.items()}
 
 
 def load_shared_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -205,14 +207,9 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             :func:`lock`, which returns a copy with new parameters. Or the model is not locked.
         StateError: As :func:`shared_state`.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise LockError(
-            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the one that "
-            "was built from the locked model's parameters()."
-        )
+    held = held_by(optimizer)
     private = split(model).private
     lock_spec(model)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     lacking = {
         id(p): name
         for name, p in reversed(private.items())  # a tied one by its first name
@@ -225,3 +222,17 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. Build it after lock(), "
             "from the locked model's parameters()."
         )
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of the parameters that ``optimizer`` holds.
+
+    Raises:
+        LockError: It is no optimizer.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise LockError(
+            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the one that "
+            "was built from the locked model's parameters()."
+        )
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
