@@ -16,7 +16,16 @@ from fedkl.federation.store import GROUP, OWN, ClientState, ClientStore
 from fedkl.flower.guard import Secrets
 from fedkl.flower.wire import decoded, encoded
 from fedkl.key import Key
-from fedkl.locking import is_locked, load_private_state, private_state, shared_state
+from fedkl.locking import (
+    epoch_of,
+    is_locked,
+    load_private_state,
+    private_state,
+    set_key,
+    shared_state,
+    sources_of,
+)
+from fedkl.locking.pad import PadAffine
 
 REFUSED: Final = 100
 log = logging.getLogger("flwr.fedkl")
@@ -112,11 +121,29 @@ class _Passage:
         self.store.known = _in_use(context)
         self.round = self._round()
         self.state = self.store.load(self.client, before=self.round)
+        self.keys = _keys(context)
         if self.state.private is not None:
-            load_private_state(model, self.state.private)
+            self._put(self.state.private)
         self.private = {n: t.clone() for n, t in private_state(model).items()}
         self.shared = {n: t.clone() for n, t in shared_state(model).items()}
-        self.secrets = Secrets.of(model, _keys(context))
+        self.secrets = Secrets.of(model, self.keys)
+
+    def _put(self, private: Mapping[str, Tensor]) -> None:
+        """Loads a private state; a pad that was renewed is drawn from the node's key."""
+        now = epoch_of(self.model)
+        load_private_state(self.model, private)
+        if epoch_of(self.model) == now:
+            return
+        sources = sources_of(self.model).values()
+        owners = {source.owner for source in sources if isinstance(source, PadAffine)}
+        key = next((key for key in self.keys if {key.fingerprint} == owners), None)
+        if key is None:
+            raise KeyFileError(
+                f"client {self.client}: the pad was renewed, but the key that draws it "
+                f"({', '.join(sorted(owners))}) is none of this node's; expected make_model to "
+                "lock with key_of(context). Name its file as key-file in the node config."
+            )
+        set_key(self.model, key)
 
     def _round(self) -> int:
         """The server's round, or one more than the last."""
@@ -135,7 +162,7 @@ class _Passage:
             return reply
         if self.message.metadata.message_type.partition(".")[0] == MessageType.TRAIN:
             trained = self._strip(reply.content.array_records)
-            load_private_state(self.model, trained)
+            self._put(trained)
             self.secrets.model(self.model)  # after training, beside those from before
             self.secrets.refuse(dict(outgoing(reply)))
             self.store.save(
