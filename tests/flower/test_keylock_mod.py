@@ -17,10 +17,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
-from fedkl import Key, lock, renew, shared_state
+from fedkl import Key, lock, shared_state
 from fedkl.federation.store import ClientStore
 from fedkl.flower import Secrets, group_key_of, key_of, keylock_mod
-from fedkl.locking import affines, epoch_of, load_private_state, private_state, set_key
+from fedkl.locking import affines, load_private_state, private_state
 
 X = torch.rand(8, 1, 8, 8)
 Y = torch.arange(8)
@@ -321,79 +321,9 @@ def test_loading_what_was_kept() -> None:
     assert "forms" in repr(Secrets.of(model, [fixed_key(0)]))
 
 
-def padded(context: Context) -> nn.Module:
-    return lock(net(), key_of(context), scheme="pad", example=X)
-
-
-def pad_app(renewals: dict[int, int], make: Any = padded, leak: str = "") -> ClientApp:
-    """An app that puts the pad of ``renewals[round]`` in before it trains."""
-    app = ClientApp(mods=[keylock_mod(make)])
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        model = make(context)
-        key = Key.load(str(context.node_config["key-file"]))
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        set_key(model, key)
-        pads = {"before": next(iter(affines(model).values()))[1].detach().clone()}
-        epoch = renewals.get(message.content["config"]["server-round"], 0)
-        if epoch > epoch_of(model):
-            renew(model, key, epoch)
-        model.train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        nn.functional.cross_entropy(model(X), Y).backward()
-        optimizer.step()
-        arrays = ArrayRecord(dict(model.state_dict()))
-        pads["after"] = next(iter(affines(model).values()))[1].detach()
-        if epoch and leak:
-            arrays["innocent.weight"] = Array(pads[leak].numpy())
-        return Message(RecordDict({"arrays": arrays}), reply_to=message)
-
-    return app
-
-
-def padded_grid(folder: Path, app: ClientApp) -> tuple[Loopback, ArrayRecord]:
-    """One node with a random key, and a state to start from."""
-    grid = grid_of(app, folder, nodes=1)
-    Key.generate().save(folder / "node-0" / "my.key", overwrite=True)
-    torch.manual_seed(0)
-    model = lock(net(), Key.generate(), scheme="pad", example=X)
-    return grid, ArrayRecord(dict(shared_state(model)))
-
-
-def epoch_kept(folder: Path) -> int:
-    private = state_of(folder, 0)
-    return int(next(t for n, t in private.items() if n.endswith("keylock.epoch")))
-
-
-def test_an_app_may_renew_its_pad(tmp_path: Path) -> None:
-    grid, arrays = padded_grid(tmp_path, pad_app({2: 1, 4: 3}))
-    for round_, epoch in ((1, 0), (2, 1), (3, 1), (4, 3)):
-        (reply,) = train(grid, arrays, round_)
-        assert not reply.has_error(), reply.error.reason
-        assert epoch_kept(tmp_path) == epoch
-        arrays = reply.content["arrays"]
-
-
-@pytest.mark.parametrize("leak", ["before", "after"])
-def test_neither_pad_of_a_renewal_is_sent(leak: str, tmp_path: Path) -> None:
-    grid, arrays = padded_grid(tmp_path, pad_app({2: 1}, leak=leak))
-    assert not train(grid, arrays, 1)[0].has_error()
-    assert "private; nothing was sent" in train(grid, arrays, 2)[0].error.reason
-    assert epoch_kept(tmp_path) == 0
-
-
-def test_a_renewed_pad_needs_the_key_that_draws_it(tmp_path: Path) -> None:
-    elsewhere = Key.generate()
-
-    def make(context: Context) -> nn.Module:
-        return lock(net(), elsewhere, scheme="pad", example=X)
-
-    grid, arrays = padded_grid(tmp_path, pad_app({2: 1}, make))
-    elsewhere.save(tmp_path / "node-0" / "my.key", overwrite=True)
-    assert not any(train(grid, arrays, r)[0].has_error() for r in (1, 2))
-    node = grid.nodes[10].config
-    del node["key-file"]
-    reason = train(grid, arrays, 3)[0].error.reason
-    assert f"({elsewhere.fingerprint}) is none of this node's" in reason
-    assert "key_of(context)" in reason
+def test_other_locks_have_no_record(tmp_path: Path) -> None:
+    grid = grid_of(app_of(), tmp_path, nodes=1)
+    crafted = ArrayRecord({n: Array(a.numpy() * 2) for n, a in start().items()})
+    for arrays, round_ in ((start(), 1), (start(), 2), (crafted, 2), (start(), 1)):
+        assert not train(grid, arrays, round_)[0].has_error()
+    assert not list(tmp_path.rglob("answered.json"))
