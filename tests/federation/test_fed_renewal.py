@@ -120,6 +120,22 @@ def test_judged_by_the_budget() -> None:
     assert "3 times" in excess(warn, 201)
 
 
+def test_a_renewal_does_not_excuse_a_round_over_the_budget(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"client": 0, "clients": 2, "round_": 3, "last": 2, "spent": 64}
+    strict = RenewalConfig(budget=63, on_spent="error", every=1)
+    assert due(strict, 0, 2, 3, 2)
+    with pytest.raises(FederationError, match=r"round 3: this round alone takes 64 .*of 63"):
+        judge(strict, ahead=64, **facts)
+    assert judge(strict, ahead=63, **facts).renew
+    assert judge(RenewalConfig(budget=63, every=1), ahead=64, **facts).renew
+    # A budget may be tightened on resume, where the rounds that come are not played through.
+    federation = {"rounds": 1, "join_steps": 2}
+    run(pads(renewal={"every": 1}, federation=federation), tmp_path, bundle=digits())
+    tight = pads(renewal={"every": 1, "budget": 63, "on_spent": "error"})
+    with pytest.raises(FederationError, match="round 2: this round alone"):
+        run(tight, tmp_path, resume=True, bundle=digits())
+
+
 @pytest.mark.parametrize(
     "bad, message",
     [

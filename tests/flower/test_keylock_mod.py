@@ -319,3 +319,11 @@ def test_loading_what_was_kept() -> None:
     model = lock(net(), fixed_key(0), example=X)
     load_private_state(model, private_state(model))
     assert "forms" in repr(Secrets.of(model, [fixed_key(0)]))
+
+
+def test_other_locks_have_no_record(tmp_path: Path) -> None:
+    grid = grid_of(app_of(), tmp_path, nodes=1)
+    crafted = ArrayRecord({n: Array(a.numpy() * 2) for n, a in start().items()})
+    for arrays, round_ in ((start(), 1), (start(), 2), (crafted, 2), (start(), 1)):
+        assert not train(grid, arrays, round_)[0].has_error()
+    assert not list(tmp_path.rglob("answered.json"))

@@ -71,17 +71,18 @@ def judge(
     Raises:
         FederationError: The budget does not cover this round, and ``on_spent`` is ``error``.
     """
-    if due(config, client, clients, round_, last):
-        return Verdict(renew=True)
     budget = config.budget
-    if budget is None or spent + ahead <= budget:
-        return Verdict(renew=False)
-    if config.on_spent == "error" and ahead > budget:
+    # Before the calendar: a fresh pad does not cover such a round either.
+    if budget is not None and config.on_spent == "error" and ahead > budget:
         raise FederationError(
             f"round {round_}: this round alone takes {ahead} presentations (images × steps) under "
             f"one pad of client {client}, over its budget of {budget}. Send fewer images a round "
             f"(--local-steps 1 --batch-size {budget}), raise --budget, or give --on-spent warn."
         )
+    if due(config, client, clients, round_, last):
+        return Verdict(renew=True)
+    if budget is None or spent + ahead <= budget:
+        return Verdict(renew=False)
     if config.on_spent == "error":
         raise FederationError(
             f"round {round_}: the pad of client {client} has served {spent} presentations and this "

@@ -24,6 +24,7 @@ from fedkl.federation.renewal import Verdict, excess, foresee, judge, presentati
 from fedkl.federation.store import ClientState, ClientStore
 from fedkl.key import Key
 from fedkl.locking import LockSpec, Pad, is_locked, lock_spec
+from fedkl.locking.sites import LOCK_NAME
 from fedkl.models import build
 from fedkl.rng import derive
 
@@ -173,6 +174,22 @@ class Session:
             spent=state.spent,
             ahead=self._ahead(job.client),
         )
+
+    def outlook(self, job: Job) -> tuple[int, int]:
+        """How :meth:`run` would begin a ``train`` job, which changes nothing yet.
+
+        Returns:
+            The round of the private state that it starts from (0: none), and the epoch of the pad
+            that it trains under (0 for other locks).
+
+        Raises:
+            FederationError: The client's budget does not cover the round (``on_spent`` ``error``).
+            CheckpointError, KeyFileError: As :meth:`fedkl.federation.store.ClientStore.load`.
+        """
+        state = self._state(job.client, before=job.round)
+        private = state.private or {}
+        epochs = [int(t) for n, t in private.items() if n.split(".")[-2:] == [LOCK_NAME, "epoch"]]
+        return state.round, max(epochs, default=0) + self._verdict(job, state).renew
 
     def _ahead(self, client: int) -> int:
         method = self.config.federation.method

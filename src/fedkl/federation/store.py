@@ -145,19 +145,20 @@ class ClientStore:
         own = {} if key is None else {OWN: (key.fingerprint, self._key_path(client))}
         return {**self.known, **own}
 
-    def _folder(self, client: int) -> Path:
+    def folder(self, client: int) -> Path:
+        """Where the client's private states are; made when the first is saved."""
         return self.states / f"{client:05d}"
 
     def rounds(self, client: int) -> list[int]:
         """Rounds after which a state of the client was kept, ascending."""
         try:
-            names = os.listdir(self._folder(client))
+            names = os.listdir(self.folder(client))
         except FileNotFoundError:
             return []
         return sorted(int(n[6:-12]) for n in names if n.endswith(".safetensors"))
 
     def _path(self, client: int, round_: int) -> Path:
-        return self._folder(client) / f"round-{round_:06d}.safetensors"
+        return self.folder(client) / f"round-{round_:06d}.safetensors"
 
     def load(self, client: int, *, before: int) -> ClientState:
         """The client's state after its last round below ``before``.
@@ -185,7 +186,7 @@ class ClientStore:
             state: What to keep.
             keep: Rounds that may still be returned to: the checkpoints' and the best one.
         """
-        self._folder(client).mkdir(mode=0o700, exist_ok=True)
+        self.folder(client).mkdir(mode=0o700, exist_ok=True)
         tensors = {_PRIVATE + n: t for n, t in (state.private or {}).items()}
         tensors |= {_MOMENT + n: t for n, t in state.moments.items()}
         # Not synced to the disk one by one: the digest in the file finds a torn write.

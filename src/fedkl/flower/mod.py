@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,10 +14,22 @@ from torch import Tensor, nn
 
 from fedkl.errors import FedKLError, KeyFileError, LockError, StateError
 from fedkl.federation.store import GROUP, OWN, ClientState, ClientStore
+from fedkl.flower.answers import Answer, Answers, alone, digest_of
 from fedkl.flower.guard import Secrets
 from fedkl.flower.wire import decoded, encoded
 from fedkl.key import Key
-from fedkl.locking import is_locked, load_private_state, private_state, shared_state
+from fedkl.locking import (
+    Pad,
+    epoch_of,
+    is_locked,
+    load_private_state,
+    lock_spec,
+    private_state,
+    set_key,
+    shared_state,
+    sources_of,
+)
+from fedkl.locking.pad import PadAffine
 
 REFUSED: Final = 100
 log = logging.getLogger("flwr.fedkl")
@@ -77,6 +90,10 @@ def keylock_mod(make_model: MakeModel) -> Callable[[Message, Context, Next], Mes
     at the bytes of everything that leaves. A reply that holds a piece of a secret under any name is
     replaced by an error, and nothing is sent.
 
+    With a pad, a round that was answered is answered again only for the very same message, and no
+    round gets a pad of an epoch before the last one's. What the app shows under a pad is not
+    counted: there is no budget, and :func:`fedkl.renew` is the app's to call.
+
     Args:
         make_model: Makes the locked model from the context, the same every time, for example
             ``lambda context: lock(Net(), key_of(context), example=x)``.
@@ -87,7 +104,10 @@ def keylock_mod(make_model: MakeModel) -> Callable[[Message, Context, Next], Mes
 
     def mod(message: Message, context: Context, call_next: Next) -> Message:
         try:
-            return _Passage(make_model(context), message, context).through(call_next, context)
+            model = make_model(context)
+            folder, client = _home(context)
+            with alone(ClientStore(folder, keyed=False).folder(client)):
+                return _Passage(model, message, context).through(call_next, context)
         except FedKLError as error:
             line = " ".join(str(error).split())
             log.error("refused: %s", line)
@@ -112,11 +132,32 @@ class _Passage:
         self.store.known = _in_use(context)
         self.round = self._round()
         self.state = self.store.load(self.client, before=self.round)
+        self.training = message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
+        padded = lock_spec(model).scheme == Pad.name
+        self.answers = Answers(self.store, self.client) if padded and self.training else None
+        self.keys = _keys(context)
         if self.state.private is not None:
-            load_private_state(model, self.state.private)
+            self._put(self.state.private)
         self.private = {n: t.clone() for n, t in private_state(model).items()}
         self.shared = {n: t.clone() for n, t in shared_state(model).items()}
-        self.secrets = Secrets.of(model, _keys(context))
+        self.secrets = Secrets.of(model, self.keys)
+
+    def _put(self, private: Mapping[str, Tensor]) -> None:
+        """Loads a private state; a pad that was renewed is drawn from the node's key."""
+        now = epoch_of(self.model)
+        load_private_state(self.model, private)
+        if epoch_of(self.model) == now:
+            return
+        sources = sources_of(self.model).values()
+        owners = {source.owner for source in sources if isinstance(source, PadAffine)}
+        key = next((key for key in self.keys if {key.fingerprint} == owners), None)
+        if key is None:
+            raise KeyFileError(
+                f"client {self.client}: the pad was renewed, but the key that draws it "
+                f"({', '.join(sorted(owners))}) is none of this node's; expected make_model to "
+                "lock with key_of(context). Name its file as key-file in the node config."
+            )
+        set_key(self.model, key)
 
     def _round(self) -> int:
         """The server's round, or one more than the last."""
@@ -128,23 +169,32 @@ class _Passage:
 
     def through(self, call_next: Next, context: Context) -> Message:
         """Merges, calls the app, strips, looks, sends."""
+        asked = _question(self.message, self.round)
+        if self.answers is not None:
+            self.answers.check_question(self.round, asked)
         for record in self.message.content.array_records.values():
             self._merge(record)
         reply = call_next(self.message, context)
         if reply.has_error():
             return reply
-        if self.message.metadata.message_type.partition(".")[0] == MessageType.TRAIN:
+        if self.training:
             trained = self._strip(reply.content.array_records)
-            load_private_state(self.model, trained)
+            self._put(trained)
             self.secrets.model(self.model)  # after training, beside those from before
             self.secrets.refuse(dict(outgoing(reply)))
-            self.store.save(
-                self.client, ClientState(self.round, trained, {}), keep=[self.round - 1]
-            )
+            self._keep(trained, asked)
         else:
             self._strip(reply.content.array_records, wanted=False)
             self.secrets.refuse(dict(outgoing(reply)))
         return reply
+
+    def _keep(self, trained: Mapping[str, Tensor], asked: str) -> None:
+        answer = Answer(asked, self.state.round, epoch_of(self.model))
+        if self.answers is not None:
+            self.answers.check_pad(self.round, answer.base, answer.epoch)
+        self.store.save(self.client, ClientState(self.round, trained, {}), keep=[self.round - 1])
+        if self.answers is not None:
+            self.answers.add(self.round, answer)
 
     def _merge(self, record: ArrayRecord) -> None:
         # Not the dtypes: Flower's strategies turn counters into floats.
@@ -173,6 +223,19 @@ class _Passage:
                 "learned would be lost; return the model's whole state_dict(), the mod strips it."
             )
         return found
+
+
+def _question(message: Message, round_: int) -> str:
+    """Digest of everything that a message asks, before anything is merged into it."""
+    facts: list[Any] = [round_]
+    for where, record in sorted(message.content.items()):
+        for name, value in sorted(record.items()):
+            if isinstance(record, ArrayRecord):
+                data = hashlib.sha256(value.data).hexdigest()
+                facts.append([where, name, value.dtype, list(value.shape), data])
+            else:
+                facts.append([where, name, repr(value)])
+    return digest_of(facts, {})
 
 
 def _keys(context: Context) -> list[Key]:

@@ -17,16 +17,13 @@ from torch import Tensor
 
 from fedkl.data import DataBundle
 from fedkl.defenses import Composed, Defense
-from fedkl.errors import ConfigError, KeyFileError
+from fedkl.errors import ConfigError, KeyFileError, UpdateError
 from fedkl.federation import RunConfig
 from fedkl.federation.engine import one_thread
 from fedkl.federation.session import Job, Result, Session
 from fedkl.files import make_folder, read_json, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows: two clients must not start in one folder at the same time there
-    fcntl = None  # type: ignore[assignment]
+from fedkl.flower.answers import Answer, Answers, alone, digest_of
+from fedkl.flower.settings import FlowerConfig, digest
 
 LoadData = Callable[[Any], DataBundle]
 
@@ -97,10 +94,39 @@ class Node:
             proximal: Weight of FedProx's term.
 
         Raises:
+            FederationError: A pad would answer another question under a round that was answered
+                already, or one of before the last (:class:`fedkl.flower.answers.Answers`).
+            UpdateError: Training with a pad diverged.
             FedKLError: As :meth:`fedkl.federation.session.Session.run`.
         """
         with one_thread(), self._proximal(proximal):
+            if job.kind == "train" and self.session.padded:
+                return self._once(job, shared, proximal)
             return self.session.run(job, shared)
+
+    def _once(self, job: Job, shared: Mapping[str, Tensor], proximal: float) -> Result:
+        """A pad answers a question once, or the same again; on record before it leaves."""
+        store = self.session.store
+        with alone(store.folder(job.client)):
+            answers = Answers(store, job.client)
+            asked = digest_of([job.round, proximal, self._settings()], shared)
+            answers.check_question(job.round, asked)
+            base, epoch = self.session.outlook(job)
+            answers.check_pad(job.round, base, epoch)
+            result = self.session.run(job, shared)
+            if not result.facts["kept"]:
+                raise UpdateError(
+                    f"client {job.client}: training diverged in round {job.round} (NaN or "
+                    "infinity in the private state), expected finite numbers; nothing was sent, "
+                    "for a lock that cannot be kept cannot be counted. Lower the learning rate."
+                )
+            answers.add(job.round, Answer(asked, base, epoch, result.facts["spent"]))
+        return result
+
+    def _settings(self) -> str:
+        """Of what a resumed run may not change; a budget it may."""
+        renewal = dataclasses.replace(self.config.renewal, budget=None, on_spent="warn")
+        return digest(dataclasses.replace(self.config, renewal=renewal), FlowerConfig())
 
     @contextlib.contextmanager
     def _proximal(self, weight: float) -> Iterator[None]:
@@ -140,18 +166,18 @@ class Proximal(Defense):
 def make_session(config: RunConfig, folder: Path, bundle: DataBundle | None) -> Session:
     """A session whose clients all have the whole of ``bundle``, or their part of the data set."""
     make_folder(folder)
-    with _alone(folder):  # simulated clients start at the same time and share a group key
+    with alone(folder):  # simulated clients start at the same time and share a group key
         if bundle is None:
             return Session(config, folder)
         one = dataclasses.replace(
             config.federation, clients=1, fraction=1.0, min_clients=1, dropout=0.0
         )
-        alone = dataclasses.replace(
+        single = dataclasses.replace(
             config,
             federation=one,
             data=dataclasses.replace(config.data, samples=None, partition="iid"),
         )
-        session = Session(alone, folder, bundle)
+        session = Session(single, folder, bundle)
     session.config = config
     session.parts = [torch.arange(len(bundle.train))] * config.federation.clients
     return session
@@ -171,7 +197,7 @@ def node_at(place: Place, config: RunConfig, bundle: DataBundle | None) -> Node:
     """
     _link(place)
     node = _node(config, place.folder) if bundle is None else Node(config, place.folder, bundle)
-    with _alone(place.folder):
+    with alone(place.folder):
         _check_keys(place, node.session)
     return node
 
@@ -219,18 +245,6 @@ def _check_keys(place: Place, session: Session) -> None:
                 f"the {name} key is {now[name]}, but the lock of client {place.client} was trained "
                 f"with {before}; put that key file back, or start again in another folder."
             )
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time makes keys and session in ``folder``."""
-    handle = os.open(folder / ".node", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def job_text(job: Job) -> str:
