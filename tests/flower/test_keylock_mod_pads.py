@@ -10,7 +10,15 @@ import pytest
 import torch
 from fedhelp import assert_same
 from flowhelp import Loopback, Node
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from torch import nn
 
@@ -59,6 +67,14 @@ def pad_app(renewals: dict[int, int], make: Any = padded, spoil: str = "") -> Cl
             arrays[name] = Array(np.zeros((), np.int64))
         return Message(RecordDict({"arrays": arrays}), reply_to=message)
 
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        tensors = message.content["arrays"].to_torch_state_dict()
+        epochs = {int(t) for n, t in tensors.items() if n.endswith("keylock.epoch")}
+        return Message(
+            RecordDict({"metrics": MetricRecord({"epoch": epochs.pop()})}), reply_to=message
+        )
+
     return app
 
 
@@ -72,10 +88,12 @@ def grid_of(folder: Path, app: ClientApp) -> tuple[Loopback, ArrayRecord]:
     return Loopback({10: Node(app, config)}), ArrayRecord(dict(shared_state(model)))
 
 
-def ask(grid: Loopback, arrays: ArrayRecord, round_: int, **more: Any) -> Message:
+def ask(
+    grid: Loopback, arrays: ArrayRecord, round_: int, kind: str = "train", **more: Any
+) -> Message:
     config = ConfigRecord({"server-round": round_, **more})
     content = RecordDict({"arrays": arrays, "config": config})
-    return grid.send_and_receive([Message(content, dst_node_id=10, message_type="train")])[0]
+    return grid.send_and_receive([Message(content, dst_node_id=10, message_type=kind)])[0]
 
 
 def reason(reply: Message) -> str:
@@ -95,6 +113,15 @@ def test_an_app_may_renew_its_pad(tmp_path: Path) -> None:
         assert reason(reply) == ""
         assert epoch_kept(tmp_path) == epoch
         arrays = reply.content["arrays"]
+
+
+def test_a_round_is_evaluated_with_the_lock_that_came_of_it(tmp_path: Path) -> None:
+    grid, arrays = grid_of(tmp_path, pad_app({2: 1, 3: 2}))
+    for round_, epoch in ((1, 0), (2, 1), (3, 2), (2, 1)):
+        if round_ not in ClientStore(tmp_path, keyed=False).rounds(0):
+            arrays = ask(grid, arrays, round_).content["arrays"]
+        reply = ask(grid, arrays, round_, "evaluate")
+        assert reply.content["metrics"]["epoch"] == epoch
 
 
 @pytest.mark.parametrize("leak", ["before", "after"])

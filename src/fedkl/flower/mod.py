@@ -131,8 +131,9 @@ class _Passage:
         self.store = ClientStore(folder, keyed=False)
         self.store.known = _in_use(context)
         self.round = self._round()
-        self.state = self.store.load(self.client, before=self.round)
         self.training = message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
+        # A round is trained first, and what came of it is evaluated with the lock that came of it.
+        self.state = self.store.load(self.client, before=self.round + (not self.training))
         padded = lock_spec(model).scheme == Pad.name
         self.answers = Answers(self.store, self.client) if padded and self.training else None
         self.keys = _keys(context)
