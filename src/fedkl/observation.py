@@ -220,6 +220,13 @@ class Observation:
             raise ConfigError(unknown("kind of observation", self.kind, KINDS))
         if not self.changes:
             raise ConfigError("got an observation without any update; expected one or more.")
+        for name in ("lock_gradients", "statistics"):
+            given = len(getattr(self, name))
+            if given not in (0, len(self.changes)):
+                raise ConfigError(
+                    f"got {given} {name} for {len(self.changes)} updates; expected one for each, "
+                    "or none."
+                )
 
     @property
     def count(self) -> int:
