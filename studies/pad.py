@@ -102,6 +102,7 @@ DEPTHS: dict[str, tuple[int, dict[str, Any], int]] = {  # behind which stage, lo
     "fedbn": (2, {"name": "fedbn"}, 99),
     "alone": (2, {"name": "norm"}, 99),
     "pad, behind stage 2": (2, PAD, 99),
+    "pad, behind stage 2, spread 5": (2, {**PAD, "spread": 5.0}, 99),
     "pad, behind stage 2, spread 10": (2, {**PAD, "spread": 10.0}, 1),
     "pad, behind stage 1": (1, PAD, 1),
     "no key, behind stage 2": (2, ARMS["no key"], 1),
