@@ -164,7 +164,7 @@ class Beside(nn.Module):
         x = self.embed(ids)
         y = self.mix(self.norm(x).relu())
         if self.way == "indices":
-            y = y + torch.relu_(self.beside(ids))
+            y = y + torch.relu_(self.beside(input=ids))
         if self.way == "positions":
             y = y + self.beside(torch.arange(ids.shape[1]))
         if self.way == "tied residual":
@@ -200,6 +200,14 @@ def test_a_norm_of_the_input_itself_lies_in_the_stem() -> None:
         lock(starts_with_norm(), KEY, example=X)
     assert [site.name for site in lock_spec(model).sites] == ["2"]
     assert set(shared_state(model)) == {"4.weight", "4.bias"}
+
+
+def test_norms_of_norms_of_the_input_lie_in_the_stem() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(1), *starts_with_norm())
+    model = lock(net, KEY, scheme="pad", example=X)
+    assert [site.name for site in lock_spec(model).sites] == ["3"]
+    with pytest.warns(ShortcutWarning, match=r"nothing secret but the pad.* on 1: "):
+        lock(net, KEY, scheme="pad", layers=["1", "3"], example=X)
 
 
 @pytest.mark.parametrize("layers", ["first", ["0", "2"]])

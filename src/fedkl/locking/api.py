@@ -122,7 +122,7 @@ def lock(
 
 def _warn_of_shortcuts(model: nn.Module, what: Plan, example: Any) -> None:
     first = what.targets[0]
-    if not has_weights(model, what.stem, ()):
+    if not has_weights(model, what.stem):
         warnings.warn(
             f"nothing secret but the pad lies before the first lock, on {site_name(first)}: it "
             "stands on the input itself, and a pad of a known law alone hides that from nobody who "

@@ -116,16 +116,21 @@ def _behind_weights(model: nn.Module, example: Any, targets: Sequence[Target]) -
     What they normalize is the input itself. They come to lie in the private stem.
     """
     for index, target in enumerate(targets):
-        if has_weights(model, stem_of(model, example, target.name), [target]):
+        if has_weights(model, stem_of(model, example, target.name)):
             return targets[index:]
     return targets
 
 
-def has_weights(model: nn.Module, stem: Collection[str], targets: Sequence[Target]) -> bool:
-    """Whether a stem has parameters besides γ and β of norms to be locked."""
-    taken = _affines_of(model, targets)
+def has_weights(model: nn.Module, stem: Collection[str]) -> bool:
+    """Whether a stem has parameters besides those of norms, which start alike for everybody."""
+    known = {
+        f"{name}.{n}".removeprefix(".")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if is_norm(module)
+        for n, _ in module.named_parameters(recurse=False)
+    }
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    return any(n in parameters and n not in taken for n in stem)
+    return any(n in parameters and n not in known for n in stem)
 
 
 def _of_tokens(model: nn.Module, target: Target) -> bool:

@@ -68,10 +68,10 @@ def _lookups(model: nn.Module, example: Any) -> list[nn.Module]:
         m: [] for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
     }
 
-    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-        looked[module].append(args[0])
+    def record(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        looked[module].append(args[0] if args else named["input"])
 
-    handles = [module.register_forward_pre_hook(record) for module in looked]
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in looked]
     half: dict[nn.Module, int] = {}
     try:
         with restored(model), torch.no_grad():
