@@ -274,7 +274,8 @@ def test_without_accuracy_no_section_about_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "candidates, chance, bound", [(100, "1 %", "2 %"), (10, "10 %", "11 %"), (200, "0.5 %", "2 %")]
+    "candidates, chance, bound",
+    [(100, "1 %", "2 %"), (10, "10 %", "11 %"), (200, "0.5 %", "1.5 %")],
 )
 def test_words_go_by_the_number_of_candidates(
     tmp_path: Path, candidates: int, chance: str, bound: str
