@@ -376,3 +376,22 @@ def test_run_and_settings_that_contradict_it(call: Call, finished: Path, tmp_pat
     answer = call(*words, "--defenses", "norm,pad")
     assert (answer.code, "names pad" in answer.err) == (2, True)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("asked, judged", [(None, ("norm",)), ("none,norm", ("none", "norm"))])
+def test_run_of_a_control_is_judged_alone(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, judged: object
+) -> None:
+    """The undefended network leaks, which decided the exit code."""
+    seen: list[AuditConfig] = []
+
+    def look(config: AuditConfig, *_: object, **__: object) -> None:
+        seen.append(config)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("fedkl.audit.run_audit", look)
+    run = str(tmp_path / "run")
+    assert call("train", *DIGITS, "--rounds", "1", "--defense", "norm", "--out", run).code == 0
+    more = () if asked is None else ("--defenses", asked)
+    call("audit", "--run", run, "--out", str(tmp_path / "new"), *more)
+    assert [config.judged for config in seen] == [judged]
