@@ -196,7 +196,7 @@ def test_every_cell_of_the_matrix_has_figure_interval_count_and_verdict(tmp_path
         x = one["advantage"]
         cell = (
             f"{words.signed(x['mean'])} {words.signed(x['low'])} to {words.signed(x['high'])} "
-            f"identified {words.percent(one['identified']['mean'])} 20 images"
+            f"identified {words.percent(one['identified']['mean'])} 20 victims"
         )
         assert cell in text
     assert "In all cells: final model, batch 1, local steps 1" in text
