@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Any
 
 from cells import provenance, run_cells, say, write
-from deep import behind
 from padtables import markdown
 from thief import alone, label_thief, on_own_mix
 
@@ -97,7 +96,7 @@ FRONTIER: dict[str, tuple[dict[str, Any], float]] = {
     "gain 0.3, lr 0.05": ({**PAD, "gain": 0.3}, 0.05),
     "learned per channel, lr 0.05": ({**PAD, "learned": "channel"}, 0.05),
 }
-DEPTHS: dict[str, tuple[int, dict[str, Any], int]] = {  # behind which stage, lock, seeds at most
+DEPTHS: dict[str, tuple[int, dict[str, Any], int]] = {  # behind stage, lock, seeds at most
     "norm": (2, {"name": "norm"}, 99),
     "fedbn": (2, {"name": "fedbn"}, 99),
     "alone": (2, {"name": "norm"}, 99),
@@ -273,7 +272,7 @@ def _depths(seeds: int) -> list[Cell]:
             "resnet20-depth",
             arm,
             seed,
-            merged(merged(LENET, RESNET), merged(behind(stage), {"defense": lock})),
+            merged(merged(LENET, RESNET), {"defense": {**lock, "behind": f"layer{stage}"}}),
             180.0,
         )
         for seed in range(seeds)

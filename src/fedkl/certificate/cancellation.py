@@ -22,6 +22,7 @@ from torch.func import functional_call
 from fedkl.certificate.jacobians import Presented, pushed
 from fedkl.certificate.prior import Prior
 from fedkl.errors import AttackError
+from fedkl.locking.insertion import INSERTED_NAME
 from fedkl.observation import Observation
 
 
@@ -134,7 +135,9 @@ class _FirstPad:
         """What the first lock's norm puts out before γ and β: (images, *positions)."""
         network = self.presented.network
         caught: list[Tensor] = []
-        module = network.model.get_submodule(self.site)
+        # Around a norm that was inserted, for it may run over rows of what comes out.
+        behind = self.site.removesuffix(INSERTED_NAME).removesuffix(".")
+        module = network.model.get_submodule(behind)
         hook = module.register_forward_hook(lambda _m, _args, out: caught.append(out))
         named = self.presented.named(self.presented.secrets)
         neutral = {
