@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fedkl.errors import LockError, SecretError
+from fedkl.locking.fused import fused
 from fedkl.locking.positions import positioned
 from fedkl.locking.sources import PICKLE_REMEDY, AffineSource
 
@@ -96,8 +97,11 @@ def _positional_class(base: type[nn.Module], *, rows: bool) -> type[nn.Module]:
     channels_first = not issubclass(base, nn.LayerNorm | nn.RMSNorm)
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        out = base.forward(self, x)
-        return positioned(source_of(self), out, channels_first=channels_first)
+        source = source_of(self)
+        at_once = fused(base, self, x, source)
+        if at_once is not None:
+            return at_once
+        return positioned(source, base.forward(self, x), channels_first=channels_first)
 
     # The norm's own forward finds no affine.
     members |= {"weight": None, "bias": None} | ({} if rows else {"forward": forward})
