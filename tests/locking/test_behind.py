@@ -347,3 +347,11 @@ def test_scripted_layers_beside_a_lock_stay_as_they_are(scheme: str) -> None:
     locked = lock(model, KEY, scheme=scheme, layers="1", example=IMAGES)
     assert locked(IMAGES).shape == (4, 2)
     assert "3.weight" in shared_state(locked)
+
+
+def test_a_model_that_cannot_be_copied_gets_the_warning_all_the_same() -> None:
+    model = Text()
+    model.handle = (n for n in "generators cannot be copied")  # type: ignore[assignment]
+    with pytest.warns(ShortcutWarning, match="behind=…, a module that all of them pass") as seen:
+        lock(model, KEY, scheme="pad", example=TOKENS, inplace=True)
+    assert seen[0].filename == __file__

@@ -114,25 +114,29 @@ def warn_of_shortcuts(model: nn.Module, what: Plan, example: Any) -> None:
             f"nothing secret but the pad lies before the first lock, on {site_name(first)}: it "
             "stands on the input itself, and a pad of a known law alone hides that from nobody who "
             "sees what the next layer gets. Lock behind the first layer that has weights "
-            "(layers=…).",
+            "(layers=… or behind=…).",
             ShortcutWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     if passes_by(model, first.name, example):
         warnings.warn(
             f"something of the input passes the first lock, on {site_name(first)}, by: a shortcut, "
             "a second branch or a residual stream goes around it, and what takes that way is not "
-            "hidden. "
-            f"{remedy(model, example)}, or expect of this pad that it keeps others "
-            "from using the model, not that it hides images (docs/theory.md, shortcuts).",
+            f"hidden. Lock where all ways meet ({_remedy(model, example)}), or expect of this pad "
+            "that it keeps others from using the model, not that it hides images (docs/theory.md, "
+            "shortcuts).",
             ShortcutWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
-def remedy(locked: nn.Module, example: Any) -> str:
-    """What to do about ways around a lock: the first place behind weights where all meet."""
-    model = deepcopy(unwrap(locked))
+def _remedy(locked: nn.Module, example: Any) -> str:
+    """The first module behind weights where all ways meet."""
+    unknown = "behind=…, a module that all of them pass"
+    try:
+        model = deepcopy(unwrap(locked))
+    except Exception:
+        return unknown  # locked in place because torch cannot copy it
     remove(model)
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     for name in meeting_points(model, example)[:_TRIED]:
@@ -143,5 +147,5 @@ def remedy(locked: nn.Module, example: Any) -> str:
             continue
         stem = stem_of(model, example, name)
         if has_weights(model, stem) and parameters - {*stem}:
-            return f"Lock where all ways meet (behind={name!r})"
-    return "Lock where all ways meet (behind=…, a module of yours that all of them pass)"
+            return f"behind={name!r}"
+    return unknown
