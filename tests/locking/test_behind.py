@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -355,3 +356,19 @@ def test_a_model_that_cannot_be_copied_gets_the_warning_all_the_same() -> None:
     with pytest.warns(ShortcutWarning, match="behind=…, a module that all of them pass") as seen:
         lock(model, KEY, scheme="pad", example=TOKENS, inplace=True)
     assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "BatchNorm9d"}, "of 9 axes at layer2.inserted_norm"),
+        ({"rows": True}, "kind or size of layer2.inserted_norm"),
+        ({"name": "layer9.inserted_norm"}, "names layer9, which this model lacks"),
+        ({"name": "layer2.0", "inserted": False}, "no scale and shift"),
+    ],
+)
+def test_a_spec_that_was_tampered_with_is_refused(change: dict[str, Any], message: str) -> None:
+    spec = lock_spec(lock(_resnet(), KEY, scheme="pad", behind="layer2", example=IMAGES))
+    site = replace(spec.sites[0], **change)
+    with pytest.raises(LockError, match=message):
+        lock_like(_resnet(), KEY, replace(spec, sites=(site, *spec.sites[1:])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ from fedkl.locking.meeting import warn_of_shortcuts
 from fedkl.locking.pad import Pad, PadAffine
 from fedkl.locking.scheme import Scheme
 from fedkl.locking.schemes import Channel, scheme_of
-from fedkl.locking.select import Layers, select
+from fedkl.locking.select import Layers, Target, select
 from fedkl.locking.sources import KeyedAffine
 from fedkl.locking.spec import LockSpec
 from fedkl.locking.survey import refusal, registered, trace
@@ -146,23 +147,14 @@ def lock_like(
     if large := [s.name for s in spec.sites if not 0 < math.prod(s.shape) <= _MAX_POSITIONS]:
         raise LockError(f"the lock spec gives {', '.join(large)} a size no lock can have{_FIT}")
     targets = [target_of(site) for site in spec.sites]
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if missing := [t.name for t in targets if t.name not in modules]:
-        raise LockError(f"the lock spec names {', '.join(missing)}, which this model lacks{_FIT}")
-    reasons = {t.name: refusal_behind if t.insert else refusal for t in targets}
-    if refused := {n: why for n, ask in reasons.items() if (why := ask(modules[n]))}:
-        raise LockError(f"the lock spec does not fit this model: {refused}{_FIT}")
-    known = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    known |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
-    if lost := [n for n in spec.private if n not in known]:
-        raise LockError(f"the lock spec names {', '.join(lost[:4])}, which is not there{_FIT}")
+    _check_fit(model, spec, targets)
     locked = model if inplace else _copy(model)
     try:
         sizes = {site.name: site.shape for site in spec.sites} if scheme.positional else {}
         rooms = {
             t.name: room_of_site(site)
             for t, site in zip(targets, spec.sites, strict=True)
-            if t.insert and not is_layer(modules[t.name])
+            if t.insert and not is_layer(locked.get_submodule(t.name))
         }
         what = Plan(targets, sizes, spec.private, rooms=rooms)
         install(locked, key, scheme, what, spec.norm, spec.statistics_shared)
@@ -173,6 +165,19 @@ def lock_like(
         remove(locked)
         raise
     return locked
+
+
+def _check_fit(model: nn.Module, spec: LockSpec, targets: Sequence[Target]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if missing := [t.name for t in targets if t.name not in modules]:
+        raise LockError(f"the lock spec names {', '.join(missing)}, which this model lacks{_FIT}")
+    reasons = {t.name: refusal_behind if t.insert else refusal for t in targets}
+    if refused := {n: why for n, ask in reasons.items() if (why := ask(modules[n]))}:
+        raise LockError(f"the lock spec does not fit this model: {refused}{_FIT}")
+    known = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
+    if lost := [n for n in spec.private if n not in known]:
+        raise LockError(f"the lock spec names {', '.join(lost[:4])}, which is not there{_FIT}")
 
 
 # A spec comes from somebody else and must not make us allocate at will; no activation has as many.

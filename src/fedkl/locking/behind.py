@@ -18,6 +18,7 @@ from fedkl.locking.spec import SiteSpec
 from fedkl.locking.survey import Trace, call, features_of, kind_of, refusal
 from fedkl.rng import borrowed, derive
 
+_AXES: Final = 3  # of positions, in what torch has batch and instance norms for
 # Modules whose features are the last axis of what they put out, and the name of their number.
 _LAST_AXIS: Final[dict[type[nn.Module], str]] = {
     nn.Linear: "out_features",
@@ -135,9 +136,15 @@ def _check_output(model: nn.Module, example: Any, name: str) -> None:
 
 
 def room_of_site(site: SiteSpec) -> Room:
-    """The same of a lock that stands already."""
+    """The same of a lock that stands already.
+
+    Raises:
+        LockError: A norm of so many axes there is not; specs come from others.
+    """
     dims = re.search(r"(\d)d$", site.norm)
     known = int(dims[1]) if dims else max(1, len(site.shape) - 1)
+    if not 1 <= known <= _AXES:
+        raise LockError(f"the lock spec has a {site.norm} of {known} axes at {site.name}.")
     return Room(site.shape[-1 if site.rows else 0], 1 if site.rows else known, site.rows)
 
 

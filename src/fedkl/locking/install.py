@@ -226,28 +226,21 @@ def install(
     sources: dict[str, AffineSource] = {}
     sites, previous = [], None
     for target in what.targets:
-        site, module = site_name(target), model.get_submodule(target.name)
-        last, rows = isinstance(module, nn.LayerNorm | nn.RMSNorm), False
-        if target.insert:
-            last = rows = _insert(module, target, norm, what.rooms.get(target.name), model)
-            module = model.get_submodule(site)
+        site, room = site_name(target), what.rooms.get(target.name)
+        rows = target.insert and _insert(model, target, norm, room)
+        module = model.get_submodule(site)
         shape = what.sizes.get(site, affine_shape(module))
         scale, shift = current_affine(module)
         if scheme.positional:
+            last = rows or isinstance(module, nn.LayerNorm | nn.RMSNorm)
             scale, shift = (_spread_out(t, shape, last=last) for t in (scale, shift))
         place = Site(name=site, scale=scale, shift=shift, shape=shape, previous=previous)
         source = scheme.source(place, key)
-        told = target.name in what.rooms and rows
+        told = rows and room is not None
         sites.append(SiteSpec(site, type(module).__name__, shape, target.insert, told))
         if source is not None:
-            lock_norm(
-                module,
-                source,
-                site,
-                statistics_shared=share_statistics,
-                positional=scheme.positional,
-                rows=rows,
-            )
+            how = {"positional": scheme.positional, "rows": rows}
+            lock_norm(module, source, site, statistics_shared=share_statistics, **how)
             source.train(module.training)
             sources[site] = previous = source
     if key is not None and what.private:
@@ -284,10 +277,9 @@ def _seal(model: nn.Module, scheme: Scheme) -> None:
     )
 
 
-def _insert(
-    module: nn.Module, target: Target, norm: str, room: Room | None, model: nn.Module
-) -> bool:
+def _insert(model: nn.Module, target: Target, norm: str, room: Room | None) -> bool:
     """Inserts a norm (in place); tells whether its features are on the last axis."""
+    module = model.get_submodule(target.name)
     room = room or room_at(module, before=target.before)
     tensors = (t for m in (module, model) for t in m.parameters() if t.is_floating_point())
     like = next(tensors, torch.empty(()))
