@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
@@ -104,7 +105,9 @@ class Network:
 
     def logits(self, parameters: Tensors, x: Tensor) -> Tensor:
         """Output (B, classes) for images (B, C, H, W) under ``parameters`` (all, by name)."""
-        with Undropped(), TwiceDifferentiable() if self._trials >= MANY else nullcontext():
+        twice = TwiceDifferentiable() if self._trials >= MANY else nullcontext()
+        # Attention step by step: done at once it has no second derivative and no rule for vmap.
+        with Undropped(), twice, sdpa_kernel(SDPBackend.MATH):
             output = functional_call(self.model, {**parameters, **self.buffers}, (x,))
         if isinstance(output, tuple | list):  # auxiliary heads behind; clients train on the first
             output = output[0]

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from fedkl.certificate.jacobians import Presented, pushed
 from fedkl.certificate.prior import Prior
@@ -144,9 +143,9 @@ class _FirstPad:
             self.scale_name: torch.ones_like(named[self.scale_name]),
             self.shift_name: torch.zeros_like(named[self.shift_name]),
         }
-        everything = {**network.shared, **named, **neutral, **network.buffers}
+        everything = {**network.shared, **named, **neutral}
         try:
-            functional_call(network.model, everything, (x,))
+            network.logits(everything, x)
         finally:
             hook.remove()
         return caught[0]

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy, one_hot
 
 from fedkl.attacks.adaptive.laws import draw_affines, draw_secrets
@@ -115,13 +115,13 @@ class ShadowClient:
         """Inputs of the classifier (N, features), every image in a batch of its own."""
         weight, _ = classifier(self.network, self.num_classes)
         module = self.network.model.get_submodule(weight.rpartition(".")[0])
-        parameters = {**self.network.shared, **self.secrets, **self.network.buffers}
+        parameters = {**self.network.shared, **self.secrets}
         seen: list[Tensor] = []
         handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
 
         def look(x: Tensor) -> Tensor:
             seen.clear()
-            functional_call(self.network.model, parameters, (x[None],))
+            self.network.logits(parameters, x[None])
             return seen[-1].reshape(-1)
 
         try:
