@@ -90,6 +90,8 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("activation", [*KL, *CHANNEL, "--activation", "relou"], ["'relou'", "'relu'"]),
     ("key law", [*KL, *CHANNEL, "--key-law", "signs"], ["'signs'", "'sign'"]),
     ("zero clients", [*TRAIN, "--clients", "0"], ["clients", "at least 1", "got 0", "--clients"]),
+    ("zero images beside one channel", [*TRAIN, "--channels", "1", "--samples", "0"],
+     ["samples must be a number of at least 1, got 0. (given as --samples)"]),
     ("zero rounds", [*TRAIN, "--rounds", "0"], ["rounds", "at least 1", "--rounds"]),
     ("negative rate", [*TRAIN, "--lr", "-1"], ["lr must be a positive number", "--lr"]),
     ("rate of nan", [*TRAIN, "--lr", "nan"], ["lr must be a positive number"]),

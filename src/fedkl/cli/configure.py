@@ -215,13 +215,22 @@ def _spelled_out(data: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any
 
 def _naming_the_flag(message: str, flags: Mapping[str, Any]) -> str:
     """``message`` with the flag that gave the offending value, where that is plain."""
-    for setting in SETTINGS:
-        if setting.path not in flags:
-            continue
-        name = setting.path.rpartition(".")[2]
-        value = flags[setting.path]
-        here = not setting.section or f", {setting.section}:" in message
-        said = re.search(rf"\b{name}\b", message.partition(":")[2]) or repr(value) in message
-        if here and said:
-            return f"{message} (given as {setting.flag.partition('/')[0]})"
-    return message
+    there = [
+        setting
+        for setting in SETTINGS
+        if setting.path in flags and (not setting.section or f", {setting.section}:" in message)
+    ]
+    by_name = [s for s in there if _says(rf"\b{s.path.rpartition('.')[2]}\b", message)]
+    # A number stands in many a message that is not about it, as in "at least 1".
+    by_value = [s for s in there if _says(_value(flags[s.path]), message)]
+    found = [*by_name, *by_value]
+    return f"{message} (given as {found[0].flag.partition('/')[0]})" if found else message
+
+
+def _says(pattern: str, message: str) -> bool:
+    return re.search(pattern, message.partition(":")[2]) is not None
+
+
+def _value(value: Any) -> str:
+    quoted = re.escape(repr(value))
+    return quoted if isinstance(value, str) else rf"\bgot {quoted}(?![\w.])"
