@@ -32,7 +32,7 @@ WITHOUT_RUN: Final = "Without --run: settings of the runs that are trained for i
 OWN_FLAGS: Final = ("defense.name", "training.batch_size", "training.local_steps")
 
 
-@functools.partial(with_settings, without=OWN_FLAGS, panel=WITHOUT_RUN)
+@functools.partial(with_settings, without=OWN_FLAGS, panel=WITHOUT_RUN, start=START)
 def audit(
     out_folder: Annotated[
         Path,

@@ -33,7 +33,7 @@ IDLE: Final = (
 )
 
 
-@functools.partial(with_settings, without=IDLE, panel=WITHOUT_RUN)
+@functools.partial(with_settings, without=IDLE, panel=WITHOUT_RUN, start=START)
 def certify(
     out_folder: Annotated[
         Path,

@@ -23,17 +23,22 @@ SHORT = "fedkl"  # --method fedkl
 
 
 def with_settings(
-    command: Callable[..., None], *, without: Sequence[str] = (), panel: str | None = None
+    command: Callable[..., None],
+    *,
+    without: Sequence[str] = (),
+    panel: str | None = None,
+    start: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[..., None]:
     """Replaces the parameter ``settings`` of ``command`` by one option per setting of a run.
 
     ``settings`` then holds what was given, by path; what was not given is not in it. ``without``
     lists the paths of settings that the command has flags of its own for. ``panel`` is the heading
-    of all options in the help, instead of one for every section.
+    of all options in the help, instead of one for every section. ``start`` are the settings that
+    the command starts from, by section, where they are not the defaults of a run.
     """
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name != "settings"]
-    taken = [setting for setting in SETTINGS if setting.path not in without]
+    taken = [_started(s, start or {}) for s in SETTINGS if s.path not in without]
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
@@ -51,6 +56,13 @@ def with_settings(
     made = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *options]]
     wrapper.__dict__["__signature__"] = signature.replace(parameters=made)
     return wrapper
+
+
+def _started(setting: Setting, start: Mapping[str, Mapping[str, Any]]) -> Setting:
+    """``setting`` with the default that a command which begins with ``start`` has."""
+    own = start.get(setting.section, {})
+    name = setting.path.rpartition(".")[2]
+    return dataclasses.replace(setting, default=own[name]) if name in own else setting
 
 
 def _option(setting: Setting, panel: str) -> inspect.Parameter:
