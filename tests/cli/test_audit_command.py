@@ -266,6 +266,7 @@ def test_update_gives_the_image_away(call: Call, place: Path) -> None:
     found = json.loads((place / "new" / "update.json").read_text())
     (attack,) = found["attacks"]
     assert attack["labels"] == [2]
+    assert "No verdict: " in answer.out
     assert attack["loss"] is not None
     assert (place / "new" / attack["pictures"][0]).read_bytes().startswith(b"\x89PNG")
     assert len(attack["ssim"]) == 1

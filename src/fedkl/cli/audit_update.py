@@ -183,6 +183,10 @@ def _show(result: Mapping[str, Any], folder: Path) -> None:
         print(plain(f"left out: {one['attack']}: {one['reason']}"))
     if not result["measured"]:
         print("Without --truth nobody can say which picture is right: look at them.")
+    print(
+        "No verdict: what these attacks miss in one update, others may find in many. fedkl audit "
+        "measures that, against controls."
+    )
     print(plain(f"In {folder}: update.json, pictures/"))
 
 
