@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from update_files import write_update_files
 
 from fedkl.attacks import (
     IDLG,
+    NEED_MANY,
     InvertingGradients,
     Peel,
     Resources,
 )
-from fedkl.audit import EXIT_CODES, AuditConfig, arsenal
+from fedkl.audit import EXIT_CODES, AuditConfig, arsenal, update
 from fedkl.cli import main
 from fedkl.errors import ConfigError
 
@@ -265,12 +266,31 @@ def test_update_gives_the_image_away(call: Call, place: Path) -> None:
     found = json.loads((place / "new" / "update.json").read_text())
     (attack,) = found["attacks"]
     assert attack["labels"] == [2]
+    assert "No verdict: " in answer.out
     assert attack["loss"] is not None
     assert (place / "new" / attack["pictures"][0]).read_bytes().startswith(b"\x89PNG")
     assert len(attack["ssim"]) == 1
     answer = call(*with_(words, "--out", str(place / "again"), "--attacks", "idlg"))
     assert "Without --truth" in answer.out
     assert load_file(place / "truth.safetensors")["images"].shape == (1, 1, 16, 16)
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_all_are_the_attacks_that_can_be_mounted(
+    call: Call, place: Path, monkeypatch: pytest.MonkeyPatch, public: bool
+) -> None:
+    mounted: list[str] = []
+
+    def none(_: object, attacks: Mapping[str, Any], *__: Any, **___: Any) -> dict[str, Any]:
+        mounted.extend(attacks)
+        return {"attacks": [], "failed": [], "measured": True}
+
+    monkeypatch.setattr(update, "audit_update", none)
+    words = [word.replace("{tmp}", str(place)) for word in (TEN if public else UPDATE)]
+    assert call(*words, "--attacks", "all").code == 0
+    assert {"idlg", "peel"} <= set(mounted)
+    assert ("shadow" in mounted) is ("ggl" in mounted) is public
+    assert not set(mounted) & set(NEED_MANY)
 
 
 @pytest.fixture
