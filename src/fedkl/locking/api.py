@@ -247,9 +247,15 @@ def _check_arguments(
     model: nn.Module, key: Key | None, scheme: Scheme, layers: Layers, example: Any
 ) -> None:
     _check_model(model, key, scheme)
-    for value in tree_leaves(example):
+    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor)]
+    if tensors and tensors[0].numel() == 0:
+        raise LockError(
+            f"the example holds no inputs {tuple(tensors[0].shape)}, and would show nothing of a "
+            "lock; pass a batch of two or more."
+        )
+    for value in tensors:
         # Infinity has its uses, in the masks of attention; NaN in means NaN out, whatever the lock.
-        if isinstance(value, Tensor) and bool(torch.isnan(value).any()):
+        if bool(torch.isnan(value).any()):
             raise LockError(
                 "the example holds NaN, and would show nothing of a lock; pass an input the model "
                 "is made for."

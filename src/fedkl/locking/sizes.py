@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fedkl.errors import LockError
 from fedkl.locking.check import restored
-from fedkl.locking.survey import call, hookable, is_norm, kind_of
+from fedkl.locking.survey import call, does_not_run, hookable, is_norm, kind_of
 from fedkl.rng import borrowed, derive
 
 Size = tuple[int, ...]
@@ -66,11 +66,7 @@ def _run(model: nn.Module, example: Any, *, train: bool) -> list[Tensor]:
         try:
             output = call(model, example)
         except Exception as error:
-            raise LockError(
-                f"the model does not run on the example: {type(error).__name__}: {error}. "
-                "Pass the tensor, tuple of arguments or dict of keyword arguments it takes, of "
-                "at least two inputs."
-            ) from error
+            raise does_not_run(example, error) from error
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from fedkl.errors import LockError
 from fedkl.locking.insertion import CONVOLUTIONS, NormAfter
@@ -172,6 +173,18 @@ def call(model: nn.Module, example: Any) -> Any:
     return model(example)
 
 
+def does_not_run(example: Any, error: Exception) -> LockError:
+    """The error of an example on which the model failed with ``error``."""
+    sizes = [tuple(t.shape) for t in tree_leaves(example) if isinstance(t, Tensor)]
+    got = type(example).__name__ + (f" of {', '.join(map(str, sizes[:4]))}" if sizes else "")
+    # PyTorch adds pages on how it got there.
+    first = str(error).strip().partition("\n")[0][:300].rstrip(".")
+    return LockError(
+        f"the model does not run on the example ({got}): {type(error).__name__}: {first}. Pass the "
+        "tensor, tuple of arguments or dict of keyword arguments it takes, of at least two inputs."
+    )
+
+
 @dataclass(frozen=True)
 class Trace:
     """Order of execution on an example.
@@ -256,10 +269,7 @@ def trace(model: nn.Module, example: Any, mark: str | None = None) -> Trace:
         with torch.enable_grad(), borrowed(derive(0, "trace")):
             call(model, example)
     except Exception as error:
-        raise LockError(
-            f"the model does not run on the example: {type(error).__name__}: {error}. "
-            "Pass the tensor, tuple of arguments or dict of keyword arguments it takes."
-        ) from error
+        raise does_not_run(example, error) from error
     finally:
         tracer.close()
         for module, mode in modes.items():
