@@ -42,7 +42,6 @@ from typing import Any
 
 from breakpadtables import EVERY, PARTS, PRESENTATIONS, markdown
 from cells import provenance, run_cells, say, write
-from deep import behind
 from pad import LENET, RESNET, WIDE, joined, merged
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +59,7 @@ STRONG = "pad, shared head, more public images"
 GRADIENT = {"channel": CHANNEL, "pad": PAD, "pad, shared head": OPEN_HEAD}
 MODELS: dict[str, dict[str, Any]] = {"lenet": LENET, "resnet20": merged(LENET, RESNET)}
 NETWORKS = tuple(MODELS)
-MODELS["resnet20-deep"] = merged(MODELS["resnet20"], behind(2))
+MODELS["resnet20-deep"] = merged(MODELS["resnet20"], {"defense": {"behind": "layer2"}})
 APART = ("repeats", "depth")  # elsewhere cells share trained federations
 POOLED = {1: 100, 4: 25, 16: 7, 64: 2}  # updates under one lock: victims' locks
 COSTS = {

@@ -15,6 +15,10 @@ resnet20-long
     The same over 20 rounds, IID: does a pad catch up?
 resnet20-depth
     The first lock behind stage 1 or 2, all before it private: what is left to learn together?
+vit-tuning, vit-iid, vit-depth
+    A small vision transformer at 16x16, 3 clients x 4,000 images, 10 rounds: learning rates, the
+    first lock behind the embedding of patches, and behind the first block, around all of which its
+    residual stream would lead.
 clients
     The same 18,000 images over 10 and 100 clients.
 renewal
@@ -39,7 +43,6 @@ from pathlib import Path
 from typing import Any
 
 from cells import provenance, run_cells, say, write
-from deep import behind
 from padtables import markdown
 from thief import alone, label_thief, on_own_mix
 
@@ -75,6 +78,12 @@ RESNET: dict[str, Any] = {
     "data": {"samples": 4_000, "image_size": 16},
     "training": {"lr": 0.03},
 }
+VIT: dict[str, Any] = {
+    "model": {"name": "vit:tiny"},
+    "data": {"samples": 4_000, "image_size": 16},
+    "training": {"lr": 0.05},
+}
+BLOCK = {"behind": "encoder.layers.encoder_layer_0"}
 SHARED = {"head": False}
 SIGNS = {"inner_scale_law": "sign", "inner_spread": 0.1}
 FRONTIER: dict[str, tuple[dict[str, Any], float]] = {
@@ -97,7 +106,7 @@ FRONTIER: dict[str, tuple[dict[str, Any], float]] = {
     "gain 0.3, lr 0.05": ({**PAD, "gain": 0.3}, 0.05),
     "learned per channel, lr 0.05": ({**PAD, "learned": "channel"}, 0.05),
 }
-DEPTHS: dict[str, tuple[int, dict[str, Any], int]] = {  # behind which stage, lock, seeds at most
+DEPTHS: dict[str, tuple[int, dict[str, Any], int]] = {  # behind stage, lock, seeds at most
     "norm": (2, {"name": "norm"}, 99),
     "fedbn": (2, {"name": "fedbn"}, 99),
     "alone": (2, {"name": "norm"}, 99),
@@ -160,6 +169,9 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
         "resnet20-dirichlet": lambda n: _resnet("resnet20-dirichlet", n, DIRICHLET),
         "resnet20-long": lambda n: _resnet("resnet20-long", n, LONG),
         "resnet20-depth": _depths,
+        "vit-tuning": _vit_tuning,
+        "vit-iid": lambda n: _vit("vit-iid", n, {}),
+        "vit-depth": lambda n: _vit("vit-depth", n, BLOCK),
         "clients": _clients,
         "renewal": _renewal,
     }
@@ -169,7 +181,7 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
 BLOCKS = (
     "tuning", "lenet-iid", "lenet-dirichlet", "clients", "renewal",
     "resnet20-frontier", "resnet20-iid", "resnet20-dirichlet", "resnet20-long",
-    "resnet20-depth",
+    "resnet20-depth", "vit-tuning", "vit-iid", "vit-depth",
 )  # fmt: skip
 
 
@@ -273,12 +285,48 @@ def _depths(seeds: int) -> list[Cell]:
             "resnet20-depth",
             arm,
             seed,
-            merged(merged(LENET, RESNET), merged(behind(stage), {"defense": lock})),
+            merged(merged(LENET, RESNET), {"defense": {**lock, "behind": f"layer{stage}"}}),
             180.0,
         )
         for seed in range(seeds)
         for arm, (stage, lock, most) in DEPTHS.items()
         if seed < most
+    ]
+
+
+def _vit_tuning(seeds: int) -> list[Cell]:
+    return [
+        Cell(
+            "vit-tuning",
+            f"{arm}{', behind block 1' if behind else ''}, lr {lr:g}",
+            TUNING_SEED,
+            merged(
+                merged(LENET, VIT),
+                {
+                    "defense": {**ARMS[arm], **behind},
+                    "training": {"lr": lr},
+                    "evaluation": {"every": 10, "wrong_keys": 1},
+                },
+            ),
+            40.0,
+        )
+        for arm, behind in (("norm", {}), ("pad", {}), ("norm", BLOCK), ("pad", BLOCK))
+        for lr in (0.02, 0.05, 0.1)
+    ]
+
+
+def _vit(block: str, seeds: int, behind: dict[str, Any]) -> list[Cell]:
+    return [
+        Cell(
+            block,
+            arm,
+            seed,
+            merged(merged(LENET, VIT), {"defense": {**ARMS[arm], **behind}}),
+            40.0,
+            thief=arm == "pad",
+        )
+        for seed in range(seeds)
+        for arm in ("alone", "norm", "fedbn", "channel", "pad", "no key")
     ]
 
 

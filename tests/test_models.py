@@ -21,19 +21,34 @@ from torch import nn
 def full(num_classes, channels, image_size):
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size**2, num_classes))
 def classes_only(*, num_classes):
-    return nn.Linear(7, num_classes)
+    return full(num_classes, 3, 4)
 def anything(**kwargs):
-    return nn.Linear(kwargs["channels"], kwargs["num_classes"])
+    return full(**kwargs)
 def nothing():
-    return nn.Linear(2, 3)
+    return full(10, 3, 4)
 def needs_more(num_classes, depth):
-    return nn.Linear(2, 3)
+    return full(num_classes, 3, 4)
+class Several(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.net, self.wrap = full(10, 3, 4), wrap
+        self.net[1].eval()  # as a frozen norm is
+    def forward(self, x):
+        return self.wrap(self.net(x))
+def auxiliary():
+    return Several(lambda y: (y, y[:1]))
+def named():
+    return Several(lambda y: {"logits": y})
+def maps():
+    return Several(lambda y: y[:, :, None])
+def numbers():
+    return Several(lambda y: y.tolist())
 def fails():
     raise KeyError("backbone")
 def text():
     return "a model"
 class Holder:
-    make = nn.Identity
+    make = nn.Flatten
 constant = 3
 """
 
@@ -160,15 +175,46 @@ def test_sizes_below_one_are_refused(key: str) -> None:
 
 def test_factories_get_the_arguments_they_take(factories: str) -> None:
     assert small(f"{factories}:full", image_size=4)(torch.rand(2, 3, 4, 4)).shape == (2, 10)
-    assert count(small(f"{factories}:classes_only")) == 80
-    assert count(small(f"{factories}:anything", channels=1)) == 20
-    assert count(small(f"{factories}:nothing")) == 9
-    assert isinstance(small(f"{factories}:Holder.make"), nn.Identity)
+    assert count(small(f"{factories}:classes_only", num_classes=7, image_size=4)) == 7 * 49
+    assert count(small(f"{factories}:anything", channels=1, image_size=5)) == 260
+    assert count(small(f"{factories}:nothing", image_size=4)) == 490
+    flat = small(f"{factories}:Holder.make", num_classes=12, image_size=2)
+    assert isinstance(flat, nn.Flatten)
 
 
 def test_a_factory_draws_from_the_generator(factories: str) -> None:
-    first, again = small(f"{factories}:nothing"), small(f"{factories}:nothing")
-    assert torch.equal(first.weight, again.weight)
+    first, again = (small(f"{factories}:nothing", image_size=4)[1].weight for _ in range(2))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("name", ["auxiliary", "named"])
+def test_a_model_may_give_more_than_logits_and_stays_as_it_is(factories: str, name: str) -> None:
+    model = small(f"{factories}:{name}", image_size=4)
+    assert model.training
+    assert not model.net[1].training
+
+
+@pytest.mark.parametrize(
+    "name, sizes, expected",
+    [
+        ("nothing", {"image_size": 4, "channels": 1}, r"not run on images of 1x4x4 \(Runtime"),
+        ("nothing", {"image_size": 8}, r"not run on images of 3x8x8 \(.*made for"),
+        ("nothing", {"image_size": 4, "num_classes": 7}, r"gives \(2, 10\).*expected \(2, 7\)"),
+        ("maps", {"image_size": 4}, r"gives \(2, 10, 1\).*a logit per class"),
+        ("numbers", {"image_size": 4}, "does not run on"),
+    ],
+)
+def test_models_that_do_not_fit_the_images(
+    factories: str, name: str, sizes: dict[str, int], expected: str
+) -> None:
+    with pytest.raises(ModelError, match=expected):
+        small(f"{factories}:{name}", **sizes)
+
+
+def test_images_too_small_for_a_network_of_torchvision() -> None:
+    with pytest.raises(ModelError, match="'alexnet' does not run on images of 3x16x16") as caught:
+        small("alexnet", image_size=16)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +258,15 @@ def test_initialization_that_does_not_fit_names_what_differs(tmp_path: Path) -> 
     assert "missing: conv1.bias;" in message
     assert "extra0, extra1, extra2, extra3, extra4 and 2 more" in message
     assert "fc.bias (file (11,), model (10,))" in message
+
+
+def test_initialization_that_has_diverged(tmp_path: Path) -> None:
+    path = tmp_path / "init.safetensors"
+    state = small("lenet").state_dict()
+    state["fc.bias"][3] = torch.nan
+    save_file(state, path)
+    with pytest.raises(ModelError, match="holds NaN or infinity, in: fc"):
+        build("lenet", num_classes=10, generator=derive(0, "x"), init=path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])

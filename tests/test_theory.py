@@ -197,6 +197,33 @@ def test_pre_norm_transformers_carry_the_image_past_the_first_lock() -> None:
     torch.testing.assert_close(apart, x - other)
 
 
+class Residual(nn.Module):
+    """A block around whose norm a shortcut leads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.norm(self.conv(x))
+        return out
+
+
+def test_behind_a_whole_block_the_argument_holds() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(Residual(), nn.Sigmoid(), nn.Flatten(), nn.Linear(72, CLASSES))
+
+    with pytest.warns(ShortcutWarning, match="behind='0'"):
+        lock(model(), KEY, example=torch.rand(4, 1, 6, 6), scheme="pad", head=False)
+    settings = {"scheme": "pad", "behind": "0", "head": False}
+    observation, held = seen(model(), X, Y, **settings)
+    locked = lock(model(), KEY, example=torch.rand(4, 1, 6, 6), **settings)
+    prior = prior_of(lock_spec(locked), held)
+    found = cancellation(observation, X, Y, held, OTHER, prior=prior, generator=derive(0))
+    assert found.cut
+    assert found.swapped < 1e-12
+
+
 def test_differences_under_one_pad_are_free_of_it() -> None:
     generator = derive(0, "differences")
     gamma, beta = torch.randn(2, 100, generator=generator, dtype=torch.float64)

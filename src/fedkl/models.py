@@ -171,7 +171,9 @@ def build(
         init: safetensors file with exactly the model's state dict, loaded over the fresh weights.
 
     Raises:
-        ModelError: the name is unknown, a factory cannot be used, or ``init`` does not fit.
+        ModelError: the name is unknown, a factory cannot be used, its model does not run on such
+            images or gives other than ``num_classes`` logits, or ``init`` does not fit or holds
+            NaN or infinity.
     """
     sizes = {"num_classes": num_classes, "channels": channels, "image_size": image_size}
     for key, value in sizes.items():
@@ -179,9 +181,43 @@ def build(
             raise ModelError(f"{key} is {value}; give an integer of at least 1.")
     with borrowed(generator):
         model = _fresh(name, sizes)
+        _check(model, name, sizes)
     if init is not None:
         _initialize(model, init)
     return model
+
+
+def logits(output: Any) -> Tensor:
+    """Logits of a model's output: itself, or the first of several (auxiliary heads)."""
+    if isinstance(output, Tensor):
+        return output
+    first = output[0] if isinstance(output, tuple | list) else next(iter(output.values()))
+    assert isinstance(first, Tensor)
+    return first
+
+
+def _check(model: nn.Module, name: str, sizes: dict[str, int]) -> None:
+    """Raises unless two images go in and ``num_classes`` logits each come out."""
+    modes = {module: module.training for module in model.modules()}
+    classes, channels, size = sizes.values()
+    images = f"images of {channels}x{size}x{size}"
+    try:
+        with torch.no_grad():
+            found = logits(model.eval()(torch.rand(2, channels, size, size)))
+    except Exception as error:  # a user's model may raise anything
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".removesuffix(": ")
+        raise ModelError(
+            f"model {name!r} does not run on {images} ({said}). Give the channels and image_size "
+            "it is made for."
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if found.shape != (2, classes):
+        raise ModelError(
+            f"model {name!r} gives {tuple(found.shape)} for 2 {images}, expected (2, {classes}): a "
+            "logit per class. Give the num_classes it is made for, or let its factory take it."
+        )
 
 
 def _fresh(name: str, sizes: dict[str, int]) -> nn.Module:
@@ -278,6 +314,11 @@ def _initialize(model: nn.Module, path: Path) -> None:
         raise ModelError(
             f"initialization {path} is not of this model: {listed}. "
             "Give a file written for the same model, classes, channels and image size."
+        )
+    if bad := [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]:
+        raise ModelError(
+            f"initialization {path} holds NaN or infinity, {_listing('in', bad)}. "
+            "Give weights that have not diverged."
         )
     model.load_state_dict(state)
 

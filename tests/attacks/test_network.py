@@ -263,3 +263,46 @@ def test_an_output_without_logits_is_refused() -> None:
     odd = replace(seen, model=model, changes=(change,))
     with pytest.raises(AttackError, match="returns a dict"):
         InvertingGradients(iterations=1).reconstruct([odd], generator=derive(0, "a"))
+
+
+class Attentive(nn.Module):
+    """Attention as transformers have it, by torch's module and by its function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 8), nn.Linear(8, CLASSES)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x[:, 0])
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + F.scaled_dot_product_attention(x, x, x)
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+def test_attention_alone_and_at_once_and_differentiated_twice() -> None:
+    """Fused kernels have no second derivative, which every search takes, and no rule for vmap."""
+    torch.manual_seed(0)
+    model = Attentive()
+    x, y = images(3, (1, 8, 8)), torch.tensor([0, 3, 1])
+    network = Network(observe(model.eval(), x[:1], y[:1])[0])
+    labels = one_hot(y, CLASSES).float()
+    together = vmap(lambda a, b: network.gradient({}, a[None], b[None]))(x, labels)
+    for i in range(3):
+        rows = slice(i, i + 1)
+        alone = network.gradient({}, x[rows], labels[rows])
+        for name, seen in gradient_of(model, x[rows], y[rows]).items():
+            torch.testing.assert_close(alone[name], seen, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(together[name][i], seen, rtol=1e-4, atol=1e-6)
+    pixels = x[:1].clone().requires_grad_()
+    total = sum(g.square().sum() for g in network.gradient({}, pixels, labels[:1]).values())
+    (second,) = torch.autograd.grad(total, pixels)
+    step = torch.randn(pixels.shape, generator=derive(0, "step")) * 1e-2
+
+    def energy(at: Tensor) -> float:
+        made = network.gradient({}, at, labels[:1])
+        return float(sum(g.double().square().sum() for g in made.values()))
+
+    slope = (energy(x[:1] + step) - energy(x[:1] - step)) / 2
+    assert slope == pytest.approx(float((second * step).sum()), rel=0.05)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from update_files import write_update_files
 
 from fedkl.attacks import (
     IDLG,
+    NEED_MANY,
     InvertingGradients,
     Peel,
     Resources,
 )
-from fedkl.audit import EXIT_CODES, AuditConfig, arsenal
+from fedkl.audit import EXIT_CODES, AuditConfig, arsenal, update
 from fedkl.cli import main
 from fedkl.errors import ConfigError
 
@@ -266,12 +267,31 @@ def test_update_gives_the_image_away(call: Call, place: Path) -> None:
     found = json.loads((place / "new" / "update.json").read_text())
     (attack,) = found["attacks"]
     assert attack["labels"] == [2]
+    assert "No verdict: " in answer.out
     assert attack["loss"] is not None
     assert (place / "new" / attack["pictures"][0]).read_bytes().startswith(b"\x89PNG")
     assert len(attack["ssim"]) == 1
     answer = call(*with_(words, "--out", str(place / "again"), "--attacks", "idlg"))
     assert "Without --truth" in answer.out
     assert load_file(place / "truth.safetensors")["images"].shape == (1, 1, 16, 16)
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_all_are_the_attacks_that_can_be_mounted(
+    call: Call, place: Path, monkeypatch: pytest.MonkeyPatch, public: bool
+) -> None:
+    mounted: list[str] = []
+
+    def none(_: object, attacks: Mapping[str, Any], *__: Any, **___: Any) -> dict[str, Any]:
+        mounted.extend(attacks)
+        return {"attacks": [], "failed": [], "measured": True}
+
+    monkeypatch.setattr(update, "audit_update", none)
+    words = [word.replace("{tmp}", str(place)) for word in (TEN if public else UPDATE)]
+    assert call(*words, "--attacks", "all").code == 0
+    assert {"idlg", "peel"} <= set(mounted)
+    assert ("shadow" in mounted) is ("ggl" in mounted) is public
+    assert not set(mounted) & set(NEED_MANY)
 
 
 @pytest.fixture
@@ -377,22 +397,3 @@ def test_run_and_settings_that_contradict_it(call: Call, finished: Path, tmp_pat
     answer = call(*words, "--defenses", "norm,pad")
     assert (answer.code, "names pad" in answer.err) == (2, True)
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("asked, judged", [(None, ("norm",)), ("none,norm", ("none", "norm"))])
-def test_run_of_a_control_is_judged_alone(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, judged: object
-) -> None:
-    """The undefended network leaks, which decided the exit code."""
-    seen: list[AuditConfig] = []
-
-    def look(config: AuditConfig, *_: object, **__: object) -> None:
-        seen.append(config)
-        raise ConfigError("seen")
-
-    monkeypatch.setattr("fedkl.audit.run_audit", look)
-    run = str(tmp_path / "run")
-    assert call("train", *DIGITS, "--rounds", "1", "--defense", "norm", "--out", run).code == 0
-    more = () if asked is None else ("--defenses", asked)
-    call("audit", "--run", run, "--out", str(tmp_path / "new"), *more)
-    assert [config.judged for config in seen] == [judged]

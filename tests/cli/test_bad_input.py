@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli_support import SMALL, Call, refused
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fedkl.key import Key
 from fedkl.models import build
@@ -21,7 +23,11 @@ number = 3
 def nothing(): return None
 def broken(): raise RuntimeError("out of order")
 def flat(num_classes, channels, image_size):
-    return torch.nn.Flatten()
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.AdaptiveAvgPool1d(num_classes))
+def grey():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10))
+def three(channels, image_size):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * image_size**2, 3))
 """
 
 TRAIN = ["train", *SMALL, "--rounds", "1", "--out", "{tmp}/new"]
@@ -45,6 +51,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "idle.toml").write_text("[defense]\nlength = 9")
     (tmp_path / "latin.toml").write_bytes(b'x = "\xe9"')
     save_file(other_model(), tmp_path / "other.safetensors")
+    diverged = other_model(10)
+    diverged["fc.bias"].fill_(torch.nan)
+    save_file(diverged, tmp_path / "nan.safetensors")
     (tmp_path / "pass.txt").write_text("right\n")
     (tmp_path / "wrong.txt").write_text("wrong\n")
     (tmp_path / "blank.txt").write_text("\n")
@@ -60,8 +69,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def other_model() -> dict[str, object]:
-    return build("lenet", num_classes=3, image_size=16, generator=derive(0, "x")).state_dict()
+def other_model(classes: int = 3) -> dict[str, Tensor]:
+    return build("lenet", num_classes=classes, image_size=16, generator=derive(0, "x")).state_dict()
 
 
 BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
@@ -81,6 +90,8 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("activation", [*KL, *CHANNEL, "--activation", "relou"], ["'relou'", "'relu'"]),
     ("key law", [*KL, *CHANNEL, "--key-law", "signs"], ["'signs'", "'sign'"]),
     ("zero clients", [*TRAIN, "--clients", "0"], ["clients", "at least 1", "got 0", "--clients"]),
+    ("zero images beside one channel", [*TRAIN, "--channels", "1", "--samples", "0"],
+     ["samples must be a number of at least 1, got 0. (given as --samples)"]),
     ("zero rounds", [*TRAIN, "--rounds", "0"], ["rounds", "at least 1", "--rounds"]),
     ("negative rate", [*TRAIN, "--lr", "-1"], ["lr must be a positive number", "--lr"]),
     ("rate of nan", [*TRAIN, "--lr", "nan"], ["lr must be a positive number"]),
@@ -116,6 +127,12 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
      ["returned a NoneType", "torch.nn.Module"]),
     ("factory raises", [*TRAIN, "--model", "odd_models:broken"], ["RuntimeError: out of order"]),
     ("nothing to lock", [*KL, "--model", "odd_models:flat"], ["lock"]),
+    ("model of other channels", [*TRAIN, "--model", "odd_models:grey"],
+     ["'odd_models:grey' does not run on images of 3x16x16", "channels"]),
+    ("model of other classes", [*TRAIN, "--model", "odd_models:three"],
+     ["gives (2, 3)", "expected (2, 10)", "num_classes"]),
+    ("images too small", [*TRAIN, "--model", "alexnet"], ["'alexnet' does not run", "3x16x16"]),
+    ("weights of NaN", [*TRAIN, "--init", "{tmp}/nan.safetensors"], ["NaN", "in: fc.bias"]),
     ("grey for torchvision", [*TRAIN, "--model", "alexnet", "--channels", "1"], ["3 channels"]),
     ("no weights", [*TRAIN, "--init", "{tmp}/none.safetensors"], ["none.safetensors"]),
     ("weights of another", [*TRAIN, "--init", "{tmp}/other.safetensors"],

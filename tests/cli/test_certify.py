@@ -32,7 +32,8 @@ def test_certificate_is_written_and_shown(call: Call, tmp_path: Path) -> None:
     assert (out / "spectrum.png").read_bytes().startswith(b"\x89PNG")
     assert "1378 private numbers" in answer.out
     assert f"{four['bits']:.1f}" in answer.out
-    assert "the lock hides the image" in answer.out
+    assert "\nOf one presentation, by construction, the lock hides the image: " in answer.out
+    assert "Of more presentations this says nothing." in answer.out
     assert "update 4/4" in answer.err
 
 
@@ -42,7 +43,8 @@ def test_a_pad_that_shares_statistics_is_not_said_to_hide(call: Call, tmp_path: 
     assert answer.code == 0
     found = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert found["cancellation"]["cut"] is False
-    assert "the lock does NOT hide it" in answer.out
+    assert "the lock does NOT hide it: " in answer.out
+    assert "nats" not in answer.out
 
 
 def test_finished_run_is_certified_with_its_own_keys(

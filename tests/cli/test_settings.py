@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import types
 import typing
 from pathlib import Path
@@ -229,6 +231,7 @@ def test_method_fedkl_is_fedavg_with_a_pad_unless_another_lock_is_asked_for(tmp_
         ({"seed": -1}, "--seed"),
         ({"federation.clients": 0, "seed": 1}, "--clients"),
         ({"data.dataset": "fashon-mnist"}, "--dataset"),
+        ({"data.channels": 1, "data.samples": 0}, "--samples"),
         ({"defense.name": "channel", "defense.spread": -1.0}, "--spread"),
     ],
 )
@@ -242,3 +245,15 @@ def test_message_names_the_file_and_no_flag(tmp_path: Path) -> None:
     file.write_text("[training]\nlr = -1.0\n")
     with pytest.raises(ConfigError, match=r"run\.toml, training: lr .*-1\.0\.$"):
         build_config(flags={}, file=file)
+
+
+@pytest.mark.parametrize("command", ["audit", "certify"])
+def test_help_tells_the_defaults_that_a_command_starts_from(command: str) -> None:
+    module = importlib.import_module(f"fedkl.cli.{command}")
+    options = inspect.signature(getattr(module, command)).parameters
+    for section, values in module.START.items():
+        for name, value in values.items():
+            if option := options.get(f"{section}_{name}"):
+                assert option.default.help.endswith(f" Default: {value}.")
+    assert options["data_channels"].default.help.endswith(" Default: 1.")
+    assert options["data_image_size"].default.help.endswith(" Default: 32.")

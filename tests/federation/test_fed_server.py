@@ -107,8 +107,12 @@ def test_nobody_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return Result(job, result.facts, {})
 
     monkeypatch.setattr(Session, "run", nothing)
-    with pytest.raises(FederationError, match=r"0 update\(s\) left of 3 asked \(0 dropped out, 3"):
-        run(config(), tmp_path, bundle=digits())
+    events: list[Event] = []
+    message = r"0 update\(s\) left of 3 asked \(0 dropped out, 3"
+    with pytest.raises(FederationError, match=message) as caught:
+        run(config(), tmp_path, bundle=digits(), on_event=events.append)
+    assert str(caught.value).count("in round 1 refused") == 1  # the notes have them all
+    assert len([e for e in events if e.kind == "note"]) == 3
     everyone = config(federation={"dropout": 1.0})
     with pytest.raises(FederationError, match=r"left of 0 asked \(3 dropped out, 0 refused\)"):
         run(everyone, tmp_path / "b", bundle=digits())

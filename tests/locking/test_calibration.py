@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fedkl.errors import DataError, LockError
 from fedkl.key import Key
 from fedkl.locking import calibrate, estimate_statistics, lock
+from fedkl.rng import derive
 
 from .zoo import IMAGE, SMALL
 
@@ -81,3 +82,19 @@ def test_instance_norms_that_keep_statistics_are_calibrated_as_well() -> None:
     wanted = torch.stack(means).mean(dim=0)
     torch.testing.assert_close(model[1].running_mean, wanted)  # type: ignore[index]
     assert model[1].momentum == before  # type: ignore[index]
+
+
+@pytest.mark.parametrize("scheme", ["fedbn", "open-pad", "pad"])
+def test_norms_over_tokens_are_calibrated_like_others(scheme: str) -> None:
+    """Of a norm that was inserted and runs over rows: their mean and variance, batch by batch."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(30, 2))
+    x = torch.rand(8, 5, 4, generator=derive(0, "tokens")) * 3 + 1
+    key = KEY if scheme == "pad" else None
+    locked = lock(model, key, scheme=scheme, layers="first", example=x)
+    calibrate(locked, [x[:4], x[4:]])
+    norm = locked.get_submodule("0.inserted_norm")
+    with torch.no_grad():
+        rows = nn.functional.linear(x, locked[0].weight, locked[0].bias)  # type: ignore[index]
+    batches = rows.reshape(2, 20, 6)
+    assert torch.allclose(norm.running_mean, batches.mean((0, 1)), atol=1e-5)  # type: ignore[arg-type]
+    assert torch.allclose(norm.running_var, batches.var(1).mean(0), atol=1e-5)  # type: ignore[arg-type]

@@ -182,8 +182,12 @@ def test_the_argument_does_not_run() -> None:
 @pytest.mark.parametrize(
     "model, example, message",
     [
-        (nn.Conv2d(3, 4, 3), images(2, 5, 8, 8), "does not run on the example: RuntimeError"),
-        (nn.Conv2d(3, 4, 3), [IMAGE], "does not run on the example"),
+        (
+            nn.Conv2d(3, 4, 3),
+            images(2, 5, 8, 8),
+            r"the example \(Tensor of \(2, 5, 8, 8\)\): RuntimeError",
+        ),
+        (nn.Conv2d(3, 4, 3), [IMAGE], r"does not run on the example \(list of \(4, 3, 8, 8\)\)"),
         (nn.Conv2d(3, 4, 8), IMAGE[:1], "train mode.*at least two inputs"),
     ],
 )

@@ -72,6 +72,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[FedKLError], str]] = {
     "norm none": (lambda: locked(norm=None), ConfigError, "unknown norm to insert 'None'"),
     "group text": (lambda: locked(group="x"), LockError, "group must be a fedkl.Key.*got str"),
     "meta": (lambda: lock(meta(), KEY), LockError, "meta device.*to_empty"),
+    "example empty": (
+        lambda: locked(example=IMAGE[:0]),
+        LockError,
+        r"example holds no inputs \(0, 3, 8, 8\)",
+    ),
     "example NaN": (lambda: locked(example=IMAGE * torch.nan), LockError, "example holds NaN"),
     "merge none": (lambda: merge(None), LockError, "got NoneType"),  # type: ignore[arg-type]
     "unlock state": (lambda: unlock({}), LockError, "got dict; pass the model"),  # type: ignore[arg-type]

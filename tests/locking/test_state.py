@@ -121,6 +121,19 @@ def test_what_is_no_state_is_refused(load: Callable[..., None], state: Any) -> N
         load(locked(), state)
 
 
+def test_averaged_integers_are_told_from_another_architecture() -> None:
+    model = lock(nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(9))), KEY, layers="0")
+    state = shared_state(model)
+    mean = {n: torch.stack([t, t]).float().mean(0) for n, t in state.items()}
+    with pytest.raises(StateError, match=r"num_batches_tracked is .*take them from one") as caught:
+        load_shared_state(model, mean)
+    assert str(caught.value).count("expected torch.int64") == 5
+    assert "; and 3 more tensors. " in str(caught.value)
+    double = {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
+    with pytest.raises(StateError, match=r"27 more tensors\. Convert it to the model's dtypes"):
+        load_shared_state(model, double)
+
+
 def test_all_problems_are_reported_at_once() -> None:
     state = shared_state(locked())
     problems = state_problems(state, extra(reshaped(without(state))))

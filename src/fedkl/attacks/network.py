@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -109,8 +110,10 @@ class Network:
         Raises:
             AttackError: It cannot run on many trials at once, or not at all.
         """
+        twice = TwiceDifferentiable() if self._trials >= MANY else nullcontext()
         try:
-            with Undropped(), TwiceDifferentiable() if self._trials >= MANY else nullcontext():
+            # Attention step by step: at once it has no second derivative and no rule for vmap.
+            with Undropped(), twice, sdpa_kernel(SDPBackend.MATH):
                 return functional_call(self.model, {**parameters, **self.buffers}, (x,))
         except RuntimeError as error:
             words = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

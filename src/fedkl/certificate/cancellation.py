@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from fedkl.certificate.jacobians import Presented, pushed
 from fedkl.certificate.prior import Prior
 from fedkl.errors import AttackError
+from fedkl.locking.insertion import INSERTED_NAME
 from fedkl.observation import Observation
 
 
@@ -134,16 +134,18 @@ class _FirstPad:
         """What the first lock's norm puts out before γ and β: (images, *positions)."""
         network = self.presented.network
         caught: list[Tensor] = []
-        module = network.model.get_submodule(self.site)
+        # Around a norm that was inserted, for it may run over rows of what comes out.
+        behind = self.site.removesuffix(INSERTED_NAME).removesuffix(".")
+        module = network.model.get_submodule(behind)
         hook = module.register_forward_hook(lambda _m, _args, out: caught.append(out))
         named = self.presented.named(self.presented.secrets)
         neutral = {
             self.scale_name: torch.ones_like(named[self.scale_name]),
             self.shift_name: torch.zeros_like(named[self.shift_name]),
         }
-        everything = {**network.shared, **named, **neutral, **network.buffers}
+        everything = {**network.shared, **named, **neutral}
         try:
-            functional_call(network.model, everything, (x,))
+            network.logits(everything, x)
         finally:
             hook.remove()
         return caught[0]

@@ -32,7 +32,7 @@ WITHOUT_RUN: Final = "Without --run: settings of the runs that are trained for i
 OWN_FLAGS: Final = ("defense.name", "training.batch_size", "training.local_steps")
 
 
-@functools.partial(with_settings, without=OWN_FLAGS, panel=WITHOUT_RUN)
+@functools.partial(with_settings, without=OWN_FLAGS, panel=WITHOUT_RUN, start=START)
 def audit(
     out_folder: Annotated[
         Path,
@@ -121,7 +121,7 @@ def audit(
     if run_folder is not None and config_file is not None:
         raise ConfigError("--run takes its settings from the run; leave --config out.")
     check_audit_folder(out_folder, resume=resume)
-    base, asked = base_of(run_folder, settings), _listed(defenses)
+    base, asked = base_of(run_folder, settings), listed(defenses)
     if not asked:
         raise ConfigError(
             f"--defenses is empty, got {defenses!r}; name one or more of: {', '.join(DEFENSES)}."
@@ -131,8 +131,8 @@ def audit(
     config = AuditConfig(
         run=build_config(flags=settings, file=config_file, base=base, defenses=tried),
         defenses=asked if run_folder is None else _with_own(asked, base),
-        attacks=_listed(attacks, ATTACKS),
-        threats=_listed(threats, THREATS),
+        attacks=listed(attacks, ATTACKS),
+        threats=listed(threats, THREATS),
         stage=stage,
         images=images,
         batch_size=batch_size,
@@ -205,7 +205,7 @@ def base_of(run_folder: Path | None, settings: Mapping[str, Any]) -> dict[str, A
 def _with_own(asked: tuple[str, ...], base: Mapping[str, Any]) -> tuple[str, ...]:
     """The defense of the run that was given, and those asked for that are controls."""
     own, controls = str(base["defense"]["name"]), ("none", "norm", "fedbn")
-    unasked = asked == _listed(DEFENDED)
+    unasked = asked == listed(DEFENDED)
     if unasked and own in controls:
         return (own,)  # the others run beside it, and nobody asked for a verdict on them
     strange = [name for name in asked if name not in (*controls, own)]
@@ -217,7 +217,8 @@ def _with_own(asked: tuple[str, ...], base: Mapping[str, Any]) -> tuple[str, ...
     return tuple(dict.fromkeys((*(d for d in asked if d in controls), own)))
 
 
-def _listed(text: str, everything: tuple[str, ...] = ()) -> tuple[str, ...]:
+def listed(text: str, everything: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Names with commas; ``all`` stands for ``everything``, where there is that."""
     if text.strip() == "all" and everything:
         return everything
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedkl.cli.audit import watching_audit
+from fedkl.cli.audit import listed, watching_audit
 from fedkl.cli.folders import check_update_folder, named
 from fedkl.cli.provenance import command_line, versions
 from fedkl.cli.settings import ATTACKS, DATASETS, EFFORTS
@@ -39,7 +39,11 @@ def audit_update(
         ),
     ],
     attacks: Annotated[
-        str, typer.Option(help=f"With commas, of: {', '.join(ATTACKS)}.")
+        str,
+        typer.Option(
+            help="With commas, or all that one update and --public allow, of: "
+            f"{', '.join(ATTACKS)}."
+        ),
     ] = "inverting-gradients",
     effort: Annotated[str, typer.Option(help=f"One of: {', '.join(EFFORTS)}.")] = "standard",
     truth: Annotated[
@@ -108,7 +112,7 @@ def audit_update(
     )
     images = None if truth is None else _images(truth)
     facts = {"command": command_line(), "versions": versions(), "model": model}
-    names = tuple(dict.fromkeys(name.strip() for name in attacks.split(",") if name.strip()))
+    names = listed(attacks, _possible(public is not None))
     with watching_audit() as watch:
         arsenal = None
         if public is not None:
@@ -123,6 +127,14 @@ def audit_update(
             tell=lambda done, of, loss: watch(Event("attack", "", done, of, loss)),
         )
     _show(result, out_folder)
+
+
+def _possible(with_public: bool) -> tuple[str, ...]:
+    """The attacks on one update, with public images or without."""
+    from fedkl.attacks import NEED_MANY, NEED_PUBLIC
+
+    impossible = {*NEED_MANY, *(() if with_public else NEED_PUBLIC)}
+    return tuple(name for name in ATTACKS if name not in impossible)
 
 
 def _images(truth: Path) -> Tensor:
@@ -176,6 +188,10 @@ def _show(result: Mapping[str, Any], folder: Path) -> None:
         print(plain(f"left out: {one['attack']}: {one['reason']}"))
     if not result["measured"]:
         print("Without --truth nobody can say which picture is right: look at them.")
+    print(
+        "No verdict: what these attacks miss in one update, others may find in many. fedkl audit "
+        "measures that, against controls."
+    )
     print(plain(f"In {folder}: update.json, pictures/"))
 
 

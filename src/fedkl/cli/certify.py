@@ -19,6 +19,7 @@ from fedkl.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedkl.audit.certified import Certified
+    from fedkl.certificate import Cancellation
 
 # Nothing is trained: a handful of images per client will do.
 START: Final = {"data": {"samples": 100, "channels": 1}}
@@ -33,7 +34,7 @@ IDLE: Final = (
 )
 
 
-@functools.partial(with_settings, without=IDLE, panel=WITHOUT_RUN)
+@functools.partial(with_settings, without=IDLE, panel=WITHOUT_RUN, start=START)
 def certify(
     out_folder: Annotated[
         Path,
@@ -161,19 +162,25 @@ def _conclude(found: Certified, folder: Path) -> None:
         made.append("spectrum.png")
         show_certificate(found)
     if found.note:
-        print(plain(f"Not certified densely: {found.note}"))
-    if (check := found.cancellation) is not None:
-        print(
-            plain(
-                f"By construction, one presentation: a shift of the first lock cancels "
-                f"{check.directions} random directions to {check.remaining:.0e} and another "
-                f"picture to {check.swapped:.0e} of their effect: "
-                + ("the lock hides the image, " if check.cut else "the lock does NOT hide it, ")
-                + f"up to the law of its {check.secrets} private numbers ({check.nats:+.1f} nats "
-                "against that picture for whoever knows stem and scales)."
-            )
-        )
+        print(plain(f"Directions and bits were not counted: {found.note}"))
+    if found.cancellation is not None:
+        print(plain(_by_construction(found.cancellation)))
     print(plain(f"In {folder}: {', '.join(made)}"))
+
+
+def _by_construction(check: Cancellation) -> str:
+    """What the check of one cancellation says, the answer first."""
+    left = (
+        f"of what {check.directions} random changes and another picture do to the gradient, a "
+        f"shift of the first lock leaves {check.remaining:.0e} and {check.swapped:.0e}"
+    )
+    if not check.cut:
+        return f"Of one presentation, by construction, the lock does NOT hide it: {left}."
+    return (
+        f"Of one presentation, by construction, the lock hides the image: {left}. What may still "
+        f"tell is the law of its {check.secrets} private numbers: {check.nats:+.1f} nats against "
+        "that picture, for whoever knows stem and scales. Of more presentations this says nothing."
+    )
 
 
 def show_certificate(found: Certified) -> None:

@@ -23,17 +23,22 @@ SHORT = "fedkl"  # --method fedkl
 
 
 def with_settings(
-    command: Callable[..., None], *, without: Sequence[str] = (), panel: str | None = None
+    command: Callable[..., None],
+    *,
+    without: Sequence[str] = (),
+    panel: str | None = None,
+    start: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[..., None]:
     """Replaces the parameter ``settings`` of ``command`` by one option per setting of a run.
 
     ``settings`` then holds what was given, by path; what was not given is not in it. ``without``
     lists the paths of settings that the command has flags of its own for. ``panel`` is the heading
-    of all options in the help, instead of one for every section.
+    of all options in the help, instead of one for every section. ``start`` are the settings that
+    the command starts from, by section, where they are not the defaults of a run.
     """
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name != "settings"]
-    taken = [setting for setting in SETTINGS if setting.path not in without]
+    taken = [_started(s, start or {}) for s in SETTINGS if s.path not in without]
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
@@ -51,6 +56,13 @@ def with_settings(
     made = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *options]]
     wrapper.__dict__["__signature__"] = signature.replace(parameters=made)
     return wrapper
+
+
+def _started(setting: Setting, start: Mapping[str, Mapping[str, Any]]) -> Setting:
+    """``setting`` with the default that a command which begins with ``start`` has."""
+    own = start.get(setting.section, {})
+    name = setting.path.rpartition(".")[2]
+    return dataclasses.replace(setting, default=own[name]) if name in own else setting
 
 
 def _option(setting: Setting, panel: str) -> inspect.Parameter:
@@ -215,13 +227,22 @@ def _spelled_out(data: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any
 
 def _naming_the_flag(message: str, flags: Mapping[str, Any]) -> str:
     """``message`` with the flag that gave the offending value, where that is plain."""
-    for setting in SETTINGS:
-        if setting.path not in flags:
-            continue
-        name = setting.path.rpartition(".")[2]
-        value = flags[setting.path]
-        here = not setting.section or f", {setting.section}:" in message
-        said = re.search(rf"\b{name}\b", message.partition(":")[2]) or repr(value) in message
-        if here and said:
-            return f"{message} (given as {setting.flag.partition('/')[0]})"
-    return message
+    there = [
+        setting
+        for setting in SETTINGS
+        if setting.path in flags and (not setting.section or f", {setting.section}:" in message)
+    ]
+    by_name = [s for s in there if _says(rf"\b{s.path.rpartition('.')[2]}\b", message)]
+    # A number stands in many a message that is not about it, as in "at least 1".
+    by_value = [s for s in there if _says(_value(flags[s.path]), message)]
+    found = [*by_name, *by_value]
+    return f"{message} (given as {found[0].flag.partition('/')[0]})" if found else message
+
+
+def _says(pattern: str, message: str) -> bool:
+    return re.search(pattern, message.partition(":")[2]) is not None
+
+
+def _value(value: Any) -> str:
+    quoted = re.escape(repr(value))
+    return quoted if isinstance(value, str) else rf"\bgot {quoted}(?![\w.])"

@@ -17,11 +17,12 @@ from fedkl.cli.show import COLUMNS, accuracy_table, out, percent, table_of
 from fedkl.errors import ConfigError, KeyFileError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 _MODEL = "Models"
 _KEY = "Key files"
 SIZES: Final = {"image_size": 32, "channels": 3, "num_classes": 10}
+MEETING: Final = 20
 LOCK: Final = {"defense": "channel", "layers": "all", "norm": "batch"}
 
 
@@ -57,6 +58,10 @@ def inspect(
             "Default: all."
         ),
     ] = None,
+    behind: Annotated[
+        str | None,
+        _of_model("Module behind which the first lock stands; of --layers those that run later."),
+    ] = None,
     norm: Annotated[
         str | None, _of_model("Norm inserted where there is none. Default: batch.")
     ] = None,
@@ -78,7 +83,7 @@ def inspect(
     if (target is None) == (model is None):
         raise ConfigError("inspect one thing: a key file, a run folder, or --model NAME.")
     sizes = _given(image_size=image_size, channels=channels, num_classes=num_classes)
-    settings = _given(defense=defense, layers=layers, norm=norm)
+    settings = _given(defense=defense, layers=layers, behind=behind, norm=norm)
     words = _given(passphrase=passphrase or None, passphrase_file=passphrase_file)
     if model is not None:
         _refuse(words, "key files")
@@ -108,7 +113,7 @@ def _refuse(given: Mapping[str, Any], what: str) -> None:
 
 
 def _show_model(name: str, sizes: Mapping[str, int], settings: Mapping[str, str]) -> None:
-    from fedkl.locking import lockable
+    from fedkl.locking import lockable, meeting_points
     from fedkl.models import build
     from fedkl.rng import derive
 
@@ -129,34 +134,53 @@ def _show_model(name: str, sizes: Mapping[str, int], settings: Mapping[str, str]
         rows.append(
             [row.name or "(the model)", row.module, row.kind, can + row.reason, share, lock]
         )
+    listed = {row[0] for row in rows}
+    for module in sorted(inserted - listed - {""}):
+        kind, how = type(model.get_submodule(module)).__name__, "yes: a norm is inserted behind"
+        rows.append([module, kind, "module", how, "", "locks, inserts a norm"])
     asked = f"{settings['defense']}, layers {settings['layers']}"
+    asked += f", behind {settings['behind']}" if "behind" in settings else ""
     columns = ["name", "module", "kind", "lockable?", "adds", asked]
     out().print(table_of(f"{name}: what can carry a lock", columns, rows))
     print(f"{asked}: {len(locks) + len(inserted)} site(s).")
     print("adds: parameters of a lock with a key of 1024, over those of the model.")
+    meeting = meeting_points(model, _example(sizes))
+    # Activations and the like say nothing that the layer before them does not.
+    meeting = [n for n in meeting if next(model.get_submodule(n).parameters(), None) is not None]
+    more = f" and {len(meeting) - MEETING} more" if len(meeting) > MEETING else ""
+    places = ", ".join(meeting[:MEETING]) or "no module"
+    print(f"nothing goes around a lock behind (--behind): {places}{more}.")
 
 
 def _locks(
     model: nn.Module, sizes: Mapping[str, int], settings: Mapping[str, str]
 ) -> tuple[set[str], set[str]]:
     """Names of the norms that would be locked, and of the layers that would get one."""
-    import torch
-
     from fedkl.defenses import DefenseConfig, make_defense
     from fedkl.key import Key
     from fedkl.locking import is_locked, lock_spec
-    from fedkl.rng import derive
 
     asked = DefenseConfig(
-        name=settings["defense"], layers=settings["layers"], norm=settings["norm"]
+        name=settings["defense"],
+        layers=settings["layers"],
+        behind=settings.get("behind"),
+        norm=settings["norm"],
     )
     defense = make_defense(asked)
-    shape = (4, sizes["channels"], sizes["image_size"], sizes["image_size"])
-    example = torch.rand(shape, generator=derive(0, "example"))
-    prepared = defense.prepare(model, Key.generate() if defense.keyed else None, example)
+    key = Key.generate() if defense.keyed else None
+    prepared = defense.prepare(model, key, _example(sizes))
     sites = lock_spec(prepared).sites if is_locked(prepared) else ()
     there = {site.name for site in sites if not site.inserted}
     return there, {site.name.rpartition(".")[0] for site in sites if site.inserted}
+
+
+def _example(sizes: Mapping[str, int]) -> Tensor:
+    import torch
+
+    from fedkl.rng import derive
+
+    shape = (4, sizes["channels"], sizes["image_size"], sizes["image_size"])
+    return torch.rand(shape, generator=derive(0, "example"))
 
 
 def _show_key(path: Path, passphrase: str | None) -> None:

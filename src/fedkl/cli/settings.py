@@ -174,6 +174,9 @@ SETTINGS: Final = (
     Setting("defense.layers", "--layers", str, "all",
             "Where locks stand: first, all, a module's name, or a regular expression that matches "
             "whole names, as layer1.* does all below layer1.", needs=(NORMED,)),
+    Setting("defense.behind", "--behind", str, None,
+            "Module behind which the first lock stands, such as a whole stage; of --layers those "
+            "count that run later. A pad there makes all before it private.", needs=(NORMED,)),
     Setting("defense.norm", "--norm", str, "batch", "Norm inserted where there is none.", INSERTED,
             needs=(NORMED,)),
     Setting("defense.share_statistics", "--share-statistics/--private-statistics", bool, False,

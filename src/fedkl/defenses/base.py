@@ -51,7 +51,7 @@ class LockDefense(Defense):
 
     Args:
         scheme: The scheme with its settings.
-        layers: As in :func:`fedkl.lock`.
+        layers, behind: As in :func:`fedkl.lock`.
         norm: Kind of norm inserted where there is none.
         share_statistics: Whether running statistics of locked norms are shared.
     """
@@ -61,6 +61,7 @@ class LockDefense(Defense):
         scheme: Scheme,
         *,
         layers: Layers = "all",
+        behind: str | None = None,
         norm: str = "batch",
         share_statistics: bool = False,
     ) -> None:
@@ -68,6 +69,7 @@ class LockDefense(Defense):
         self.keyed = scheme.keyed
         self.scheme = scheme
         self.layers = layers
+        self.behind = behind
         self.norm = norm
         self.share_statistics = share_statistics
 
@@ -78,6 +80,7 @@ class LockDefense(Defense):
             key,
             scheme=self.scheme,
             layers=self.layers,
+            behind=self.behind,
             example=example,
             norm=self.norm,
             share_statistics=self.share_statistics,
@@ -85,8 +88,8 @@ class LockDefense(Defense):
 
     def __repr__(self) -> str:
         return (
-            f"LockDefense({self.scheme!r}, layers={self.layers!r}, norm={self.norm!r}, "
-            f"share_statistics={self.share_statistics})"
+            f"LockDefense({self.scheme!r}, layers={self.layers!r}, behind={self.behind!r}, "
+            f"norm={self.norm!r}, share_statistics={self.share_statistics})"
         )
 
 

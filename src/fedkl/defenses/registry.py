@@ -21,6 +21,7 @@ class DefenseConfig:
             by ``+``.
         preset: ``paper`` or ``paper-sigmoid`` for ``channel``; settings given beside it win.
         layers: ``first``, ``all``, a module's name or a regular expression.
+        behind: Module behind which the first lock stands; of ``layers`` those count that run later.
         norm: Norm inserted where there is none: ``batch``, ``group`` or ``instance``.
         share_statistics: Share the running statistics of locked norms, as the released code does.
         group_key: Locks of all clients start at the same γ and β, drawn from a key that the clients
@@ -36,6 +37,7 @@ class DefenseConfig:
     name: str = "none"
     preset: str | None = None
     layers: str = "all"
+    behind: str | None = None
     norm: str = "batch"
     share_statistics: bool = False
     group_key: bool = True
@@ -95,6 +97,7 @@ def _lock(config: DefenseConfig, name: str) -> Defense:
     return LockDefense(
         scheme_of(name, **settings),
         layers=config.layers,
+        behind=config.behind,
         norm=config.norm,
         share_statistics=config.share_statistics,
     )

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from fedkl.locking import (
     shared_views,
 )
 from fedkl.locking.sites import LOCK_NAME
+from fedkl.models import logits
 from fedkl.rng import borrowed
 
 
@@ -338,12 +338,3 @@ def client_update(
     update = Update(task.client, task.round, kind, workspace.defense.share(tensors), examples)
     private = {name: tensor.clone() for name, tensor in workspace.private.items()}
     return ClientResult(update, private, moments, loss, workspace.presented)
-
-
-def logits(output: Any) -> Tensor:
-    """Logits of a model's output: itself, or the first of several (auxiliary heads)."""
-    if isinstance(output, Tensor):
-        return output
-    first = output[0] if isinstance(output, tuple | list) else next(iter(output.values()))
-    assert isinstance(first, Tensor)
-    return first

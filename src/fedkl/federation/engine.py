@@ -264,7 +264,8 @@ class _Engine:
                 f"round {number}: {len(tally.accepted)} update(s) left of {len(asked)} asked "
                 f"({len(dropped)} dropped out, {len(tally.refused)} refused), "
                 f"min_clients is {config.min_clients}; lower dropout, the learning rate or "
-                f"min_clients. {' '.join(tally.refused.values())}".rstrip()
+                # Every reason is a note; of a hundred clients one is enough here.
+                f"min_clients. {next(iter(tally.refused.values()), '')}".rstrip()
             )
         state.shared = self._apply(mean, number) if config.method == "fedsgd" else mean
         state.round = number

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkl.data import Images
-from fedkl.federation.client import Workspace, logits
+from fedkl.federation.client import Workspace
 from fedkl.key import LAWS, Key
 from fedkl.locking import (
     Channel,
@@ -26,6 +26,7 @@ from fedkl.locking import (
     sources_of,
 )
 from fedkl.metrics import count_correct
+from fedkl.models import logits
 
 EVAL_BATCH: Final = 250
 

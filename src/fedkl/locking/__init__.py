@@ -3,6 +3,7 @@
 from fedkl.locking.api import affines, lock, lock_like, put_key, set_key, unlock
 from fedkl.locking.calibration import calibrate, estimate_statistics
 from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
+from fedkl.locking.meeting import meeting_points
 from fedkl.locking.merging import merge
 from fedkl.locking.pad import OpenPad, Pad
 from fedkl.locking.reuse import (
@@ -65,6 +66,7 @@ __all__ = [
     "lock_like",
     "lock_spec",
     "lockable",
+    "meeting_points",
     "merge",
     "private_names",
     "private_state",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Final
 
@@ -11,25 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fedkl.errors import ConfigError, LockError, ShortcutWarning, unknown
+from fedkl.errors import ConfigError, LockError, unknown
 from fedkl.key import Key
+from fedkl.locking.behind import check_behind, is_layer, refusal_behind, room_of_site
 from fedkl.locking.check import verify
 from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
+from fedkl.locking.insertion import INSERTABLE
 from fedkl.locking.install import (
     Plan,
-    has_weights,
     install,
     plan,
     remove,
-    site_name,
     target_of,
 )
+from fedkl.locking.meeting import warn_of_shortcuts
 from fedkl.locking.pad import Pad, PadAffine
-from fedkl.locking.passing import passes_by
 from fedkl.locking.scheme import Scheme
 from fedkl.locking.schemes import Channel, scheme_of
-from fedkl.locking.select import Layers, select
-from fedkl.locking.sites import INSERTABLE
+from fedkl.locking.select import Layers, Target, select
 from fedkl.locking.sources import KeyedAffine
 from fedkl.locking.spec import LockSpec
 from fedkl.locking.survey import refusal, registered, trace
@@ -41,6 +40,7 @@ def lock(
     *,
     scheme: str | Scheme = "channel",
     layers: Layers = "all",
+    behind: str | None = None,
     example: Any = None,
     norm: str = "batch",
     inplace: bool = False,
@@ -69,6 +69,10 @@ def lock(
         layers: ``first`` (executed on ``example``), ``all``, a module's name, a regular
             expression over whole names, a list of names, or ``predicate(name, module)``. Of
             ``all`` a pad leaves out norms of the input itself, which come to lie in its stem.
+        behind: Name of any module, such as a whole stage or block, behind which the first lock
+            stands; a norm is inserted there unless it is one. Of ``layers`` those count that run
+            later, none with ``first``. A pad there makes everything before it private. Takes an
+            example.
         example: A tensor, tuple of arguments or dict of keyword arguments the model runs on.
             With it the lock is verified: in train, eval and no-grad mode every lock must matter.
             Frozen layers that a pad makes private are trained; frozen norms stay so.
@@ -103,44 +107,23 @@ def lock(
         raise LockError(f"group must be a fedkl.Key or None, got {type(group).__name__}.")
     locked = model if inplace else _copy(model)
     # A model's own forward may count or cache: it runs on the copy, never on the argument.
-    order = registered(locked) if example is None else trace(locked, example)
-    targets = select(locked, layers, order, traced=example is not None)
+    check_behind(locked, behind, traced=example is not None)
+    order = registered(locked) if example is None else trace(locked, example, behind)
+    targets = select(locked, layers, order, traced=example is not None, behind=behind)
+    every = layers == "all" and behind is None
     try:
-        what = plan(locked, value, targets, order, example, every=layers == "all")
+        what = plan(locked, value, targets, order, example, every=every)
         sources = install(locked, key, value, what, norm, share_statistics)
         if group is not None:
             agree(locked, group)
         if example is not None:
             verify(locked, sources, example)
             if isinstance(value, Pad) and value.stem:
-                _warn_of_shortcuts(locked, what, example)
+                warn_of_shortcuts(locked, what, example)
     except Exception:
         remove(locked)
         raise
     return locked
-
-
-def _warn_of_shortcuts(model: nn.Module, what: Plan, example: Any) -> None:
-    first = what.targets[0]
-    if not has_weights(model, what.stem):
-        warnings.warn(
-            f"nothing secret but the pad lies before the first lock, on {site_name(first)}: it "
-            "stands on the input itself, and a pad of a known law alone hides that from nobody who "
-            "sees what the next layer gets. Lock behind the first layer that has weights "
-            "(layers=…).",
-            ShortcutWarning,
-            stacklevel=3,
-        )
-    if passes_by(model, first.name, example):
-        warnings.warn(
-            f"something of the input passes the first lock, on {site_name(first)}, by: a shortcut, "
-            "a second branch or a residual stream goes around it, and what takes that way is not "
-            "hidden. "
-            "Lock where all ways meet (layers=…), or expect of this pad that it keeps others from "
-            "using the model, not that it hides images (docs/theory.md, shortcuts).",
-            ShortcutWarning,
-            stacklevel=3,
-        )
 
 
 def lock_like(
@@ -164,19 +147,16 @@ def lock_like(
     if large := [s.name for s in spec.sites if not 0 < math.prod(s.shape) <= _MAX_POSITIONS]:
         raise LockError(f"the lock spec gives {', '.join(large)} a size no lock can have{_FIT}")
     targets = [target_of(site) for site in spec.sites]
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if missing := [t.name for t in targets if t.name not in modules]:
-        raise LockError(f"the lock spec names {', '.join(missing)}, which this model lacks{_FIT}")
-    if refused := {t.name: why for t in targets if (why := refusal(modules[t.name]))}:
-        raise LockError(f"the lock spec does not fit this model: {refused}{_FIT}")
-    known = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    known |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
-    if lost := [n for n in spec.private if n not in known]:
-        raise LockError(f"the lock spec names {', '.join(lost[:4])}, which is not there{_FIT}")
+    _check_fit(model, spec, targets)
     locked = model if inplace else _copy(model)
     try:
         sizes = {site.name: site.shape for site in spec.sites} if scheme.positional else {}
-        what = Plan(targets, sizes, spec.private)
+        rooms = {
+            t.name: room_of_site(site)
+            for t, site in zip(targets, spec.sites, strict=True)
+            if t.insert and not is_layer(locked.get_submodule(t.name))
+        }
+        what = Plan(targets, sizes, spec.private, rooms=rooms)
         install(locked, key, scheme, what, spec.norm, spec.statistics_shared)
         made = {site.name: site for site in lock_spec(locked).sites}
         if wrong := [s.name for s in spec.sites if made.get(s.name) != s]:
@@ -185,6 +165,19 @@ def lock_like(
         remove(locked)
         raise
     return locked
+
+
+def _check_fit(model: nn.Module, spec: LockSpec, targets: Sequence[Target]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if missing := [t.name for t in targets if t.name not in modules]:
+        raise LockError(f"the lock spec names {', '.join(missing)}, which this model lacks{_FIT}")
+    reasons = {t.name: refusal_behind if t.insert else refusal for t in targets}
+    if refused := {n: why for n, ask in reasons.items() if (why := ask(modules[n]))}:
+        raise LockError(f"the lock spec does not fit this model: {refused}{_FIT}")
+    known = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
+    if lost := [n for n in spec.private if n not in known]:
+        raise LockError(f"the lock spec names {', '.join(lost[:4])}, which is not there{_FIT}")
 
 
 # A spec comes from somebody else and must not make us allocate at will; no activation has as many.
@@ -254,9 +247,15 @@ def _check_arguments(
     model: nn.Module, key: Key | None, scheme: Scheme, layers: Layers, example: Any
 ) -> None:
     _check_model(model, key, scheme)
-    for value in tree_leaves(example):
+    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor)]
+    if tensors and tensors[0].numel() == 0:
+        raise LockError(
+            f"the example holds no inputs {tuple(tensors[0].shape)}, and would show nothing of a "
+            "lock; pass a batch of two or more."
+        )
+    for value in tensors:
         # Infinity has its uses, in the masks of attention; NaN in means NaN out, whatever the lock.
-        if isinstance(value, Tensor) and bool(torch.isnan(value).any()):
+        if bool(torch.isnan(value).any()):
             raise LockError(
                 "the example holds NaN, and would show nothing of a lock; pass an input the model "
                 "is made for."

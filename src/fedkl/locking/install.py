@@ -7,27 +7,33 @@ from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedkl.errors import ExtraStateWarning, LockError
 from fedkl.key import Key
+from fedkl.locking.behind import is_layer, room_behind
+from fedkl.locking.insertion import (
+    INPUT_NAME,
+    INSERTED_NAME,
+    NormAfter,
+    NormBefore,
+    Room,
+    insert_norm,
+    new_norm,
+    remove_norm,
+    room_at,
+)
 from fedkl.locking.pad import OpenPad, Pad
 from fedkl.locking.scheme import Scheme, Site
 from fedkl.locking.select import Target
 from fedkl.locking.sites import (
-    INPUT_NAME,
-    INSERTED_NAME,
     LockedNorm,
-    NormAfter,
-    NormBefore,
     affine_shape,
     current_affine,
     guard,
-    insert_norm,
     lock_norm,
-    new_norm,
     release,
-    remove_norm,
     unlock_norm,
 )
 from fedkl.locking.sizes import (
@@ -54,12 +60,14 @@ class Plan:
         sizes: Of positional schemes the size of every lock, by the target's site name.
         private: Names of further private tensors: stem and head.
         stem: Those of the stem alone; empty if it is not known.
+        rooms: What the norm behind a module that is no layer is for, by the module's name.
     """
 
     targets: Sequence[Target]
     sizes: Mapping[str, Size] = field(default_factory=dict)
     private: tuple[str, ...] = ()
     stem: tuple[str, ...] = ()
+    rooms: Mapping[str, Room] = field(default_factory=dict)
 
 
 def plan(
@@ -80,13 +88,18 @@ def plan(
         LockError: A norm runs at two sizes or not at all, its batch is not axis 0, or there is no
             head.
     """
+    rooms = {
+        t.name: room_behind(model, example, t.name, ran)
+        for t in targets
+        if t.insert and not is_layer(model.get_submodule(t.name))
+    }
     if not isinstance(scheme, Pad | OpenPad):
-        return Plan(targets)
+        return Plan(targets, rooms=rooms)
     outputs = activation_sizes(model, example, [t.name for t in targets])
     check_batch_axis(model, example, outputs)
     if every and scheme.stem:
         targets = _behind_weights(model, example, targets)
-    tokens = {site_name(t) for t in targets if _of_tokens(model, t)}
+    tokens = {site_name(t) for t in targets if _of_tokens(model, t, rooms)}
     if scheme.max_length is not None and not tokens:
         raise LockError(
             f"max_length={scheme.max_length} is for tokens (T, D), and no lock of this model "
@@ -107,7 +120,7 @@ def plan(
         size = activation_sizes(model, example, [head], inputs=True)[head]
         targets = [*targets, target]
         sizes[site_name(target)] = _longer(size, scheme.max_length)
-    return Plan(targets, sizes, tuple(n for n in private if n not in taken), stem)
+    return Plan(targets, sizes, tuple(n for n in private if n not in taken), stem, rooms)
 
 
 def _behind_weights(model: nn.Module, example: Any, targets: Sequence[Target]) -> Sequence[Target]:
@@ -133,11 +146,11 @@ def has_weights(model: nn.Module, stem: Collection[str]) -> bool:
     return any(n in parameters and n not in known for n in stem)
 
 
-def _of_tokens(model: nn.Module, target: Target) -> bool:
+def _of_tokens(model: nn.Module, target: Target, rooms: Mapping[str, Room]) -> bool:
     """Whether what stands there is normalized over its last axis, whatever lies before."""
     module = model.get_submodule(target.name)
     if target.insert:
-        return isinstance(module, nn.Linear)
+        return (rooms[target.name] if target.name in rooms else room_at(module)).rows
     return isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(affine_shape(module)) == 1
 
 
@@ -213,20 +226,21 @@ def install(
     sources: dict[str, AffineSource] = {}
     sites, previous = [], None
     for target in what.targets:
-        site, module = site_name(target), model.get_submodule(target.name)
-        if target.insert:
-            insert_norm(module, new_norm(module, norm, before=target.before), before=target.before)
-            module = model.get_submodule(site)
+        site, room = site_name(target), what.rooms.get(target.name)
+        rows = target.insert and _insert(model, target, norm, room)
+        module = model.get_submodule(site)
         shape = what.sizes.get(site, affine_shape(module))
         scale, shift = current_affine(module)
         if scheme.positional:
-            scale, shift = _spread_out((scale, shift), shape)
+            last = rows or isinstance(module, nn.LayerNorm | nn.RMSNorm)
+            scale, shift = (_spread_out(t, shape, last=last) for t in (scale, shift))
         place = Site(name=site, scale=scale, shift=shift, shape=shape, previous=previous)
         source = scheme.source(place, key)
-        sites.append(SiteSpec(site, type(module).__name__, shape, target.insert))
+        told = rows and room is not None
+        sites.append(SiteSpec(site, type(module).__name__, shape, target.insert, told))
         if source is not None:
-            how = {"statistics_shared": share_statistics, "positional": scheme.positional}
-            lock_norm(module, source, site, **how)
+            how = {"positional": scheme.positional, "rows": rows}
+            lock_norm(module, source, site, statistics_shared=share_statistics, **how)
             source.train(module.training)
             sources[site] = previous = source
     if key is not None and what.private:
@@ -263,13 +277,24 @@ def _seal(model: nn.Module, scheme: Scheme) -> None:
     )
 
 
-def _spread_out(affine: tuple[Tensor, Tensor], shape: Size) -> tuple[Tensor, Tensor]:
-    """γ and β of a norm so that they broadcast over positions of ``shape``."""
-    own = tuple(affine[0].shape)
-    trailing = shape[len(shape) - len(own) :] == own
-    # Channels come first behind a convolution and last in a transformer.
-    view = own if trailing and len(own) < len(shape) else own + (1,) * (len(shape) - len(own))
-    return affine[0].reshape(view), affine[1].reshape(view)
+def _insert(model: nn.Module, target: Target, norm: str, room: Room | None) -> bool:
+    """Inserts a norm (in place); tells whether its features are on the last axis."""
+    module = model.get_submodule(target.name)
+    room = room or room_at(module, before=target.before)
+    tensors = (t for m in (module, model) for t in m.parameters() if t.is_floating_point())
+    like = next(tensors, torch.empty(()))
+    new = new_norm(room, norm, like, training=module.training)
+    insert_norm(module, new, rows=room.rows, before=target.before)
+    return room.rows
+
+
+def _spread_out(affine: Tensor, shape: Size, *, last: bool) -> Tensor:
+    """γ or β of a norm so that it broadcasts over positions of ``shape``.
+
+    ``last``: its features are the last axis, as in a transformer; otherwise the first.
+    """
+    missing = (1,) * (len(shape) - affine.ndim)
+    return affine.reshape((*missing, *affine.shape) if last else (*affine.shape, *missing))
 
 
 def remove(model: nn.Module) -> None:

@@ -9,14 +9,8 @@ from torch import Tensor, nn
 
 from fedkl.errors import LockError
 from fedkl.locking.holder import is_locked, lock_spec, unwrap
-from fedkl.locking.sites import (
-    LockedNorm,
-    NormAfter,
-    apply_last,
-    remove_norm,
-    source_of,
-    unlock_norm,
-)
+from fedkl.locking.insertion import NormAfter, apply_last, remove_norm, runs_over_rows
+from fedkl.locking.sites import LockedNorm, source_of, unlock_norm
 from fedkl.locking.split import forget
 
 
@@ -97,8 +91,8 @@ def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
             module._modules[name] = _replace(child, done)
     result = module
     if isinstance(module, NormAfter):
-        norm = remove_norm(module)
-        result = nn.Sequential(module, LastAxis(norm) if isinstance(module, nn.Linear) else norm)
+        rows, norm = runs_over_rows(module), remove_norm(module)
+        result = nn.Sequential(module, LastAxis(norm) if rows else norm)
         result[1].training = module.training
     elif "_fedkl_shift" in module.__dict__:
         result = nn.Sequential(module, Shift(module.__dict__.pop("_fedkl_shift")))

@@ -26,7 +26,7 @@ SCALE_LAWS: Final[Mapping[str, tuple[float, float]]] = {
 LEARNED: Final = ("position", "channel", "none")
 STALE: Final = (
     "the pad in this model is of another epoch than its private state; put the key in again with "
-    "fedkl.locking.set_key(model, key) after loading a state."
+    "fedkl.set_key(model, key) after loading a state."
 )
 
 

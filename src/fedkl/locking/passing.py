@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +30,29 @@ def passes_by(model: nn.Module, first: str, example: Any) -> bool:
         LockError: The model does not run on the example.
     """
 
+    with sources_watched(model, example) as (given, sources):
+        handle = model.get_submodule(first).register_forward_hook(_cut)
+        try:
+            with restored(model), torch.enable_grad():
+                model.eval()
+                outputs = [t for t in _run(model, given, "eval") if t.requires_grad]
+                if not outputs or not sources:
+                    return False
+                total = sum((_probe(t) for t in outputs), torch.zeros(()))
+                found = torch.autograd.grad(total, sources, allow_unused=True)
+        finally:
+            handle.remove()
+    return any(g is not None and _tells(g) for g in found)
+
+
+@contextmanager
+def sources_watched(model: nn.Module, example: Any) -> Iterator[tuple[Any, list[Tensor]]]:
+    """The example, and leaves of the graph that tell of it once the model has run on it inside.
+
+    They are its floating-point tensors, and of its indices, which have no gradient, what they are
+    looked up as.
+    """
+
     def leaf(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.detach().clone().requires_grad_()
@@ -35,27 +60,17 @@ def passes_by(model: nn.Module, first: str, example: Any) -> bool:
 
     given = tree_map(leaf, example)
     sources = [v for v in tree_leaves(given) if isinstance(v, Tensor) and v.requires_grad]
-    # Indices have no gradient: what they are looked up as has.
-    looking = _lookups(model, example)
 
     def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         sources.append(output.detach().requires_grad_())
         return sources[-1].clone()  # for layers that write into their input
 
-    handles = [module.register_forward_hook(watch) for module in looking]
-    handles.append(model.get_submodule(first).register_forward_hook(_cut))
+    handles = [module.register_forward_hook(watch) for module in _lookups(model, example)]
     try:
-        with restored(model), torch.enable_grad():
-            model.eval()
-            outputs = [t for t in _run(model, given, "eval") if t.requires_grad]
-            if not outputs or not sources:
-                return False
-            total = sum((_probe(t) for t in outputs), torch.zeros(()))
-            found = torch.autograd.grad(total, sources, allow_unused=True)
+        yield given, sources
     finally:
         for handle in handles:
             handle.remove()
-    return any(g is not None and _tells(g) for g in found)
 
 
 def _lookups(model: nn.Module, example: Any) -> list[nn.Module]:

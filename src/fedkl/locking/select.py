@@ -23,12 +23,15 @@ class Target:
     before: bool = False
 
 
-def select(model: nn.Module, layers: Layers, order: Trace, *, traced: bool) -> list[Target]:
+def select(
+    model: nn.Module, layers: Layers, order: Trace, *, traced: bool, behind: str | None = None
+) -> list[Target]:
     """The targets of ``layers``, in order of execution, each module once.
 
     ``first``: the first norm, convolution or linear layer that runs; a layer stands for the norm
     right behind it, or has one inserted. ``all``: every norm, and the first layer if it has none;
     in a network without norms every convolution, or else every linear layer but the last.
+    ``behind`` a module: what stands there, and of ``layers`` what runs later.
 
     Raises:
         LockError: Nothing is selected, or something selected cannot carry a lock (each reason).
@@ -39,7 +42,9 @@ def select(model: nn.Module, layers: Layers, order: Trace, *, traced: bool) -> l
             f"layers must be 'first', 'all', a name, names, a regular expression or a function of "
             f"(name, module), got {type(layers).__name__}."
         )
-    if layers == "first":
+    if behind is not None and layers == "first":
+        names = []
+    elif layers == "first":
         if not traced:
             raise LockError(
                 "layers='first' means the first layer that runs, which takes an example: "
@@ -50,12 +55,31 @@ def select(model: nn.Module, layers: Layers, order: Trace, *, traced: bool) -> l
         names = _all(modules, order, traced=traced)
     else:
         names = _asked(modules, layers, order)
-    targets = _targets(modules, names, order)
+    if behind is not None:
+        names = _after(names, behind, layers, order)
+    targets = _targets(modules, names, order, behind)
     if not traced:
         targets = _known_without_running(modules, layers, targets)
     if not targets:
         raise LockError(_nothing(modules, layers))
     return targets
+
+
+def _after(names: list[str], behind: str, layers: Layers, order: Trace) -> list[str]:
+    """Those of ``names`` that run when the module ``behind`` has run."""
+    if order.before is None:
+        raise LockError(
+            f"cannot lock behind {behind}, which is not called on this example; name a module that "
+            "is."
+        )
+    after = [n for n in names if n not in order.before]
+    listed = isinstance(layers, str | Iterable) and layers not in ("first", "all")
+    if listed and (early := [n for n in names if n in order.before and n != behind]) and not after:
+        raise LockError(
+            f"nothing of layers={layers!r} runs behind {behind}, but {', '.join(early[:4])} before "
+            "it does; name later layers, layers='all' or layers='first'."
+        )
+    return after
 
 
 def _free(modules: dict[str, nn.Module], order: Trace) -> list[str]:
@@ -134,14 +158,19 @@ def _pattern(layers: str | re.Pattern[str]) -> re.Pattern[str]:
         ) from error
 
 
-def _targets(modules: dict[str, nn.Module], names: list[str], order: Trace) -> list[Target]:
-    targets, seen = [], set()
+def _targets(
+    modules: dict[str, nn.Module], names: list[str], order: Trace, behind: str | None
+) -> list[Target]:
+    targets, seen = list[Target](), set[int]()
     # A norm under two parents has two names; its lock goes by the first.
     first = {id(module): name for name, module in reversed(modules.items())}
+    if behind is not None:
+        seen.add(id(modules[behind]))
+        targets.append(Target(first[id(modules[behind])], insert=not is_norm(modules[behind])))
     for name in names:
-        behind = order.norm_behind.get(name)
-        if not is_norm(modules[name]) and behind and refusal(modules[behind]) is None:
-            name = behind
+        norm = order.norm_behind.get(name)
+        if not is_norm(modules[name]) and norm and refusal(modules[norm]) is None:
+            name = norm
         if id(modules[name]) not in seen:
             seen.add(id(modules[name]))
             name = first[id(modules[name])]

@@ -7,8 +7,7 @@ reads ``norm.weight`` without calling ``norm`` gets γ as well.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, Final, cast
 
@@ -17,28 +16,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fedkl.errors import ConfigError, LockError, SecretError, unknown
+from fedkl.errors import LockError, SecretError
+from fedkl.locking.fused import fused
 from fedkl.locking.positions import positioned
 from fedkl.locking.sources import PICKLE_REMEDY, AffineSource
 
 LOCK_NAME: Final = "keylock"
 SITE: Final = "_fedkl_site"
 _ORDER: Final = "_fedkl_order"
-INSERTED_NAME: Final = "inserted_norm"
-INPUT_NAME: Final = "input_norm"
 STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
-
-CONVOLUTIONS: Final[dict[type[nn.Module], int]] = {
-    nn.Conv1d: 1,
-    nn.Conv2d: 2,
-    nn.Conv3d: 3,
-    nn.ConvTranspose1d: 1,
-    nn.ConvTranspose2d: 2,
-    nn.ConvTranspose3d: 3,
-}
-_BATCH: Final = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_INSTANCE: Final = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-INSERTABLE: Final = ("batch", "group", "instance")
 
 
 class Swapped:
@@ -50,22 +36,17 @@ class LockedNorm(Swapped):
 
 
 class PositionalNorm(LockedNorm):
-    """A locked norm that runs without affine; γ and β per position are applied to its output."""
+    """A locked norm that runs without affine; γ and β per position are applied to its output.
 
-
-class NormAfter(Swapped):
-    """A convolution or linear layer with a norm inserted behind it."""
-
-
-class NormBefore(Swapped):
-    """A convolution or linear layer with a norm inserted in front of it."""
+    A norm over rows does not know their positions: whoever calls it applies γ and β.
+    """
 
 
 class PrivateLayer(Swapped):
     """A layer some of whose tensors are private: as it was, but not to be pickled."""
 
 
-def _guarded(base: type[nn.Module]) -> dict[str, Any]:
+def guarded(base: type[nn.Module]) -> dict[str, Any]:
     """Members that every exchanged class has: it can be copied but not pickled."""
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
@@ -87,16 +68,14 @@ def _guarded(base: type[nn.Module]) -> dict[str, Any]:
 
 # One generated class per class, so that isinstance and torch.compile see the same one each time.
 _LOCKED: Final[dict[type[nn.Module], type[nn.Module]]] = {}
-_POSITIONAL: Final[dict[type[nn.Module], type[nn.Module]]] = {}
-_NORMED: Final[dict[type[nn.Module], type[nn.Module]]] = {}
-_FRONTED: Final[dict[type[nn.Module], type[nn.Module]]] = {}
+_POSITIONAL: Final[dict[tuple[type[nn.Module], bool], type[nn.Module]]] = {}
 _PRIVATE: Final[dict[type[nn.Module], type[nn.Module]]] = {}
 
 
 def _locked_class(base: type[nn.Module]) -> type[nn.Module]:
     if base in _LOCKED:
         return _LOCKED[base]
-    members = _guarded(base)
+    members = guarded(base)
     members["weight"] = property(lambda self: self._modules[LOCK_NAME].scale())
     if issubclass(base, nn.RMSNorm):
 
@@ -111,60 +90,24 @@ def _locked_class(base: type[nn.Module]) -> type[nn.Module]:
     return _LOCKED[base]
 
 
-def _positional_class(base: type[nn.Module]) -> type[nn.Module]:
-    if base in _POSITIONAL:
-        return _POSITIONAL[base]
-    members = _guarded(base)
+def _positional_class(base: type[nn.Module], *, rows: bool) -> type[nn.Module]:
+    if (base, rows) in _POSITIONAL:
+        return _POSITIONAL[base, rows]
+    members = guarded(base)
     channels_first = not issubclass(base, nn.LayerNorm | nn.RMSNorm)
 
-    def normalized(self: nn.Module, x: Tensor) -> Tensor:
-        out: Tensor = base.forward(self, x)
-        return out
-
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return positioned(source_of(self), normalized(self, x), channels_first=channels_first)
+        source = source_of(self)
+        at_once = fused(base, self, x, source)
+        if at_once is not None:
+            return at_once
+        return positioned(source, base.forward(self, x), channels_first=channels_first)
 
     # The norm's own forward finds no affine.
-    members |= {"weight": None, "bias": None, "normalized": normalized, "forward": forward}
-    _POSITIONAL[base] = type(f"Locked{base.__name__}", (PositionalNorm, base), members)
-    return _POSITIONAL[base]
-
-
-def _normed_class(base: type[nn.Module]) -> type[nn.Module]:
-    if base in _NORMED:
-        return _NORMED[base]
-    members = _guarded(base)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = base.forward(self, *args, **kwargs)
-        norm = self._modules[INSERTED_NAME]
-        assert norm is not None
-        if isinstance(self, nn.Linear):
-            return apply_last(norm, out)
-        result: Tensor = norm(out)
-        return result
-
-    members["forward"] = forward
-    _NORMED[base] = type(f"Normed{base.__name__}", (NormAfter, base), members)
-    return _NORMED[base]
-
-
-def _fronted_class(base: type[nn.Module]) -> type[nn.Module]:
-    if base in _FRONTED:
-        return _FRONTED[base]
-    members = _guarded(base)
-
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        norm = self._modules[INPUT_NAME]
-        assert norm is not None
-        out: Tensor = base.forward(
-            self, apply_last(norm, x) if isinstance(self, nn.Linear) else norm(x)
-        )
-        return out
-
-    members["forward"] = forward
-    _FRONTED[base] = type(f"Fronted{base.__name__}", (NormBefore, base), members)
-    return _FRONTED[base]
+    members |= {"weight": None, "bias": None} | ({} if rows else {"forward": forward})
+    name = f"Locked{base.__name__}" + "OverRows" * rows
+    _POSITIONAL[base, rows] = type(name, (PositionalNorm, base), members)
+    return _POSITIONAL[base, rows]
 
 
 def guard(layer: nn.Module) -> None:
@@ -174,7 +117,7 @@ def guard(layer: nn.Module) -> None:
     if issubclass(base, Swapped | torch.jit.ScriptModule):
         return
     if base not in _PRIVATE:
-        _PRIVATE[base] = type(f"Private{base.__name__}", (PrivateLayer, base), _guarded(base))
+        _PRIVATE[base] = type(f"Private{base.__name__}", (PrivateLayer, base), guarded(base))
     layer.__class__ = _PRIVATE[base]
 
 
@@ -182,17 +125,6 @@ def release(layer: nn.Module) -> None:
     """Inverse of :func:`guard` (in place)."""
     if isinstance(layer, PrivateLayer):
         layer.__class__ = type(layer)._fedkl_base  # type: ignore[attr-defined]
-
-
-def apply_last(norm: nn.Module, x: Tensor) -> Tensor:
-    """Applies a norm over (N, C) to the last axis of ``x`` (..., C)."""
-    if isinstance(norm, PositionalNorm) and x.ndim > 2:
-        # The positions are those of x, not of the rows that the norm averages over.
-        plain = cast(Callable[[Tensor], Tensor], norm.normalized)
-        flat = plain(x.reshape(-1, x.shape[-1]))
-        return positioned(source_of(norm), flat.reshape(x.shape))
-    result: Tensor = norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)
-    return result
 
 
 def affine_shape(norm: nn.Module) -> tuple[int, ...]:
@@ -238,8 +170,11 @@ def lock_norm(
     *,
     statistics_shared: bool,
     positional: bool = False,
+    rows: bool = False,
 ) -> None:
     """Makes ``norm`` take γ and β from ``source``, per position or per channel (in place).
+
+    ``rows``: it was inserted and runs over the last axis (:func:`insertion.apply_last`).
 
     A norm whose γ or β is frozen gets a lock that is: the start says what it is, training nothing.
     """
@@ -255,8 +190,8 @@ def lock_norm(
         for name in STATISTICS
         if not statistics_shared and (buffer := norm._buffers.get(name)) is not None
     }
-    swapped = _positional_class if positional else _locked_class
-    norm.__class__ = swapped(type(norm))
+    kind = type(norm)
+    norm.__class__ = _positional_class(kind, rows=rows) if positional else _locked_class(kind)
     norm.add_module(LOCK_NAME, source)
     if positional:
         # Fused inference paths (nn.TransformerEncoderLayer), which skip norms, respect a hook.
@@ -301,49 +236,3 @@ def unlock_norm(norm: nn.Module, *, keep_statistics: bool = False) -> None:
     # Optimizers and vectors of parameters go by the order.
     for name in norm.__dict__.pop(_ORDER):
         norm._parameters[name] = norm._parameters.pop(name)
-
-
-def insert_norm(layer: nn.Module, norm: nn.Module, *, before: bool = False) -> None:
-    """Puts ``norm`` behind ``layer``, or in front of it (in place)."""
-    swapped = _fronted_class if before else _normed_class
-    layer.__class__ = swapped(type(layer))
-    layer.add_module(INPUT_NAME if before else INSERTED_NAME, norm)
-
-
-def remove_norm(layer: nn.Module) -> nn.Module:
-    """Takes an inserted norm away again and returns it (in place)."""
-    norm = layer._modules.pop(INPUT_NAME if isinstance(layer, NormBefore) else INSERTED_NAME)
-    assert norm is not None
-    layer.__class__ = type(layer)._fedkl_base  # type: ignore[attr-defined]
-    return norm
-
-
-def new_norm(layer: nn.Module, kind: str, *, before: bool = False) -> nn.Module:
-    """An ordinary norm with affine that fits behind ``layer``, or in front of it.
-
-    Raises:
-        ConfigError: ``kind`` is not one of :data:`INSERTABLE`.
-        LockError: The norm has nothing to average over there.
-    """
-    if kind not in INSERTABLE:
-        raise ConfigError(unknown("norm to insert", kind, INSERTABLE))
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    linear = isinstance(layer, nn.Linear)
-    width = ("in" if before else "out") + ("_features" if linear else "_channels")
-    features = getattr(layer, width)
-    assert isinstance(features, int)
-    dims = 1 if linear else next(d for c, d in CONVOLUTIONS.items() if isinstance(layer, c))
-    norm: nn.Module
-    if kind == "batch":
-        norm = _BATCH[dims](features)
-    elif kind == "group":
-        # Without positions a group of one feature would be normalized to zero.
-        norm = nn.GroupNorm(1 if linear else math.gcd(features, 32), features)
-    elif linear:
-        raise LockError(
-            "an instance norm behind a linear layer would average over nothing; "
-            "pass norm='batch' or norm='group'."
-        )
-    else:
-        norm = _INSTANCE[dims](features, affine=True)
-    return norm.to(weight.device, weight.dtype).train(layer.training)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fedkl.errors import LockError
 from fedkl.locking.check import restored
-from fedkl.locking.survey import call, kind_of
+from fedkl.locking.survey import call, does_not_run, hookable, is_norm, kind_of
 from fedkl.rng import borrowed, derive
 
 Size = tuple[int, ...]
@@ -66,11 +66,7 @@ def _run(model: nn.Module, example: Any, *, train: bool) -> list[Tensor]:
         try:
             output = call(model, example)
         except Exception as error:
-            raise LockError(
-                f"the model does not run on the example: {type(error).__name__}: {error}. "
-                "Pass the tensor, tuple of arguments or dict of keyword arguments it takes, of "
-                "at least two inputs."
-            ) from error
+            raise does_not_run(example, error) from error
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
@@ -160,7 +156,7 @@ def ends_of(model: nn.Module, example: Any) -> list[str]:
 
     handles = [
         module.register_forward_hook(watch(name))
-        for name, module in model.named_modules()
+        for name, module in hookable(model)
         if any(True for _ in module.parameters(recurse=False)) and _innermost(module)
     ]
     try:
@@ -200,7 +196,7 @@ def stem_of(model: nn.Module, example: Any, first: str) -> list[str]:
         elif not outputs:
             before.add(module)
 
-    handles = [module.register_forward_hook(record) for module in model.modules()]
+    handles = [module.register_forward_hook(record) for _, module in hookable(model)]
     try:
         # Backward before the buffers are put back, which would spoil it.
         with restored(model), _all_with_gradient(parameters):
@@ -218,7 +214,9 @@ def stem_of(model: nn.Module, example: Any, first: str) -> list[str]:
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in stem]
     for name, module in model.named_modules(remove_duplicate=False):
         owns = any(id(p) in stem for p in module.parameters(recurse=False))
-        if module is not locked and (owns or module in before):
+        # Statistics of a locked norm are the lock's affair.
+        ours = module is locked and is_norm(module)
+        if not ours and (owns or module in before or module is locked):
             dot = f"{name}." if name else ""
             names += [f"{dot}{n}" for n in module._buffers if module._buffers[n] is not None]
     return names

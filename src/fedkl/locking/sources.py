@@ -51,7 +51,7 @@ class Sealed:
 LOST: Final = (
     "this lock's secret was emptied with the rest of the model (to_empty, or a visit to the meta "
     "device), and no state dict brings it back: put the key in again with "
-    "fedkl.locking.set_key(model, key)."
+    "fedkl.set_key(model, key)."
 )
 
 

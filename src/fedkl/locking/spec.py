@@ -16,17 +16,20 @@ class SiteSpec:
     """One lock.
 
     Attributes:
-        name: Name of the locked norm; ``<layer>.inserted_norm`` where one was inserted behind a
-            layer, ``<layer>.input_norm`` where in front of it.
+        name: Name of the locked norm; ``<module>.inserted_norm`` where one was inserted behind a
+            module, ``<layer>.input_norm`` where in front of a layer.
         norm: Class name of the norm.
         shape: Shape of γ and β.
         inserted: Whether the norm was inserted.
+        rows: Whether it was behind something else than a convolution or linear layer, and runs over
+            the last axis there (tokens).
     """
 
     name: str
     norm: str
     shape: tuple[int, ...]
     inserted: bool
+    rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,13 @@ class LockSpec:
             )
         try:
             sites = tuple(
-                SiteSpec(s["name"], s["norm"], _shape(s["shape"]), bool(s["inserted"]))
+                SiteSpec(
+                    name=s["name"],
+                    norm=s["norm"],
+                    shape=_shape(s["shape"]),
+                    inserted=bool(s["inserted"]),
+                    rows=bool(s.get("rows", False)),  # absent in earlier ones
+                )
                 for s in data["sites"]
             )
             return cls(

@@ -13,6 +13,8 @@ from fedkl.locking.pad import PadAffine
 from fedkl.locking.sites import locked_norms, source_of
 from fedkl.locking.split import split
 
+_SHOWN = 5  # names listed per kind of mismatch
+
 
 def private_names(model: nn.Module) -> set[str]:
     """Names of the tensors in the model's state dict that must not leave the client.
@@ -139,25 +141,32 @@ def load_private_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def state_problems(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
-    """How ``got`` differs from ``expected`` in names, shapes and dtypes; empty if it does not."""
-    problems = []
+    """How ``got`` differs from ``expected`` in names, shapes and dtypes; empty if it does not.
+
+    Of many tensors that differ the first five are named.
+    """
+    problems, odd = [], []
     if missing := [n for n in expected if n not in got]:
         problems.append(f"missing {_some(missing)}")
     if extra := [n for n in got if n not in expected]:
         problems.append(f"unexpected {_some(extra)}")
     for name in expected:
         if name in got and not isinstance(got[name], Tensor):
-            problems.append(f"{name} is a {type(got[name]).__name__}, expected a tensor")
+            odd.append(f"{name} is a {type(got[name]).__name__}, expected a tensor")
         elif name in got and got[name].shape != expected[name].shape:
             want, have = tuple(expected[name].shape), tuple(got[name].shape)
-            problems.append(f"{name} has shape {have}, expected {want}")
+            odd.append(f"{name} has shape {have}, expected {want}")
         elif name in got and got[name].dtype != expected[name].dtype:
-            problems.append(f"{name} is {got[name].dtype}, expected {expected[name].dtype}")
+            odd.append(f"{name} is {got[name].dtype}, expected {expected[name].dtype}")
+    problems += odd[:_SHOWN]
+    if len(odd) > _SHOWN:
+        problems.append(f"and {len(odd) - _SHOWN} more tensors")
     return problems
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _check_finite(state: Mapping[str, Tensor], what: str, remedy: str) -> None:
@@ -182,9 +191,20 @@ def fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> No
         )
     if problems := state_problems(own, state):
         raise StateError(
-            f"this {what} does not fit the model: {'; '.join(problems)}. Use a state of the same "
-            "architecture and lock spec."
+            f"this {what} does not fit the model: {'; '.join(problems)}. {_remedy(own, state)}"
         )
+
+
+def _remedy(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What to do about a state that does not fit: one that was averaged or converted still can."""
+    kept = own.keys() == state.keys() and all(
+        isinstance(t, Tensor) and t.shape == own[n].shape for n, t in state.items()
+    )
+    if not kept:
+        return "Use a state of the same architecture and lock spec."
+    if any(t.is_floating_point() and not own[n].is_floating_point() for n, t in state.items()):
+        return "Average no integers such as num_batches_tracked: take them from one client."
+    return "Convert it to the model's dtypes first."
 
 
 def copy_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,9 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from fedkl.errors import LockError
-from fedkl.locking.sites import CONVOLUTIONS, LockedNorm, NormAfter, affine_shape
+from fedkl.locking.insertion import CONVOLUTIONS, NormAfter
+from fedkl.locking.sites import LockedNorm, affine_shape
 from fedkl.rng import borrowed, derive
 
 NORMS: Final[dict[type[nn.Module], str]] = {
@@ -121,6 +123,13 @@ def features_of(module: nn.Module) -> int:
     return value
 
 
+def hookable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every module that takes hooks, which scripted ones do not."""
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield name, module
+
+
 def lockable(model: nn.Module) -> list[Lockable]:
     """What can be locked in ``model``, and what not and why.
 
@@ -164,25 +173,55 @@ def call(model: nn.Module, example: Any) -> Any:
     return model(example)
 
 
+def does_not_run(example: Any, error: Exception) -> LockError:
+    """The error of an example on which the model failed with ``error``."""
+    sizes = [tuple(t.shape) for t in tree_leaves(example) if isinstance(t, Tensor)]
+    got = type(example).__name__ + (f" of {', '.join(map(str, sizes[:4]))}" if sizes else "")
+    # PyTorch adds pages on how it got there.
+    first = str(error).strip().partition("\n")[0][:300].rstrip(".")
+    return LockError(
+        f"the model does not run on the example ({got}): {type(error).__name__}: {first}. Pass the "
+        "tensor, tuple of arguments or dict of keyword arguments it takes, of at least two inputs."
+    )
+
+
 @dataclass(frozen=True)
 class Trace:
-    """Order of execution on an example: candidate names, and the norm right behind a layer."""
+    """Order of execution on an example.
+
+    Attributes:
+        order: Norms, convolutions and linear layers, each at its first call.
+        norm_behind: The norm right behind a layer.
+        before: Of ``order`` those that had run when the module asked for had; None if it never
+            runs, or none was asked for.
+        last: The last module with parameters of its own that had, of any kind.
+    """
 
     order: tuple[str, ...]
     norm_behind: Mapping[str, str]
+    before: tuple[str, ...] | None = None
+    last: str | None = None
 
 
 class _Tracer:
     """Follows each layer's output through parameter-free modules to the norm that takes it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, mark: str | None) -> None:
         self.order: list[str] = []
         self.behind: dict[str, str] = {}
+        self.before: tuple[str, ...] | None = None
+        self.last: str | None = None
         self.handles = [
             module.register_forward_hook(self._hook(name, module))
-            for name, module in model.named_modules()
+            for name, module in hookable(model)
             if not any(True for _ in module.children())
         ]
+        if mark is not None:
+            # Behind the hooks above: of a layer of its own the mark finds it in the order.
+            self.handles.append(model.get_submodule(mark).register_forward_hook(self._mark))
+
+    def _mark(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.before = tuple(self.order) if self.before is None else self.before
 
     def _hook(self, name: str, module: nn.Module) -> Any:
         known = kind_of(module) != "other"
@@ -192,6 +231,8 @@ class _Tracer:
             origin = getattr(args[0], "_fedkl_origin", None) if args else None
             if known and name not in self.order:
                 self.order.append(name)
+            if not passes and self.before is None:
+                self.last = name
             if not isinstance(output, Tensor):
                 return
             if is_norm(module):
@@ -210,8 +251,10 @@ class _Tracer:
             handle.remove()
 
 
-def trace(model: nn.Module, example: Any) -> Trace:
+def trace(model: nn.Module, example: Any, mark: str | None = None) -> Trace:
     """Runs ``example`` once and records which norms, convolutions and linear layers ran.
+
+    ``mark``: also which of them before the module of that name had.
 
     Runs in eval mode with gradients on: no statistics move, and fused inference paths, which
     skip modules, stay out of the way.
@@ -220,21 +263,18 @@ def trace(model: nn.Module, example: Any) -> Trace:
         LockError: The model does not run on ``example``.
     """
     modes = {module: module.training for module in model.modules()}
-    tracer = _Tracer(model)
+    tracer = _Tracer(model, mark)
     model.eval()
     try:
         with torch.enable_grad(), borrowed(derive(0, "trace")):
             call(model, example)
     except Exception as error:
-        raise LockError(
-            f"the model does not run on the example: {type(error).__name__}: {error}. "
-            "Pass the tensor, tuple of arguments or dict of keyword arguments it takes."
-        ) from error
+        raise does_not_run(example, error) from error
     finally:
         tracer.close()
         for module, mode in modes.items():
             module.training = mode
-    return Trace(tuple(tracer.order), dict(tracer.behind))
+    return Trace(tuple(tracer.order), dict(tracer.behind), tracer.before, tracer.last)
 
 
 def registered(model: nn.Module) -> Trace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -145,7 +146,7 @@ def test_a_class_without_public_images_is_answered_with_the_closest_of_all() -> 
 def test_fishing_keeps_the_score() -> None:
     """Of a batch with one image of the class, whose gradient alone gets through."""
     x, y = digits()
-    victim = trained_victim()
+    victim = copy.deepcopy(trained_victim())  # other tests have the same one
     target = int(y[0])
     shared = {n: t for n, t in victim.public.state_dict().items() if "keylock" not in n}
     crafted = craft(shared, target, weight="5.weight", bias="5.bias")
