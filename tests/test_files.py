@@ -211,6 +211,12 @@ def read_foreign_tensors(folder: Path) -> None:
     read_tensors(folder / "x")
 
 
+def test_a_missing_file_is_not_called_broken(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_json(tmp_path / "x")
+    assert "not valid JSON" not in str(caught.value)
+
+
 ERRORS: list[tuple[Callable[[Path], object], type[FedKLError], str]] = [
     (lambda f: write_bytes(f / "no" / "x", b""), OutputError, "Create the folder first"),
     (write_below_a_file, OutputError, "is a file, not a folder"),

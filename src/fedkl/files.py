@@ -104,8 +104,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         CheckpointError: the file is missing, unreadable, or not JSON; says where it breaks off.
     """
+    data = _read(path)  # a file that is not there is no broken JSON
     try:
-        return json.loads(_read(path), parse_constant=_no_constant)
+        return json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not valid JSON: {error}. It was probably cut off or edited; "

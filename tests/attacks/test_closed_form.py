@@ -174,6 +174,17 @@ def test_what_cannot_be_solved_says_why(words: str, generator: torch.Generator) 
         ClosedForm().reconstruct([observation], generator=generator)
 
 
+@pytest.mark.parametrize("words", CANNOT)
+def test_every_victim_of_a_model_that_cannot_be_solved_says_so(
+    words: str, generator: torch.Generator
+) -> None:
+    model = CANNOT[words]
+    victims = [observe(model, torch.rand(1, *SHAPE), torch.tensor([i])) for i in range(3)]
+    with pytest.raises(AttackError, match=words) as caught:
+        ClosedForm().reconstruct(victims, generator=generator)
+    assert caught.value.victims == (0, 1, 2)
+
+
 def test_batches_and_private_layers_are_errors(generator: torch.Generator) -> None:
     x, y = torch.rand(2, *SHAPE), torch.tensor([1, 2])
     attack, model = ClosedForm(), mlp()

@@ -43,6 +43,22 @@ def test_single_example_without_a_bias(label: int, shift: float) -> None:
     assert int(infer_label(layer.weight.grad, None)) == label
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("label", [0, 1])
+def test_without_a_bias_the_row_below_zero_is_the_labels_where_two_are_as_long(
+    classes: int, label: int
+) -> None:
+    """Of two classes; or of more, where the model is sure of a wrong one."""
+    features = torch.rand(1, 12, generator=derive(label, "sure"))
+    layer = nn.Linear(12, classes, bias=False)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[1 - label] = 20.0
+    cross_entropy(layer(features), torch.tensor([label])).backward()
+    assert layer.weight.grad is not None
+    assert int(infer_label(layer.weight.grad, None)) == label
+
+
 @pytest.mark.parametrize("labels", [[0, 0, 1, 3], [2, 2, 2, 2], [0, 1, 2, 3, 3, 3, 1, 0]])
 def test_counts_are_exact_where_the_model_knows_nothing(labels: list[int]) -> None:
     y = torch.tensor(labels)

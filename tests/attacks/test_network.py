@@ -215,6 +215,43 @@ def test_dropout_and_auxiliary_outputs_are_attacked_as_well() -> None:
     assert model.drop.p == 0.5  # of the victim; the attacker works on a copy
 
 
+def test_instance_norms_that_keep_statistics_are_attacked_as_well() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        nn.Sigmoid(),
+        nn.Flatten(),
+        nn.Linear(4 * 64, CLASSES),
+    )
+    x, y = images(2, (1, 8, 8)), torch.tensor([1, 3])
+    seen = observe(model, x, y)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    network = Network(seen[0])
+    made = network.gradient({}, x[:1], one_hot(y[:1], CLASSES).float())
+    for name, value in seen[0].changes[0].items():
+        torch.testing.assert_close(made[name], value, rtol=1e-4, atol=1e-6)
+    found = InvertingGradients(iterations=3).reconstruct(seen, generator=derive(0, "a"))
+    assert [int(one.labels) for one in found] == [1, 3]
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_a_model_that_does_not_run_on_many_trials_says_so() -> None:
+    class Leaky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(F.rrelu(x.flatten(1) - 0.5, training=True))
+            return y
+
+    seen = observe(Leaky(), images(2, (1, 8, 8)), torch.tensor([1, 3]))
+    with pytest.raises(AttackError, match=r"rrelu.*parallel=1"):
+        InvertingGradients(iterations=2).reconstruct(seen, generator=derive(0, "a"))
+    alone = InvertingGradients(iterations=2, parallel=1)
+    assert len(alone.reconstruct(seen, generator=derive(0, "a"))) == 2
+
+
 def test_an_output_without_logits_is_refused() -> None:
     class Odd(Dropping):
         def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]

@@ -142,6 +142,22 @@ def test_what_it_cannot_read_is_refused(victims: tuple[Tensor, Tensor], tmp_path
         Peel().reconstruct([], generator=derive(0, "a"))
 
 
+def test_rectangular_kernels_are_refused(victims: tuple[Tensor, Tensor]) -> None:
+    conv = nn.Conv2d(1, 4, (3, 5), padding=1)
+    odd = nn.Sequential(conv, nn.Sigmoid(), nn.Flatten(), nn.Linear(4 * 8 * 6, CLASSES))
+    with pytest.raises(AttackError, match="0 is no plain square convolution"):
+        Peel().reconstruct(observe(odd, *victims), generator=derive(0, "a"))
+
+
+def test_equations_that_would_not_fit_are_refused() -> None:
+    """Of 3 x 64 x 64 pixels they took 30 GB, and the audit ended."""
+    conv = nn.Conv2d(3, 12, 5, 2, padding=2)
+    large = nn.Sequential(conv, nn.Sigmoid(), nn.Flatten(), nn.Linear(12 * 32 * 32, CLASSES))
+    x = torch.rand(1, 3, 64, 64, generator=derive(0, "x"))
+    with pytest.raises(AttackError, match=r"0 on 3x64x64 numbers would take 34 GB"):
+        Peel().reconstruct(observe(large, x, torch.tensor([1])), generator=derive(0, "a"))
+
+
 def test_vanished_gradient_is_an_error_in_words() -> None:
     (seen,) = observe(tiny(), images(1, (1, 8, 8)), torch.tensor([1]))
     gone = ({name: torch.zeros_like(value) for name, value in seen.changes[0].items()},)

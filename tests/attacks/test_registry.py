@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import pytest
 import torch
+from attackhelp import CLASSES, images, observe, tiny
+from torch import nn
 
 from fedkl.attacks import (
     ATTACKS,
@@ -50,6 +53,32 @@ def test_iterations_and_parallel_are_for_those_who_search(name: str) -> None:
         assert usual.iterations >= 150
         with pytest.raises(ConfigError, match="iterations 0"):
             made(name, iterations=0)
+
+
+MODELS = {
+    "convolution": lambda: tiny(),
+    "norm": lambda: tiny(norm=True),
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4)),
+    "no bias": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES, bias=False)),
+    "convolutional head": lambda: nn.Sequential(
+        nn.Conv2d(1, CLASSES, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ),
+}
+
+
+@pytest.mark.parametrize("count", [2, 24])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_answers_for_every_victim_or_says_why_not(
+    name: str, model: str, count: int
+) -> None:
+    """Anything but an AttackError ends an audit of all attacks."""
+    x, y = images(count, (1, 8, 8)), torch.arange(count) % CLASSES
+    budget = {"iterations": 1} if name in SEARCHING else {}
+    seen, found = observe(MODELS[model](), x, y), []
+    with contextlib.suppress(AttackError):
+        found = made(name, **budget).reconstruct(seen, generator=torch.Generator().manual_seed(0))
+    assert [one.images.shape for one in found] in ([], [(1, 1, 1, 8, 8)] * count)
 
 
 def test_ggl_as_published_is_the_papers_effort() -> None:

@@ -5,8 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from torch import nn
+
 from fedkl.audit import AuditConfig
 from fedkl.federation import RunConfig, config_from
+
+
+def all_convolutional(num_classes: int, channels: int) -> nn.Module:
+    """A model whose classifier is a convolution: ``audithelp:all_convolutional``."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 3, stride=2, padding=1),
+        nn.Sigmoid(),
+        nn.Conv2d(6, num_classes, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
 
 
 def small_run(**defense: Any) -> RunConfig:

@@ -54,6 +54,23 @@ def test_a_pad_that_was_not_tested_the_hardest_way_is_said_so(
     assert words in "".join(found)
 
 
+@pytest.mark.parametrize(
+    "attack, threat, said",
+    [("retrieval-transport", "adaptive", True), ("retrieval-transport", "key-shared", False),
+     ("dlg", "adaptive", False)],
+)  # fmt: skip
+def test_hardest_test_that_could_not_be_mounted_is_none(
+    attack: str, threat: str, said: bool
+) -> None:
+    """Of a classifier that is no linear layer, say: asked for is not done."""
+    audit = small_audit(defenses=("pad",), **HARD)
+    skipped = [{"attack": attack, "defense": "pad", "threat": threat, "reason": "no"}]
+    skipped.append({"attack": attack, "defense": "none", "threat": "open", "reason": "no"})
+    found = caveats(audit, {}, 10, skipped)
+    assert len(found) == said
+    assert all("could not be mounted on pad" in line for line in found)
+
+
 def test_other_iterations_than_those_of_the_effort_are_told() -> None:
     (line,) = caveats(small_audit(iterations=5), {}, 10)
     assert "5 iterations" in line

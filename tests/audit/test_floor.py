@@ -39,3 +39,16 @@ def test_class_without_images() -> None:
 def test_large_images_are_fewer(size: int, channels: int, count: int) -> None:
     """10,000 images of 3 x 224 x 224 would be 6 GB."""
     assert few_enough(some(2500, size, channels)).tolist() == list(range(count))
+
+
+def test_of_large_images_sorted_by_class_there_are_some_of_each() -> None:
+    """As image folders have them; the guess for the others was an error."""
+    count, classes = 2500, 300
+    pixels = torch.zeros(count, 1, 8, 8, dtype=torch.uint8)
+    labels = (torch.arange(count) % classes).sort().values
+    images = TensorImages(pixels, labels, channels=3, image_size=224)
+    rows = few_enough(images)
+    assert len(rows) == classes  # more than the 204 there would be
+    assert sorted(labels[rows].tolist()) == list(range(classes))
+    few = TensorImages(pixels, labels // 100, channels=3, image_size=224)
+    assert torch.bincount(few.labels[few_enough(few)]).tolist() == [68, 68, 68]

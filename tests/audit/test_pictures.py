@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 from fedkl.attacks import Reconstruction
 from fedkl.audit.measure import Truth
-from fedkl.audit.pictures import save_pictures
+from fedkl.audit.pictures import save_pictures, save_png
 
 
 def pictured(folder: Path, order: list[int]) -> dict[str, object]:
@@ -37,3 +40,16 @@ def test_no_film_of_another_image_of_the_batch(tmp_path: Path) -> None:
     entry = pictured(tmp_path, [1, 0])
     assert (entry["sprite"], entry["frames"], entry["ssims"]) == (None, 0, [])
     assert (tmp_path / str(entry["reconstruction"])).is_file()
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_other_numbers_of_channels_stand_side_by_side(tmp_path: Path, channels: int) -> None:
+    """Two and four were taken for transparency, others were an error after the attack."""
+    image = torch.rand(channels, 4, 6, generator=torch.Generator().manual_seed(0))
+    save_png(image, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert (picture.mode, picture.size) == ("L", (6 * channels, 4))
+        seen = np.array(picture)
+    for number, channel in enumerate(image):
+        expected = (channel * 255).round().numpy()
+        assert (seen[:, 6 * number : 6 * number + 6] == expected).all()

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkl.attacks.network import Network
 from fedkl.audit.update import UpdateConfig, attackers, audit_update, observe_update
+from fedkl.errors import StateError
 from fedkl.models import build
 from fedkl.rng import derive
 
@@ -70,6 +71,18 @@ def test_statistics_that_did_not_move_are_none() -> None:
     gradients = {n: before[n] - t for n, t in after.items()}
     found = observe_update("resnet20", config(batch_size=3), before, gradients, gradient=True)
     assert found.statistics == ()
+
+
+def test_a_gradient_needs_no_buffers() -> None:
+    before, after, *_ = made("resnet20")
+    names = {n for n in before if "running" not in n and "tracked" not in n}
+    gradient = {n: (before[n] - after[n]) / LR for n in names}
+    seen = observe_update("resnet20", config(batch_size=3), before, gradient, gradient=True)
+    assert seen.statistics == ()
+    assert seen.changes[0].keys() == names
+    del gradient["conv1.weight"]
+    with pytest.raises(StateError, match=r"missing conv1\.weight"):
+        observe_update("resnet20", config(batch_size=3), before, gradient, gradient=True)
 
 
 def test_a_gradient_is_an_update_of_one_step() -> None:

@@ -241,12 +241,22 @@ def test_bounds_rise_with_chance() -> None:
         (400, 180, 2, "holds"),  # up to 50.0 %
         (100, 50, 2, "inconclusive"),  # up to 60 %
         (400, 0, 1000, "holds"),
-        (400, 20, 1000, "leaks"),  # from 3.1 %: never below the bounds of 100 candidates
+        (400, 20, 1000, "leaks"),  # from 3.1 %
+        (1000, 20, 1000, "leaks"),  # from 1.2 %, 12 times chance
     ],
 )
 def test_bounds_are_an_excess_over_chance(n: int, hits: int, candidates: int, verdict: str) -> None:
     found = [*WORKING, *rows("channel", "adaptive", n, -0.1, hits)]
     entries = summarize(found, judged=["channel"], candidates=candidates)
+    entry = next(e for e in entries if e["role"] == "defense")
+    assert entry["verdict"] == verdict, entry["reason"]
+
+
+@pytest.mark.parametrize("hits, verdict", [(8, "inconclusive"), (2, "holds")])
+def test_more_candidates_do_not_make_it_easier_to_hold(hits: int, verdict: str) -> None:
+    """8 of 1,000 (up to 1.6 %) are eight times chance, which is 0.1 %."""
+    found = [*WORKING, *rows("channel", "adaptive", 1000, -0.1, hits)]
+    entries = summarize(found, judged=["channel"], candidates=1000, feed_forward=["a"])
     entry = next(e for e in entries if e["role"] == "defense")
     assert entry["verdict"] == verdict, entry["reason"]
 

@@ -130,6 +130,20 @@ def test_aggregate_is_the_mean_and_its_key_holder_can_repeat_it(
         torch.testing.assert_close(value, mean[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("defense", ["none", "pad"])
+@pytest.mark.parametrize("linear", [True, False])
+def test_labels_are_granted_where_no_shared_linear_layer_tells_them(
+    tmp_path: Path, defense: str, linear: bool
+) -> None:
+    """Else nobody of those who need them could attack: not even the control."""
+    run = small_run()
+    name = run.model.name if linear else "audithelp:all_convolutional"
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, name=name))
+    found = victims(tmp_path, defense, run=run)
+    (seen,) = observe(found, [found.send(torch.tensor([[3]]))], threat_of("adaptive"))
+    assert (seen.labels is None) == (linear and defense == "none")
+
+
 def test_granted_labels_of_an_aggregate_do_not_tell_whose_they_are(tmp_path: Path) -> None:
     """The classifier of a pad is private, so labels are granted: which, not of which client."""
     for rows in (torch.tensor([[3, 1]]), torch.tensor([[1, 3]])):

@@ -108,6 +108,7 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("update: other classes", with_(UPDATE, "--public", "digits"), ["10 classes, the model 4"]),
     ("update: public nowhere", with_(UPDATE, "--public", "mnist", "--data-root", "{tmp}/empty"),
      ["empty", "mnist"]),
+    ("update: root of nothing", with_(UPDATE, "--data-root", "{tmp}"), ["--public", "nothing"]),
     ("update: none works", with_(UPDATE, "--attacks", "closed-form"),
      ["no attack could", "Conv2d"]),
     ("update: model", with_(UPDATE, "--model", "resnet20"), ["does not fit", "missing"]),

@@ -268,6 +268,17 @@ def test_imagenet_folders(tmp_path: Path) -> None:
     assert ((x[:, 0, 12, 12] * 255).round() >= 20).long().tolist() == y.tolist()
 
 
+def test_images_of_folders_are_mixed_the_same_way_every_time(tmp_path: Path) -> None:
+    """On disk they are sorted by class: the first ones, which attackers take, were of a few."""
+    names = [f"n{i}" for i in range(6)]
+    root = write_folders(tmp_path, {"train": names, "val": names})
+    bundle = load("imagenet", root=root, image_size=8)
+    assert len(bundle.public) == 12
+    assert bundle.public.labels.tolist() != bundle.public.labels.sort().values.tolist()
+    again = load("imagenet", root=root, image_size=8)
+    assert again.public.labels.tolist() == bundle.public.labels.tolist()
+
+
 def test_imagenet_with_other_classes_in_val(tmp_path: Path) -> None:
     root = write_folders(tmp_path, {"train": ["n01", "n02"], "val": ["n01", "n03"]})
     with pytest.raises(DataError, match=r"differ in their classes.*n02.*n03"):

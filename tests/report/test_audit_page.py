@@ -196,7 +196,7 @@ def test_every_cell_of_the_matrix_has_figure_interval_count_and_verdict(tmp_path
         x = one["advantage"]
         cell = (
             f"{words.signed(x['mean'])} {words.signed(x['low'])} to {words.signed(x['high'])} "
-            f"identified {words.percent(one['identified']['mean'])} 20 images"
+            f"identified {words.percent(one['identified']['mean'])} 20 victims"
         )
         assert cell in text
     assert "In all cells: final model, batch 1, local steps 1" in text
@@ -274,7 +274,8 @@ def test_without_accuracy_no_section_about_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "candidates, chance, bound", [(100, "1 %", "2 %"), (10, "10 %", "11 %"), (200, "0.5 %", "2 %")]
+    "candidates, chance, bound",
+    [(100, "1 %", "2 %"), (10, "10 %", "11 %"), (200, "0.5 %", "1.5 %")],
 )
 def test_words_go_by_the_number_of_candidates(
     tmp_path: Path, candidates: int, chance: str, bound: str

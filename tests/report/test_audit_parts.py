@@ -107,7 +107,7 @@ def test_rules_on_the_page_are_those_of_the_audit(tmp_path: Path) -> None:
     assert leaks + f"{100 * verdicts.IDENTIFIED_LEAKS:.0f} %" in text
     bounds = f"at most +{verdicts.ADVANTAGE_HOLDS} and {100 * verdicts.IDENTIFIED_HOLDS:.0f} %"
     few = f" ({100 * verdicts.IDENTIFIED_HOLDS_FEW:.0f} % for attacks by optimization, on "
-    assert bounds + few + f"{verdicts.FEW} images or more)" in text
+    assert bounds + few + f"{verdicts.FEW} victims or more)" in text
     assert f"by at least {verdicts.WORKS:.2f} where nothing is locked" in text
 
 

@@ -51,8 +51,10 @@ class ClosedForm(Attack):
             nonlocal network, model, names, done
             _single(observation, "the image")
             if network is None or observation.model is not model:
-                network, model = Network(observation, check=False), observation.model
-                names = _first_linear(network, observation.image_shape)
+                made = Network(observation, check=False)
+                names = _first_linear(made, observation.image_shape)
+                # Kept only now: where there is none, every victim has to say so.
+                network, model = made, observation.model
             network.check(observation)
             found = _solve(observation, network, *names)
             done += 1

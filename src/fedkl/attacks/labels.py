@@ -13,6 +13,7 @@ from fedkl.errors import AttackError
 from fedkl.observation import Observation
 
 CHUNK: Final = 250
+_ALIKE: Final = 1e-3  # rows whose lengths differ by less may differ by rounding
 
 
 def classifier(network: Network, num_classes: int) -> tuple[str, str | None]:
@@ -53,7 +54,9 @@ def infer_label(weight: Tensor, bias: Tensor | None) -> Tensor:
 
     The gradient by the logits is p - onehot(label), negative at the label alone. The bias shows it
     directly; without one, the rows of the weight's gradient are it times the same features, and
-    the row of the label points away from all others.
+    the row of the label, minus the sum of all others, is the longest. Where the model gave all the
+    rest to one class, as it does of two, that row is as long: of features most of which are
+    positive (after ReLU or sigmoid), the label's is the one below zero.
 
     Args:
         weight: (classes, features) gradient.
@@ -64,9 +67,9 @@ def infer_label(weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if bias is not None:
         return bias.argmin()
-    products = weight @ weight.T
-    # Features of one sign (after ReLU or sigmoid) would do with row sums; this needs no sign.
-    return products.sum(dim=1).sub(products.diagonal()).argmin()
+    lengths = weight.norm(dim=1)
+    longest = lengths >= (1 - _ALIKE) * lengths.max()
+    return weight.sum(dim=1).masked_fill(~longest, torch.inf).argmin()
 
 
 def infer_counts(bias: Tensor, batch_size: int, mean_probability: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import StochasticDepth
 
@@ -103,12 +104,27 @@ class Network:
         """Names of the observed parameters, in the model's order."""
         return tuple(self.shared)
 
+    def run(self, parameters: Tensors, x: Tensor) -> Any:
+        """Whatever the model puts out for images (B, C, H, W); hooks on its modules see it run.
+
+        Raises:
+            AttackError: It cannot run on many trials at once, or not at all.
+        """
+        twice = TwiceDifferentiable() if self._trials >= MANY else nullcontext()
+        try:
+            # Attention step by step: at once it has no second derivative and no rule for vmap.
+            with Undropped(), twice, sdpa_kernel(SDPBackend.MATH):
+                return functional_call(self.model, {**parameters, **self.buffers}, (x,))
+        except RuntimeError as error:
+            words = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise AttackError(
+                f"the model does not run as attacks need it: {words}. Where torch.func.vmap is at "
+                "fault, a search of one trial at a time goes without (parallel=1, --parallel 1)."
+            ) from error
+
     def logits(self, parameters: Tensors, x: Tensor) -> Tensor:
         """Output (B, classes) for images (B, C, H, W) under ``parameters`` (all, by name)."""
-        twice = TwiceDifferentiable() if self._trials >= MANY else nullcontext()
-        # Attention step by step: done at once it has no second derivative and no rule for vmap.
-        with Undropped(), twice, sdpa_kernel(SDPBackend.MATH):
-            output = functional_call(self.model, {**parameters, **self.buffers}, (x,))
+        output = self.run(parameters, x)
         if isinstance(output, tuple | list):  # auxiliary heads behind; clients train on the first
             output = output[0]
         if not isinstance(output, Tensor):
@@ -275,7 +291,9 @@ def _frozen(model: nn.Module, train_mode: bool) -> nn.Module:
             module.p = 0.0
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
-        if train_mode and isinstance(module, _BatchNorm) and module.track_running_stats:
+        if not train_mode or not isinstance(module, _BatchNorm | _InstanceNorm):
+            continue
+        if module.track_running_stats:
             module.track_running_stats = False
             for name in ("running_mean", "running_var", "num_batches_tracked"):
                 module._buffers[name] = None

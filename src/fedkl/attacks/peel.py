@@ -19,6 +19,7 @@ no search over signs. One γ and β per position stops it: then u tells nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
@@ -39,6 +40,8 @@ from fedkl.observation import Observation
 EXACT: Final = torch.float64
 DOUBTFUL: Final = 0.3
 """Misfit above which an image may have nothing to do with the true one."""
+LARGEST: Final = 4e8
+"""Numbers in the equations of one convolution; at work they are there three times."""
 _LOW, _HIGH = -4.0, 6.0  # log odds of the largest activation
 
 
@@ -330,13 +333,15 @@ def _stage(
     name: str, conv: nn.Conv2d, before: tuple[int, int, int], normed: bool, network: Network
 ) -> Stage:
     plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-    square = conv.stride[0] == conv.stride[1] and isinstance(conv.padding, tuple)
+    square = conv.stride[0] == conv.stride[1] and conv.kernel_size[0] == conv.kernel_size[1]
+    square = square and isinstance(conv.padding, tuple)
     if not (plain and square and conv.padding[0] == conv.padding[1]):
         raise AttackError(f"{name} is no plain square convolution with zero padding.")
     stride, padding, size = int(conv.stride[0]), int(conv.padding[0]), conv.kernel_size[0]
     count = before[0] * before[1] * before[2]
-    eye = torch.eye(count, dtype=EXACT).view(count, *before)
     sides = [(side + 2 * padding - size) // stride + 1 for side in before[1:]]
+    _check_memory(name, before, conv.weight.shape, sides[0] * sides[1])
+    eye = torch.eye(count, dtype=EXACT).view(count, *before)
     bias = network.shared.get(f"{name}.bias")
     return Stage(
         name=name,
@@ -349,3 +354,21 @@ def _stage(
         normed=normed,
         basis=unfold(eye, size, padding=padding, stride=stride),
     )
+
+
+def _check_memory(
+    name: str, before: tuple[int, int, int], weight: torch.Size, positions: int
+) -> None:
+    """Raises where the dense equations of a convolution would not fit.
+
+    Raises:
+        AttackError: They would not.
+    """
+    inputs, patch = math.prod(before), math.prod(weight[1:])
+    rows = weight[0] * (positions + patch)
+    if (needed := inputs * (2 * rows + patch * positions + inputs)) > LARGEST:
+        raise AttackError(
+            f"the equations of {name} on {before[0]}x{before[1]}x{before[2]} numbers would take "
+            f"{3 * 8 * needed / 1e9:.0f} GB; take smaller images or fewer channels, or an attack "
+            "that searches."
+        )

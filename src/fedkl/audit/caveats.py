@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from fedkl.audit.config import AuditConfig
+from fedkl.audit.config import KEY_HOLDER, AuditConfig
 from fedkl.observation import THREATS
 
 MANY: Final = 1000
@@ -14,7 +14,10 @@ STRONGEST: Final = "retrieval-transport"
 
 
 def caveats(
-    audit: AuditConfig, accuracy: Mapping[str, Mapping[str, Any] | None], num_classes: int
+    audit: AuditConfig,
+    accuracy: Mapping[str, Mapping[str, Any] | None],
+    num_classes: int,
+    skipped: Sequence[Mapping[str, Any]] = (),
 ) -> list[str]:
     """Sentences about what weakens the audit; empty if nothing does.
 
@@ -22,6 +25,7 @@ def caveats(
         audit: Its settings.
         accuracy: Of every defense; None where nothing was trained.
         num_classes: A guesser is right once in so many times.
+        skipped: Cells that could not be attacked, with ``attack``, ``defense`` and ``threat``.
     """
     found = []
     own = (accuracy.get("none") or {}).get("own_key")
@@ -39,7 +43,9 @@ def caveats(
             f"instead of those of effort {audit.effort!r}."
         )
     pads = [d for d in audit.judged if "pad" in map(str.strip, d.split("+"))]
-    return found + (_weak_against(pads, audit) if pads else [])
+    if not pads:
+        return found
+    return found + (_weak_against(pads, audit) or _not_mounted(pads, skipped))
 
 
 def _weak_against(pads: Sequence[str], audit: AuditConfig) -> list[str]:
@@ -57,4 +63,19 @@ def _weak_against(pads: Sequence[str], audit: AuditConfig) -> list[str]:
         f"This is not the hardest test of {', '.join(pads)}: the strongest attack that we know, "
         f"{STRONGEST}, finds next to nothing of few images under one pad and 4 % of {MANY} "
         f"(--attacks {STRONGEST} --images {MANY} --effort standard)."
+    ]
+
+
+def _not_mounted(pads: Sequence[str], skipped: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Pads that the strongest attack was asked to attack, and could not."""
+    spared = {
+        one["defense"]
+        for one in skipped
+        if one["attack"] == STRONGEST and one["threat"] != KEY_HOLDER
+    }
+    return [
+        f"The strongest attack that we know, {STRONGEST}, could not be mounted on {name}: this is "
+        "not the hardest test of it."
+        for name in pads
+        if name in spared
     ]

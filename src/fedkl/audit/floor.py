@@ -16,9 +16,26 @@ PIXELS: Final = 10_000 * 3 * 32 * 32
 
 
 def few_enough(images: Images) -> Tensor:
-    """Positions of as many images as :data:`PIXELS` allows, the first ones: int64 (M,)."""
-    size = math.prod(images.image_shape)
-    return torch.arange(min(len(images), max(2, PIXELS // size)))
+    """Positions of as many images as :data:`PIXELS` allows: int64 (M,).
+
+    All of them in their order; or the first ones of every class in turn, one of each at least, for
+    image folders are sorted by class.
+    """
+    most = max(2, PIXELS // math.prod(images.image_shape))
+    if len(images) <= most:
+        return torch.arange(len(images))
+    rows = in_turn(torch.arange(len(images)), images.labels)
+    return rows[: max(most, len(torch.unique(images.labels)))]
+
+
+def in_turn(order: Tensor, labels: Tensor) -> Tensor:
+    """Positions (N,) in the order of ``order``, but the classes in turn; ``labels`` (N,) of all."""
+    mine = labels[order]
+    rank = torch.zeros_like(mine)
+    for label in torch.unique(mine):
+        where = (mine == label).nonzero().flatten()
+        rank[where] = torch.arange(len(where))
+    return order[torch.argsort(rank, stable=True)]
 
 
 def class_means(images: Images, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ def _result(
         ),
         "controls": [d for d in audit.grid if d not in audit.judged] + [KEY_HOLDER, "floor"],
         "accuracy": dict(accuracy),
-        "caveats": caveats(audit, accuracy, bundle.num_classes),
+        "caveats": caveats(audit, accuracy, bundle.num_classes, found["skipped"]),
         **found,
         "certificate": None,
     }

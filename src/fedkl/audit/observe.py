@@ -14,8 +14,9 @@ from fedkl.observation import Observation, ThreatModel
 def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list[Observation]:
     """One observation per victim. The model is rebuilt: nothing private comes along by reference.
 
-    Labels are read off the classifier's gradient by the attacks. Where the classifier is private
-    they are granted, which is more than the attacker has, so that attacks that need them run.
+    Labels are read off the gradient of a linear classifier by the attacks. Where it is private, or
+    there is none (a convolution, say), they are granted, which may be more than the attacker has,
+    so that attacks that need them run.
 
     Args:
         victims: The clients.
@@ -26,7 +27,7 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
     secrets = victims.secrets(model)
     spec = None if victims.spec is None else victims.spec.to_dict()
     known = victims.held() if threat.key else {}
-    told = threat.labels or _head_is_private(victims, model, secrets)
+    told = threat.labels or _tells_no_label(victims, model, secrets)
     weights = victims.lock_weights() if threat.lock_weights else {}
     return [
         Observation(
@@ -49,15 +50,16 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
     ]
 
 
-def _head_is_private(victims: Victims, model: nn.Module, secrets: Sequence[str]) -> bool:
-    """Whether the last linear layer with as many outputs as classes stays with the client."""
+def _tells_no_label(victims: Victims, model: nn.Module, secrets: Sequence[str]) -> bool:
+    """Whether no shared linear layer has as many outputs as there are classes, as the last one."""
     classes = victims.bundle.num_classes
     linear = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module.out_features == classes
     ]
-    return bool(linear) and f"{linear[-1]}.weight".removeprefix(".") in secrets
+    shared = {name for name, _ in model.named_parameters()} - set(secrets)
+    return not linear or f"{linear[-1]}.weight".removeprefix(".") not in shared
 
 
 def _labels(victims: Victims, sent: Sent) -> Tensor:

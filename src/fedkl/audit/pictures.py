@@ -17,7 +17,13 @@ from fedkl.files import make_folder, write_bytes
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """Writes an image (C, H, W) in [0, 1], C 1 or 3, as an 8-bit PNG (atomic)."""
+    """Writes an image (C, H, W) in [0, 1] as an 8-bit PNG (atomic).
+
+    Grey or color; of other numbers of channels each is grey, side by side: PNG would take the
+    second or fourth one for transparency.
+    """
+    if image.shape[0] not in (1, 3):
+        image = torch.cat(list(image), dim=-1)[None]
     pixels = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     data = io.BytesIO()

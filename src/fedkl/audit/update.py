@@ -162,7 +162,8 @@ def observe_update(
         before: The shared state that the client received.
         after: The shared state that it sent back.
         spec: The public lock spec of a locked model: what is private becomes an unknown.
-        gradient: ``after`` holds the gradient of one step, as ``fedsgd`` sends it.
+        gradient: ``after`` holds the gradient of one step, as ``fedsgd`` sends it, with or without
+            buffers.
 
     Raises:
         ConfigError: ``gradient`` of an update of several steps, or with momentum or weight decay.
@@ -181,6 +182,9 @@ def observe_update(
     if spec is not None:
         network = rebuild(network, spec)
     own = shared_views(network)
+    if gradient:  # buffers have none: whether they came along makes no difference
+        still = own.keys() - {n for n, _ in network.named_parameters(remove_duplicate=False)}
+        after = {**{n: before[n] for n in still if n in before}, **after}
     for what, state in (("before", before), ("after", after)):
         if problems := state_problems(own, state):
             raise StateError(

@@ -51,7 +51,7 @@ def summarize(
         recognizing: Attacks that pick among images and draw none: what their pictures, public
             images, resemble is no part of ``holds``.
         candidates: Images among which the true one was to be found. The bounds are for 100, where
-            chance is 1 %; with fewer they rise by as much as chance does.
+            chance is 1 %; with fewer they rise by as much as chance does, with more they fall.
     """
     cells: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -127,9 +127,10 @@ def judge(
         cheap: Whether the attack is feed-forward.
         draws: Whether its pictures are its own; else identification alone decides on ``holds``.
         chance: Of a guesser to identify: bounds are an excess over it, so they rise by what it is
-            above :data:`CHANCE`. Multiplied, they would pass 1 with two candidates.
+            above :data:`CHANCE` and fall by what it is below. Multiplied, they would pass 1 with
+            two candidates.
     """
-    rise = max(0.0, chance - CHANCE)
+    rise = chance - CHANCE
     if entry["n"] < FEWEST:
         return INCONCLUSIVE, (
             f"a verdict takes {FEWEST} victims, and there are {entry['n']}: of so few, one that is "

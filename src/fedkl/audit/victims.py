@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedkl.audit.config import AuditConfig
+from fedkl.audit.floor import in_turn
 from fedkl.data import DataBundle
 from fedkl.errors import CheckpointError, ConfigError, DataError
 from fedkl.federation import ClientTask, RunConfig, client_update
@@ -251,14 +252,5 @@ def draw_victims(bundle: DataBundle, audit: AuditConfig) -> Tensor:
     labels = bundle.test.labels
     order = torch.randperm(len(labels), generator=generator)
     if audit.per_victim == 1:
-        order = _in_turn(order, labels)
+        order = in_turn(order, labels)
     return order[:count].view(audit.images, audit.observations, -1)
-
-
-def _in_turn(order: Tensor, labels: Tensor) -> Tensor:
-    mine = labels[order]
-    rank = torch.zeros_like(mine)
-    for label in torch.unique(mine):
-        where = (mine == label).nonzero().flatten()
-        rank[where] = torch.arange(len(where))
-    return order[torch.argsort(rank, stable=True)]

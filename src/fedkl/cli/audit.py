@@ -205,8 +205,11 @@ def base_of(run_folder: Path | None, settings: Mapping[str, Any]) -> dict[str, A
 def _with_own(asked: tuple[str, ...], base: Mapping[str, Any]) -> tuple[str, ...]:
     """The defense of the run that was given, and those asked for that are controls."""
     own, controls = str(base["defense"]["name"]), ("none", "norm", "fedbn")
+    unasked = asked == listed(DEFENDED)
+    if unasked and own in controls:
+        return (own,)  # the others run beside it, and nobody asked for a verdict on them
     strange = [name for name in asked if name not in (*controls, own)]
-    if strange and asked != listed(DEFENDED):
+    if strange and not unasked:
         raise ConfigError(
             f"--run holds a run with defense {own}, but --defenses names {', '.join(strange)}; "
             "audit those without --run, or give their own runs one by one."

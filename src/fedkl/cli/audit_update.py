@@ -96,6 +96,11 @@ def audit_update(
     )
 
     check_update_folder(out_folder)
+    if data_root is not None and public is None:
+        raise ConfigError(
+            "--data-root is of the data set that --public names, and there is none: it would do "
+            "nothing; add --public, or leave it out."
+        )
     config = UpdateConfig.from_dict(_steps(config_file))
     observation = observe_update(
         model,

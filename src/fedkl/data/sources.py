@@ -22,6 +22,7 @@ from fedkl.data.download import cache_folder, fetch
 from fedkl.data.idx import find_idx, read_pair
 from fedkl.data.images import FolderImages, Images, TensorImages
 from fedkl.errors import ConfigError, DataError, DataNotFoundError
+from fedkl.rng import derive
 
 _DIGITS: Final = tuple(str(digit) for digit in range(10))
 _FASHION: Final = (
@@ -135,8 +136,18 @@ def _imagenet(root: Path | None, channels: int, image_size: int) -> Source:
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))[:5]
         raise DataError(f"train/ and val/ of {root} differ in their classes, e.g. {odd}.")
-    images = [FolderImages(f.samples, channels=channels, image_size=image_size) for f in folders]
+    images = [
+        FolderImages(samples, channels=channels, image_size=image_size)
+        for samples in (_mixed(train.samples), val.samples)
+    ]
     return Source(tuple(train.classes), images[0], images[1], str(root))
+
+
+def _mixed(samples: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """In another order, always the same: folders are sorted by class, and the first images of a
+    split stand for all where few are wanted."""
+    order = torch.randperm(len(samples), generator=derive(0, "order", "imagenet"))
+    return [samples[place] for place in order.tolist()]
 
 
 DATASETS: Mapping[str, Callable[[Path | None, int, int], Source]] = {

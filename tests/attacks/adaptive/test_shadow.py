@@ -9,7 +9,8 @@ import pytest
 import torch
 from adaptivehelp import Victim, gradients, observe
 from shadowhelp import OPEN, digits, network_of, public, rate, trained_victim, victims
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedkl.attacks import Reconstruction
 from fedkl.attacks.adaptive import Shadow, train_secrets
@@ -94,6 +95,30 @@ def test_features_are_those_of_batches_of_one() -> None:
         torch.testing.assert_close(
             features[i], true["5.weight"][0] / true["5.bias"][0], rtol=1e-3, atol=1e-4
         )
+
+
+def test_features_of_a_model_that_drops_by_functions_are_those_without() -> None:
+    class Forgetting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4 * 36, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(F.dropout(self.conv(x).sigmoid().flatten(1), 0.5, self.training))
+            return y
+
+    model, x = Forgetting(), digits()[0]
+    seen = Observation(
+        model=model,
+        kind="gradient",
+        changes=({name: torch.ones_like(p) for name, p in model.named_parameters()},),
+        image_shape=(1, 8, 8),
+        num_classes=10,
+        training=Training(),
+        threat=OPEN,
+    )
+    features = ShadowClient(Network(seen), {}, 10).features(x[:3])
+    torch.testing.assert_close(features, model.conv(x[:3]).sigmoid().flatten(1))
 
 
 def test_large_networks_have_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,12 +21,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Summary:
-    """One cell of the grid: an attack on a defense under a threat model, over ``n`` images.
+    """One cell of the grid: an attack on a defense under a threat model, over ``n`` victims.
 
     Attributes:
         cell: What identifies it.
         control: Whether it is there for comparison only, so that no verdict follows from it.
-        n: Reconstructions.
+        n: Victims, of one update or several each.
         figures: Metric → interval, e.g. ``ssim``, ``advantage``, ``floor_identified``.
         works: Metric → whether this attack beats the floor in it where nothing stops it.
         verdict: ``leaks``, ``holds``, ``inconclusive`` or "" where there is none.
