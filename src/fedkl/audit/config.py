@@ -49,7 +49,7 @@ class AuditConfig:
     """
 
     run: RunConfig = field(default_factory=RunConfig)
-    defenses: tuple[str, ...] = ("none", "norm", "fedbn", "channel")
+    defenses: tuple[str, ...] = ("none", "norm", "fedbn", "channel", "pad")
     attacks: tuple[str, ...] = ("inverting-gradients", "shadow-label")
     threats: tuple[str, ...] = ("adaptive",)
     stage: str = "final"

@@ -27,7 +27,7 @@ START: Final = {
     "data": {"samples": 6_000, "channels": 1},
     "evaluation": {"every": 0},
 }
-DEFENDED: Final = "none,norm,fedbn,channel"
+DEFENDED: Final = "none,norm,fedbn,channel,pad"
 WITHOUT_RUN: Final = "Without --run: settings of the runs that are trained for it"
 OWN_FLAGS: Final = ("defense.name", "training.batch_size", "training.local_steps")
 

@@ -157,7 +157,7 @@ SETTINGS: Final = (
     Setting("data.shards_per_client", "--shards-per-client", int, 2,
             "Pieces of the images, sorted by class, that each client gets; few pieces are few "
             "classes.", needs=(SHARDS,)),
-    Setting("data.samples", "--samples", int, None, "Images per client; all if not given."),
+    Setting("data.samples", "--samples", int, None, "Images per client; train takes all it has."),
     Setting("model.name", "--model", str, "lenet",
             "Model by name, any torchvision classification model, or package.module:factory.",
             MODELS),
