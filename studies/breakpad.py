@@ -18,6 +18,8 @@ matching
 repeats
     Matching against the pads of two more federations: from n = 16 on by transport, the shadow's
     best way on the first, so that no maximum over ways is taken.
+transformer
+    The same on a small vision transformer, 16x16, 4,000 images a client: three federations.
 depth
     The same with the first lock of ResNet-20 behind stage 2, all before it private: three
     federations.
@@ -42,7 +44,7 @@ from typing import Any
 
 from breakpadtables import EVERY, PARTS, PRESENTATIONS, markdown
 from cells import provenance, run_cells, say, write
-from pad import LENET, RESNET, WIDE, joined, merged
+from pad import LENET, RESNET, VIT, WIDE, joined, merged
 
 ROOT = Path(__file__).resolve().parent.parent
 PAD = {"name": "pad"}
@@ -59,12 +61,13 @@ STRONG = "pad, shared head, more public images"
 GRADIENT = {"channel": CHANNEL, "pad": PAD, "pad, shared head": OPEN_HEAD}
 MODELS: dict[str, dict[str, Any]] = {"lenet": LENET, "resnet20": merged(LENET, RESNET)}
 NETWORKS = tuple(MODELS)
+MODELS["vit"] = merged(LENET, VIT)
 MODELS["resnet20-deep"] = merged(MODELS["resnet20"], {"defense": {"behind": "layer2"}})
-APART = ("repeats", "depth")  # elsewhere cells share trained federations
+APART = ("repeats", "depth", "transformer")  # elsewhere cells share trained federations
 POOLED = {1: 100, 4: 25, 16: 7, 64: 2}  # updates under one lock: victims' locks
 COSTS = {
     "curves": 110.0, "resnet20": 450.0, "gradient": 300.0, "matching": 500.0, "repeats": 600.0,
-    "depth": 600.0, "renewals": 200.0, "likelihood": 200.0, "optimizers": 600.0,
+    "depth": 600.0, "transformer": 600.0, "renewals": 200.0, "likelihood": 200.0, "optimizers": 600.0,
 }  # fmt: skip
 STEPS = 10
 EPOCHS = 8
@@ -127,6 +130,9 @@ def cells_of(part: str, victims: int) -> list[Cell]:
         kind = {"public": 4_000, "shadows": 2, "model": "resnet20-deep"}
         arm = "resnet20, pad behind stage 2"
         return [Cell(part, f"{arm}, seed {n}", PAD, 2 * victims, n, **kind) for n in range(3)]
+    if part == "transformer":
+        kind = {"public": 4_000, "shadows": 2, "model": "vit"}
+        return [Cell(part, f"vit, pad, seed {n}", PAD, 2 * victims, n, **kind) for n in range(3)]
     if part == "renewals":
         arms = {"pad": PAD, "pad, shared head": OPEN_HEAD}
         return [Cell(part, arm, lock, victims) for arm, lock in arms.items()]
@@ -168,6 +174,7 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
         "matching": _gradients,
         "repeats": _gradients,
         "depth": _gradients,
+        "transformer": _gradients,
         "renewals": _renewals,
         "likelihood": _likelihood,
         "optimizers": _audit,

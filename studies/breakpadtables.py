@@ -8,9 +8,13 @@ from typing import Any
 from cells import table
 
 PARTS = (
-    "curves", "resnet20", "gradient", "matching", "repeats", "depth", "renewals", "likelihood",
-    "optimizers",
+    "curves", "resnet20", "gradient", "matching", "repeats", "depth", "transformer", "renewals",
+    "likelihood", "optimizers",
 )  # fmt: skip
+SEVERAL = {  # parts over several federations of their own
+    "depth": "with the first lock behind a whole stage and all before it private",
+    "transformer": "on a small vision transformer",
+}
 EVERY = 16
 PRESENTATIONS = (16, 64, 256, 1000, 2000)
 
@@ -50,14 +54,12 @@ def markdown(document: dict[str, Any]) -> str:
             "at the last step of training.\n\n"
             f"{_repeat_table(_federations(found))}\n"
         )
-    if "depth" in found:
-        groups: dict[str, list[Any]] = {}
-        for arm, one in found["depth"].items():
-            groups.setdefault(arm.rpartition(", seed ")[0], []).append(one)
-        parts.append(
-            "## depth\n\nAs *repeats*, with the first lock behind a whole stage and all before it "
-            f"private.\n\n{_repeat_table(groups)}\n"
-        )
+    for name, what in SEVERAL.items():
+        if name in found:
+            groups: dict[str, list[Any]] = {}
+            for arm, one in found[name].items():
+                groups.setdefault(arm.rpartition(", seed ")[0], []).append(one)
+            parts.append(f"## {name}\n\nAs *repeats*, {what}.\n\n{_repeat_table(groups)}\n")
     if "renewals" in found:
         parts.append(
             f"## renewals\n\nA pad serves {EVERY} presentations; statistics and labels of all "
