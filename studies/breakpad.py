@@ -67,7 +67,8 @@ APART = ("repeats", "depth", "transformer")  # elsewhere cells share trained fed
 POOLED = {1: 100, 4: 25, 16: 7, 64: 2}  # updates under one lock: victims' locks
 COSTS = {
     "curves": 110.0, "resnet20": 450.0, "gradient": 300.0, "matching": 500.0, "repeats": 600.0,
-    "depth": 600.0, "transformer": 600.0, "renewals": 200.0, "likelihood": 200.0, "optimizers": 600.0,
+    "depth": 600.0, "transformer": 600.0, "renewals": 200.0, "likelihood": 200.0,
+    "optimizers": 600.0,
 }  # fmt: skip
 STEPS = 10
 EPOCHS = 8
