@@ -224,6 +224,12 @@ def test_positions_beside_the_lock_tell_nothing() -> None:
         lock(Beside("positions"), KEY, scheme="pad", example=TOKENS)
 
 
+def test_what_the_warning_names_has_no_way_around_without_a_graph_either() -> None:
+    with pytest.warns(ShortcutWarning, match="passes the first lock") as seen:
+        lock(Ways("frozen"), KEY, scheme="pad", example=X)
+    assert "behind='conv'" not in str(seen[0].message)
+
+
 def test_a_head_that_starts_at_zero_hides_no_way_around() -> None:
     net = Ways("branch")
     nn.init.zeros_(net.fc.weight)

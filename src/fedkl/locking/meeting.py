@@ -172,6 +172,8 @@ def _remedy(locked: nn.Module, example: Any) -> str:
         except LockError:
             continue
         stem = stem_of(model, example, name)
-        if has_weights(model, stem) and parameters - {*stem}:
+        behind_all = has_weights(model, stem) and parameters - {*stem}
+        # A graph does not know of what goes around without one.
+        if behind_all and not passes_by(model, name, example):
             return f"behind={name!r}"
     return unknown
