@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -164,6 +165,23 @@ def test_merging_computes_the_same(case: Case) -> None:
     locked = lock(make(), KEY, behind=behind, example=example, length=8).eval()
     with torch.no_grad():
         assert torch.allclose(merge(locked)(example), locked(example), atol=1e-6)
+
+
+@pytest.mark.parametrize("behind", ["layers.0", "layers.1"])
+def test_merged_blocks_take_and_show_what_they_did(behind: str) -> None:
+    """The encoder gives its blocks masks by keyword, and looks into the first one."""
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x = torch.rand(4, 6, 8)
+    locked = lock(nn.TransformerEncoder(block, 2), KEY, behind=behind, example=x, length=8).eval()
+    merged = pickle.loads(pickle.dumps(merge(locked)))
+    assert torch.allclose(merged(x), locked(x), atol=1e-6)
+
+
+def test_a_norm_under_two_names_that_has_run_is_left_out() -> None:
+    model = _resnet()
+    model.get_submodule("layer1.0").same = model.bn1
+    locked = lock(model, KEY, scheme="pad", behind="layer3", example=IMAGES)
+    assert {s.name.split(".")[0] for s in lock_spec(locked).sites} == {"layer3"}
 
 
 def test_the_norm_itself_is_taken_if_the_module_is_one() -> None:
