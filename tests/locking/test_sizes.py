@@ -206,3 +206,22 @@ def test_max_length_makes_room_for_tokens_alone() -> None:
     }
     with pytest.raises(LockError, match=r"max_length=9 is for tokens.*leave it out"):
         lock(behind(nn.Conv2d(3, 4, 3)), KEY, scheme="pad", example=X, max_length=9)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (nn.Conv2d(3, 3, 1), r"0\.0\.weight"),
+        (
+            nn.BatchNorm2d(3, affine=False),
+            r"0\.0\.running_mean",
+        ),  # told by nothing but their moving
+    ],
+)
+def test_what_is_scripted_cannot_be_private(layer: nn.Module, name: str) -> None:
+    net = behind(torch.jit.script(nn.Sequential(layer)), nn.Conv2d(3, 4, 3))
+    with pytest.raises(LockError, match=f"{name} would be private.*scripted"):
+        lock(net, KEY, scheme="pad", example=X, inplace=True)
+    assert net(X).shape == (4, 5)
+    assert lock(net, KEY, layers="2", example=X, length=8)(X).shape == (4, 5)

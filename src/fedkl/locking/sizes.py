@@ -200,7 +200,7 @@ def stem_of(model: nn.Module, example: Any, first: str) -> list[str]:
         ours = module is locked and is_norm(module)
         if not ours and (owns or module in before):
             dot = f"{name}." if name else ""
-            names += [f"{dot}{n}" for n in module._buffers if module._buffers[n] is not None]
+            names += [f"{dot}{n}" for n, _ in module.named_buffers(recurse=False)]
     return names
 
 
@@ -211,12 +211,21 @@ def _before(
     parameters = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
     outputs: list[Tensor] = []
     before: set[nn.Module] = set()
+    # Scripted modules take no hooks: those have run whose buffers move.
+    scripted = [
+        (module, buffer, buffer.detach().clone())
+        for module in model.modules()
+        if isinstance(module, torch.jit.ScriptModule)
+        for buffer in module.buffers(recurse=False)
+    ]
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not outputs:
             before.add(module)
 
     def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not outputs:
+            before.update(module for module, b, was in scripted if not torch.equal(b, was))
         outputs.extend(t for t in tree_leaves(output) if isinstance(t, Tensor))
 
     handles = [module.register_forward_pre_hook(begin) for _, module in hookable(model)]
