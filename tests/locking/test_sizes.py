@@ -208,6 +208,15 @@ def test_max_length_makes_room_for_tokens_alone() -> None:
         lock(behind(nn.Conv2d(3, 4, 3)), KEY, scheme="pad", example=X, max_length=9)
 
 
+@pytest.mark.parametrize("head", [None, False])
+def test_private_layers_are_found_where_gradients_are_off(head: bool | None) -> None:
+    net = nn.Sequential(*behind(nn.Conv2d(3, 4, 3)), nn.Linear(5, 2))
+    usual = lock(net, KEY, scheme="pad", head=head, example=X)
+    with torch.no_grad():
+        model = lock(net, KEY, scheme="pad", head=head, example=X)
+    assert lock_spec(model) == lock_spec(usual)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize(
     ("layer", "name"),

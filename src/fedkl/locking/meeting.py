@@ -79,11 +79,11 @@ def _passed(
             with restored(model), torch.enable_grad():
                 model.train(mode == "train")
                 outputs = [t for t in _run(model, given, mode) if t.requires_grad]
+                total = sum((_probe(t) for t in outputs), torch.zeros(()))
         finally:
             for handle in handles:
                 handle.remove()
         wanted = [t for i, t in enumerate(sources) if heard is None or i >= count or i in heard]
-        total = sum((_probe(t) for t in outputs), torch.zeros(()))
         order = _inputs_first(total.grad_fn, {id(t) for t in wanted})
         found = {id(getattr(node, "variable", None)) for node in order}
         met = {i for i, t in enumerate(sources[:count]) if id(t) in found}

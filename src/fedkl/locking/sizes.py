@@ -160,7 +160,7 @@ def ends_of(model: nn.Module, example: Any) -> list[str]:
         if any(True for _ in module.parameters(recurse=False)) and _innermost(module)
     ]
     try:
-        with restored(model):
+        with restored(model), torch.enable_grad():
             outputs = [t for t in _run(model, example, train=False) if t.requires_grad]
             total = sum((_energy(t) for t in outputs), torch.zeros(()))
             values = [value for _, value in made]
@@ -232,7 +232,7 @@ def _before(
     handles.append(model.get_submodule(first).register_forward_hook(end))
     try:
         # Backward before the buffers are put back, which would spoil it.
-        with restored(model), _all_with_gradient(parameters):
+        with restored(model), torch.enable_grad(), _all_with_gradient(parameters):
             _run(model, example, train=train)
             total = sum((_energy(t) for t in outputs), torch.zeros(()))
             used = (
