@@ -94,6 +94,20 @@ class Loss(nn.Module):
         return (out - target).square().mean() if self.training else out
 
 
+class Bytes(nn.Module):
+    """Takes images as bytes, and labels beside them."""
+
+    def __init__(self, way: str = "") -> None:
+        super().__init__()
+        self.net = Ways(way)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.net(x.float() / 255), labels)
+
+
+BYTES = ((255 * X).byte(), torch.arange(4) % 3)
+
+
 @pytest.mark.parametrize(
     ("make", "example"),
     [
@@ -104,12 +118,11 @@ class Loss(nn.Module):
         (lambda: Ways("rounded"), X),
         (lambda: Ways("auxiliary"), X),  # in train mode alone
         (lambda: Functional(), TOKENS),
+        (lambda: Bytes("branch"), BYTES),
         (lambda: Encoder(norm_first=True), TOKENS),
     ],
 )
-def test_a_way_around_the_first_lock_is_told(
-    make: Callable[[], nn.Module], example: Tensor
-) -> None:
+def test_a_way_around_the_first_lock_is_told(make: Callable[[], nn.Module], example: Any) -> None:
     with pytest.warns(ShortcutWarning, match="passes the first lock"):
         model = lock(make(), KEY, scheme="pad", example=example)
     assert model.training
@@ -121,6 +134,7 @@ def test_a_way_around_the_first_lock_is_told(
     [
         (Ways, X),
         (lambda: Ways("behind"), X),
+        (Bytes, BYTES),
         (Loss, (X, torch.rand(4, 3))),
         (lambda: Encoder(norm_first=False), TOKENS),
         (lambda: resnet20(), X),

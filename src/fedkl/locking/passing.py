@@ -70,18 +70,43 @@ def _told(outputs: list[Tensor], sources: list[Tensor]) -> set[int]:
 
 
 def _differs(model: nn.Module, first: str, example: Any) -> bool:
-    """The same by values in eval mode: of other numbers, or of indices that gradients miss."""
-    numbers = any(isinstance(v, Tensor) and v.is_floating_point() for v in tree_leaves(example))
-    if not numbers and _lookups(model, example):
+    """The same by values in eval mode: of other numbers, or of indices that gradients miss.
+
+    Of indices those count that ``first`` hears, as labels do not.
+    """
+    leaves = [v for v in tree_leaves(example) if isinstance(v, Tensor)]
+    if any(v.is_floating_point() for v in leaves):
+        other = tree_map(_other, example)
+        return _played_back(model, first, example, other, heard=False)
+    if _lookups(model, example):
         return False
-    other = tree_map(_other if numbers else _dealt_anew, example)
+    return any(
+        _played_back(
+            model,
+            first,
+            example,
+            tree_map(lambda v, one=one: _dealt_anew(v) if v is one else v, example),
+            heard=True,
+        )
+        for one in leaves
+    )
+
+
+def _played_back(model: nn.Module, first: str, example: Any, other: Any, *, heard: bool) -> bool:
+    """Whether ``other`` gives another output while ``first`` puts out what ``example`` makes it.
+
+    ``heard``: and by itself ``first`` would not.
+    """
     played: list[Any] = []
+    changed: list[bool] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         played.append(_copied(output))
 
     def replay(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return _copied(played.pop(0))
+        before = played.pop(0)
+        changed.append(_apart(tree_leaves(before), tree_leaves(output)))
+        return _copied(before)
 
     outputs = []
     for hook, given in ((keep, example), (replay, other)):
@@ -93,9 +118,15 @@ def _differs(model: nn.Module, first: str, example: Any) -> bool:
             return False  # it takes no others, or their values decide what runs
         finally:
             handle.remove()
+    return _apart(*outputs) and (any(changed) or not heard)
+
+
+def _apart(ones: list[Any], others: list[Any]) -> bool:
     return any(
-        a.shape == b.shape and not torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
-        for a, b in zip(*outputs, strict=False)
+        isinstance(a, Tensor)
+        and a.shape == b.shape
+        and not torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+        for a, b in zip(ones, others, strict=False)
     )
 
 
