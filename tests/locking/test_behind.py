@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -166,6 +167,16 @@ def test_merging_computes_the_same(case: Case) -> None:
         assert torch.allclose(merge(locked)(example), locked(example), atol=1e-6)
 
 
+@pytest.mark.parametrize("behind", ["layers.0", "layers.1"])
+def test_merged_blocks_take_and_show_what_they_did(behind: str) -> None:
+    """The encoder gives its blocks masks by keyword, and looks into the first one."""
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x = torch.rand(4, 6, 8)
+    locked = lock(nn.TransformerEncoder(block, 2), KEY, behind=behind, example=x, length=8).eval()
+    merged = pickle.loads(pickle.dumps(merge(locked)))
+    assert torch.allclose(merged(x), locked(x), atol=1e-6)
+
+
 def test_the_norm_itself_is_taken_if_the_module_is_one() -> None:
     locked = lock(_resnet(), KEY, scheme="pad", behind="bn1", example=IMAGES)
     plain = lock(_resnet(), KEY, scheme="pad", example=IMAGES)
@@ -273,16 +284,25 @@ class Greedy(nn.Module):
         return x
 
 
+class Last(nn.Sequential):
+    """Looks at the last of its children."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self[0](x) * self[-1].weight.abs().mean()
+        return out
+
+
 class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.last = Last(nn.Conv2d(3, 3, 1))
         self.greedy, self.pair, self.unused = Greedy(), Pair(), nn.Sequential(nn.Conv2d(3, 3, 1))
         self.scripted = torch.jit.script(nn.Sequential(nn.ReLU()))
         self.twice, self.list = nn.ReLU(), nn.ModuleList([nn.Conv2d(3, 4, 3)])
         self.fc = nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, _ = self.pair(self.twice(self.scripted(self.greedy(x))))
+        x, _ = self.pair(self.twice(self.scripted(self.greedy(self.last(x)))))
         x = self.twice(self.list[0](x))
         out: Tensor = self.fc(x.mean((2, 3)))
         return out
@@ -293,6 +313,7 @@ class Odd(nn.Module):
     ("behind", "message"),
     [
         ("greedy", "goes over its children by itself"),
+        ("last", "goes over its children by itself"),
         ("pair", "puts out tuple"),
         ("unused", "not called on this example"),
         ("list", "not called on this example"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from fedkl.errors import LockError
@@ -200,3 +201,24 @@ def test_one_value_per_channel_is_fine_with_a_group_norm() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 2))
     locked = lock(model, KEY, layers="1", norm="group", example=IMAGE[:1]).eval()
     assert not torch.equal(locked(IMAGE[:1]), locked(IMAGE[1:2]))  # the norm leaves something
+
+
+class Checkpointed(nn.Module):
+    """What lies in between is computed once more on the way back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = checkpoint(self.bn, self.conv(x), use_reentrant=False)
+        out: Tensor = self.fc(y.relu().mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("scheme", ["channel", "pad"])
+def test_activation_checkpointing_asks_for_a_lock_twice(scheme: str) -> None:
+    settings = {"head": False} if scheme == "pad" else {}
+    model = lock(Checkpointed(), KEY, scheme=scheme, example=IMAGE, **settings)
+    model(IMAGE).sum().backward()
+    assert all(p.grad is not None for p in model.get_submodule("bn.keylock").parameters())

@@ -101,6 +101,23 @@ def test_second_derivatives(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
+def test_hooks_of_the_input_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a graph of the gradients is asked for."""
+    model, x = locked(SIZES["plain"])
+    norm = model[0]  # type: ignore[index]
+    found = []
+    for kinds in (module._FUSED, ()):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_FUSED", kinds)
+            image = x.clone().requires_grad_()
+            inner = image * 2
+            inner.register_hook(lambda grad: 3 * grad)
+            inner.retain_grad()
+            loss = norm(inner).square().sum()
+            found.append(torch.autograd.grad(loss, [image], create_graph=True)[0].detach())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_where_it_does_not_apply(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eval mode, no gradients, other dtypes and layouts, cumulative statistics, transforms."""
     model, x = locked(SIZES["plain"])

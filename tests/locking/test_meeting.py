@@ -34,6 +34,35 @@ class Diamond(nn.Module):
         return (out, left.mean()) if self.early else (out,)
 
 
+class Halves(nn.Module):
+    """A tensor is parted, and both halves come out of one operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.drop, self.fc = nn.Conv2d(3, 6, 3), nn.Dropout(), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.stem(x).chunk(2, 1)
+        out: Tensor = self.fc(torch.cat([self.drop(left), right], 1).mean((2, 3)))
+        return out
+
+
+class Auxiliary(nn.Module):
+    """In train mode something leaves early, and a target comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stage, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Dropout()
+        self.fc, self.side = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        early = self.norm(self.stem(x))
+        out: Tensor = self.fc(self.stage(early).mean((2, 3)))
+        if self.training:
+            return (out + self.side(early.mean((2, 3))) - target).square().mean()
+        return out
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str], set[str]]] = {
     # model, example, some that are, some that are not
     "residual": (
@@ -88,7 +117,19 @@ def test_nothing_goes_around_them_and_something_around_others(
         assert passes_by(model, name, example), name
 
 
+def test_half_of_a_tensor_is_not_all_of_it() -> None:
+    assert meeting_points(Halves(), IMAGES) == ["stem", "fc"]
+
+
+def test_in_train_mode_nothing_may_leave_before_either() -> None:
+    model = Auxiliary()
+    assert meeting_points(model, (IMAGES, torch.rand(2, 2))) == ["norm"]
+    assert passes_by(model, "stage", (IMAGES, torch.rand(2, 2)))
+    assert not passes_by(model, "norm", (IMAGES, torch.rand(2, 2)))
+
+
 def test_they_come_as_they_run() -> None:
-    found = meeting_points(CifarResNet(1, 10, 3), IMAGES)
+    with torch.no_grad():
+        found = meeting_points(CifarResNet(1, 10, 3), IMAGES)
     assert found[:4] == ["conv1", "bn1", "relu1", "layer1"]
     assert found[-3:] == ["pool", "flatten", "fc"]

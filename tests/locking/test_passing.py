@@ -29,9 +29,9 @@ class Ways(nn.Module):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)
         self.side, self.fc = nn.Linear(64, 128), nn.Linear(128, 3)
-        self.way = way
+        self.gate, self.way = nn.Parameter(torch.zeros(1)), way
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         stem = self.conv(x)
         y = self.bn(stem).relu().flatten(1)
         if self.way == "branch":
@@ -40,7 +40,15 @@ class Ways(nn.Module):
             y = y + stem.flatten(1)
         if self.way == "behind":
             y = y + self.side(y[:, :64])
+        if self.way == "gate":
+            y = y + self.gate * self.side(x.flatten(1))
+        if self.way == "frozen":
+            y = y + self.side(x.flatten(1)).detach()
+        if self.way == "rounded":
+            y = y + self.side((x > 0.5).float().flatten(1))
         out: Tensor = self.fc(y)
+        if self.way == "auxiliary" and self.training:
+            return out, self.side(stem.flatten(1)[:, :64])
         return out
 
 
@@ -60,17 +68,61 @@ class Encoder(nn.Module):
         return out
 
 
+class Functional(nn.Module):
+    """Looks indices up without an embedding, and once more beside the lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Linear(5, 8), nn.LayerNorm(8)
+        self.mix, self.fc = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(nn.functional.one_hot(ids, 5).float())
+        out: Tensor = self.fc((self.mix(self.norm(x)) + x).mean(dim=1))
+        return out
+
+
+class Loss(nn.Module):
+    """In train mode takes targets, which are no input of the network's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Ways()
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return (out - target).square().mean() if self.training else out
+
+
+class Bytes(nn.Module):
+    """Takes images as bytes, and labels beside them."""
+
+    def __init__(self, way: str = "") -> None:
+        super().__init__()
+        self.net = Ways(way)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.net(x.float() / 255), labels)
+
+
+BYTES = ((255 * X).byte(), torch.arange(4) % 3)
+
+
 @pytest.mark.parametrize(
     ("make", "example"),
     [
         (lambda: Ways("branch"), X),
         (lambda: Ways("shortcut"), X),
+        (lambda: Ways("gate"), X),  # closed at the start only
+        (lambda: Ways("frozen"), X),  # no gradient, but the next layer's gets to see it
+        (lambda: Ways("rounded"), X),
+        (lambda: Ways("auxiliary"), X),  # in train mode alone
+        (lambda: Functional(), TOKENS),
+        (lambda: Bytes("branch"), BYTES),
         (lambda: Encoder(norm_first=True), TOKENS),
     ],
 )
-def test_a_way_around_the_first_lock_is_told(
-    make: Callable[[], nn.Module], example: Tensor
-) -> None:
+def test_a_way_around_the_first_lock_is_told(make: Callable[[], nn.Module], example: Any) -> None:
     with pytest.warns(ShortcutWarning, match="passes the first lock"):
         model = lock(make(), KEY, scheme="pad", example=example)
     assert model.training
@@ -82,13 +134,13 @@ def test_a_way_around_the_first_lock_is_told(
     [
         (Ways, X),
         (lambda: Ways("behind"), X),
+        (Bytes, BYTES),
+        (Loss, (X, torch.rand(4, 3))),
         (lambda: Encoder(norm_first=False), TOKENS),
         (lambda: resnet20(), X),
     ],
 )
-def test_nothing_is_told_where_there_is_none(
-    make: Callable[[], nn.Module], example: Tensor
-) -> None:
+def test_nothing_is_told_where_there_is_none(make: Callable[[], nn.Module], example: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lock(make(), KEY, scheme="pad", example=example)
@@ -184,6 +236,19 @@ def test_positions_beside_the_lock_tell_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lock(Beside("positions"), KEY, scheme="pad", example=TOKENS)
+
+
+def test_what_the_warning_names_has_no_way_around_without_a_graph_either() -> None:
+    with pytest.warns(ShortcutWarning, match="passes the first lock") as seen:
+        lock(Ways("frozen"), KEY, scheme="pad", example=X)
+    assert "behind='conv'" not in str(seen[0].message)
+
+
+def test_a_head_that_starts_at_zero_hides_no_way_around() -> None:
+    net = Ways("branch")
+    nn.init.zeros_(net.fc.weight)
+    with pytest.warns(ShortcutWarning, match="passes the first lock"):
+        lock(net, KEY, scheme="pad", head=False, example=X)
 
 
 def starts_with_norm() -> nn.Sequential:

@@ -11,6 +11,7 @@ from torch import nn
 from fedkl.errors import LockError
 from fedkl.key import Key
 from fedkl.locking import is_locked, lock, lock_spec
+from fedkl.models import CifarResNet
 
 from .zoo import IMAGE, SMALL, Aux, Late, images
 
@@ -126,3 +127,10 @@ def test_nothing_lockable_says_why(
     with pytest.raises(LockError, match=reason):
         lock(model, KEY, example=example if traced else None)
     assert not is_locked(model)
+
+
+def test_a_norm_under_two_names_that_has_run_is_left_out_behind_a_module() -> None:
+    model = CifarResNet(1, 10, 3)
+    model.get_submodule("layer1.0").same = model.bn1
+    names = sites(model, layers="all", behind="layer3", example=images(2, 3, 16, 16))
+    assert {name.split(".")[0] for name in names} == {"layer3"}

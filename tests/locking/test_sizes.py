@@ -44,6 +44,32 @@ class Spectral(nn.Module):
         return torch.fft.irfft(mixed, n=8)
 
 
+class Noisy(nn.Module):
+    """A layer that runs in train mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.mix(x)) if self.training else x
+        return out
+
+
+class Whole(nn.Sequential):
+    """The model itself keeps the running mean."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.register_buffer("mean", torch.zeros(3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = self.mean.lerp(x.detach().mean(0), 0.1)
+        out: Tensor = super().forward(x - self.mean)
+        return out
+
+
 def behind(*stem: nn.Module, channels: int = 4, side: int = 6) -> nn.Sequential:
     return nn.Sequential(
         *stem,
@@ -56,6 +82,16 @@ STEMS: dict[str, tuple[Callable[[], nn.Sequential], set[str], str]] = {
     "running mean of the input": (
         lambda: behind(Standardized(), nn.Conv2d(3, 4, 3)),
         {"0.mean", "1.weight", "1.bias"},
+        "4",
+    ),
+    "running mean in the container": (
+        lambda: Whole(*behind(nn.Conv2d(3, 4, 3))),
+        {"mean", "0.weight", "0.bias"},
+        "3",
+    ),
+    "in train mode alone": (
+        lambda: behind(Noisy(), nn.Conv2d(3, 4, 3)),
+        {"0.mix.weight", "0.mix.bias", "0.norm.running_mean", "1.weight", "1.bias"},
         "4",
     ),
     "power iteration": (
@@ -170,3 +206,31 @@ def test_max_length_makes_room_for_tokens_alone() -> None:
     }
     with pytest.raises(LockError, match=r"max_length=9 is for tokens.*leave it out"):
         lock(behind(nn.Conv2d(3, 4, 3)), KEY, scheme="pad", example=X, max_length=9)
+
+
+@pytest.mark.parametrize("head", [None, False])
+def test_private_layers_are_found_where_gradients_are_off(head: bool | None) -> None:
+    net = nn.Sequential(*behind(nn.Conv2d(3, 4, 3)), nn.Linear(5, 2))
+    usual = lock(net, KEY, scheme="pad", head=head, example=X)
+    with torch.no_grad():
+        model = lock(net, KEY, scheme="pad", head=head, example=X)
+    assert lock_spec(model) == lock_spec(usual)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (nn.Conv2d(3, 3, 1), r"0\.0\.weight"),
+        (
+            nn.BatchNorm2d(3, affine=False),
+            r"0\.0\.running_mean",
+        ),  # told by nothing but their moving
+    ],
+)
+def test_what_is_scripted_cannot_be_private(layer: nn.Module, name: str) -> None:
+    net = behind(torch.jit.script(nn.Sequential(layer)), nn.Conv2d(3, 4, 3))
+    with pytest.raises(LockError, match=f"{name} would be private.*scripted"):
+        lock(net, KEY, scheme="pad", example=X, inplace=True)
+    assert net(X).shape == (4, 5)
+    assert lock(net, KEY, layers="2", example=X, length=8)(X).shape == (4, 5)

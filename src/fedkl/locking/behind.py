@@ -97,6 +97,7 @@ def _check_output(model: nn.Module, example: Any, name: str) -> None:
     """Raises unless ``name`` puts out one tensor and would not run the norm itself."""
     module = model.get_submodule(name)
     witness, outputs, runs = nn.Identity(), list[Any](), list[Any]()
+    failed = False
     handles = [
         module.register_forward_hook(lambda m, args, output: outputs.append(output)),
         witness.register_forward_hook(lambda m, args, output: runs.append(output)),
@@ -107,14 +108,13 @@ def _check_output(model: nn.Module, example: Any, name: str) -> None:
             model.eval()
             call(model, example)
     except Exception:
-        if not runs:
-            raise
+        failed = True  # without the witness it has run before
     finally:
         del module._modules[INSERTED_NAME]
         for handle in handles:
             handle.remove()
     kind = type(module).__name__
-    if runs and not is_sequence(type(module)):
+    if failed or (runs and not is_sequence(type(module))):
         raise LockError(
             f"cannot lock behind {name} ({kind}): it goes over its children by itself and would "
             "take the norm for one of them; name a module before or after it."

@@ -134,7 +134,9 @@ def _without_influence(
     try:
         with torch.enable_grad():
             outputs = [t for t in _run(model, example, mode) if t.requires_grad]
-            values = [value for found in seen.values() for value in found]
+            # Activation checkpointing asks for more of them on the way back.
+            asked = {name: [*found] for name, found in seen.items()}
+            values = [value for found in asked.values() for value in found]
             total = sum((_probe(t) for t in outputs), torch.zeros(()))
             grads = iter(
                 torch.autograd.grad(total, values, allow_unused=True)
@@ -146,7 +148,7 @@ def _without_influence(
             del source.__dict__["scale"], source.__dict__["shift"]
     moved = {
         name: [g for g in [next(grads) for _ in found] if g is not None and _tells(g)]
-        for name, found in seen.items()
+        for name, found in asked.items()
     }
     return {name for name, found in moved.items() if not found}
 

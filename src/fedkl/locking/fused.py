@@ -129,8 +129,10 @@ def _again(
     x: Tensor, scale: Tensor, grad: Tensor, eps: float
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The same gradients with a graph of their own, for second derivatives."""
-    x_hat = F.batch_norm(x, None, None, training=True, eps=eps)
+    # Not x itself, whose hooks would run here as well.
+    same = x.view_as(x)
+    x_hat = F.batch_norm(same, None, None, training=True, eps=eps)
     of_x = None
     if x.requires_grad:
-        (of_x,) = torch.autograd.grad(x_hat, x, grad * scale, create_graph=True)
+        (of_x,) = torch.autograd.grad(x_hat, same, grad * scale, create_graph=True)
     return of_x, (grad * x_hat).sum(0), grad.sum(0)

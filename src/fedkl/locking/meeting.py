@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from fedkl.locking.survey import hookable, trace
 
 _TRIED: Final = 8
 Node = Any  # torch.autograd.graph.Node, of which torch has no public constructor or type
+Passed = tuple[Node, int]  # one of the tensors that a node puts out
 
 
 def meeting_points(model: nn.Module, example: Any) -> list[str]:
@@ -28,7 +29,8 @@ def meeting_points(model: nn.Module, example: Any) -> list[str]:
 
     By the graph of one run in eval mode: with its operations in an order in which each comes
     behind what it is made of, one that no edge leaps over is on every way. Of modules that put
-    out the same tensor the outermost is named.
+    out the same tensor the outermost is named. Where the example runs in train mode, the graph
+    there must not tell otherwise.
 
     Args:
         model: Left as it was.
@@ -37,51 +39,75 @@ def meeting_points(model: nn.Module, example: Any) -> list[str]:
     Raises:
         LockError: The model does not run on the example.
     """
-    made: list[tuple[str, Node]] = []
+    made, passed, heard = _passed(model, example, "eval")
+    names: dict[Passed, str] = {}
+    for name, value in made:
+        if value in passed:
+            # A module's hook runs behind those of what is in it.
+            names.pop(value, None)
+            names[value] = name
+    try:
+        made, passed, _ = _passed(model, example, "train", heard)
+    except LockError:
+        made = []
+    meant = {name for name, value in made if value in passed}
+    other = {name for name, _ in made} - meant
+    return [name for name in dict.fromkeys(names.values()) if name not in other]
+
+
+def _passed(
+    model: nn.Module, example: Any, mode: str, heard: Collection[int] | None = None
+) -> tuple[list[tuple[str, Passed]], set[Passed], set[int]]:
+    """What modules put out, what of it is on every way, and which tensors of the example matter.
+
+    ``heard``: those that are to be looked at; a loss in train mode hears of targets as well.
+    """
+    made: list[tuple[str, Passed]] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and output.grad_fn is not None:
-                made.append((name, output.grad_fn))
+                made.append((name, (output.grad_fn, output.output_nr)))
 
         return hook
 
     with sources_watched(model, example) as (given, sources):
+        count = len(sources)
         # Behind the hooks that make leaves of what indices are looked up as.
         handles = [m.register_forward_hook(watch(n)) for n, m in hookable(model) if n]
         try:
             with restored(model), torch.enable_grad():
-                model.eval()
-                outputs = [t for t in _run(model, given, "eval") if t.requires_grad]
+                model.train(mode == "train")
+                outputs = [t for t in _run(model, given, mode) if t.requires_grad]
+                total = sum((_probe(t) for t in outputs), torch.zeros(()))
         finally:
             for handle in handles:
                 handle.remove()
-        total = sum((_probe(t) for t in outputs), torch.zeros(()))
-        passed = set(_on_every_way(total.grad_fn, sources)) if sources else set()
-    names: dict[Node, str] = {}
-    for name, node in made:
-        if node in passed:
-            # A module's hook runs behind those of what is in it.
-            names.pop(node, None)
-            names[node] = name
-    return list(dict.fromkeys(names.values()))
+        wanted = [t for i, t in enumerate(sources) if heard is None or i >= count or i in heard]
+        order = _inputs_first(total.grad_fn, {id(t) for t in wanted})
+        found = {id(getattr(node, "variable", None)) for node in order}
+        met = {i for i, t in enumerate(sources[:count]) if id(t) in found}
+        return made, set(_on_every_way(order)), met
 
 
-def _on_every_way(root: Node, sources: list[Tensor]) -> Iterator[Node]:
-    """The nodes that every way from ``root`` to any of ``sources`` passes."""
-    order = _inputs_first(root, {id(t) for t in sources})
+def _on_every_way(order: list[Node]) -> Iterator[Passed]:
+    """What every way through ``order``, from its beginning to its end, passes."""
     place = {node: i for i, node in enumerate(order)}
     # How many edges begin and end to leap over each place; sources lie before all of them.
     leaps = [0] * (len(order) + 1)
+    # Of what an operation puts out, a half of a tensor say, those that are taken.
+    taken: list[set[int]] = [set() for _ in order]
     for i, node in enumerate(order):
-        made_of = [place[n] for n, _ in node.next_functions if n in place]
-        leaps[min(made_of, default=-1) + 1] += 1
+        made_of = [(place[n], number) for n, number in node.next_functions if n in place]
+        for where, number in made_of:
+            taken[where].add(number)
+        leaps[min((where for where, _ in made_of), default=-1) + 1] += 1
         leaps[i] -= 1
     over = 0
     for i, node in enumerate(order):
         over += leaps[i]
-        if over == 0:
-            yield node
+        if over == 0 and len(taken[i]) == 1:
+            yield node, min(taken[i])
 
 
 def _inputs_first(root: Node, wanted: set[int]) -> list[Node]:
@@ -146,6 +172,8 @@ def _remedy(locked: nn.Module, example: Any) -> str:
         except LockError:
             continue
         stem = stem_of(model, example, name)
-        if has_weights(model, stem) and parameters - {*stem}:
+        behind_all = has_weights(model, stem) and parameters - {*stem}
+        # A graph does not know of what goes around without one.
+        if behind_all and not passes_by(model, name, example):
             return f"behind={name!r}"
     return unknown

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedkl.errors import LockError
+from fedkl.locking.behind import is_layer
 from fedkl.locking.holder import is_locked, lock_spec, unwrap
-from fedkl.locking.insertion import NormAfter, apply_last, remove_norm, runs_over_rows
+from fedkl.locking.insertion import (
+    INSERTED_NAME,
+    NormAfter,
+    apply_last,
+    is_sequence,
+    remove_norm,
+    runs_over_rows,
+)
 from fedkl.locking.sites import LockedNorm, source_of, unlock_norm
 from fedkl.locking.split import forget
 
@@ -38,11 +47,29 @@ class LastAxis(nn.Module):
         return apply_last(self.norm, x)
 
 
+class Followed(nn.Sequential):
+    """A module and the norm behind it: takes what the module takes, and shows what it has."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the norm makes of the module's output."""
+        return self[1](self[0](*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("0")
+            if module is None:
+                raise
+            return getattr(module, name)
+
+
 def merge(model: nn.Module) -> nn.Module:
     """An ordinary model with γ and β baked into its norms: computes the same, carries no key.
 
     The result is private (γ and β are in it), can be pickled, and runs without FedKL's lock. An
-    inserted norm becomes ``nn.Sequential(layer, norm)``, so those names change.
+    inserted norm becomes ``nn.Sequential(layer, norm)``, so those names change; behind a sequence
+    it becomes the last of its children.
 
     Raises:
         LockError: The model is not locked, or its lock has one γ and β per position (``pad``),
@@ -91,11 +118,20 @@ def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
             module._modules[name] = _replace(child, done)
     result = module
     if isinstance(module, NormAfter):
-        rows, norm = runs_over_rows(module), remove_norm(module)
-        result = nn.Sequential(module, LastAxis(norm) if rows else norm)
-        result[1].training = module.training
+        result = _with_norm(module)
     elif "_fedkl_shift" in module.__dict__:
         result = nn.Sequential(module, Shift(module.__dict__.pop("_fedkl_shift")))
     result.training = module.training
     done[id(module)] = result
     return result
+
+
+def _with_norm(module: nn.Module) -> nn.Module:
+    """A normed module as an ordinary one."""
+    rows, norm = runs_over_rows(module), remove_norm(module)
+    norm = LastAxis(norm) if rows else norm
+    norm.training = module.training
+    if is_sequence(type(module)):
+        module.add_module(INSERTED_NAME, norm)
+        return module
+    return (nn.Sequential if is_layer(module) else Followed)(module, norm)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedkl.errors import LockError
-from fedkl.locking.check import _probe, _run, _tells, restored
+from fedkl.locking.check import _nothing_zero, _probe, _run, _tells, restored
 
 
 def passes_by(model: nn.Module, first: str, example: Any) -> bool:
@@ -19,30 +19,127 @@ def passes_by(model: nn.Module, first: str, example: Any) -> bool:
 
     Its output is cut off from what it was made of. What still hears of the input (floating-point
     tensors of the example, embeddings of its indices) goes around it: a shortcut, a second branch,
-    the residual stream of a transformer.
+    the residual stream of a transformer. In train mode too, for what is an input and no target.
+    What gradients do not tell, such as frozen features without a graph, values do: with the output
+    of ``first`` played back, another example has to give the same.
 
     Args:
-        model: Locked; runs in eval mode, and is left as it was.
+        model: Locked; is left as it was.
         first: Name of the first locked norm, or of the layer that one was inserted behind.
         example: As of :func:`fedkl.lock`.
 
     Raises:
         LockError: The model does not run on the example.
     """
+    with _nothing_zero(model):
+        return any(_hears(model, first, example, mode) for mode in ("eval", "train")) or _differs(
+            model, first, example
+        )
+
+
+def _hears(model: nn.Module, first: str, example: Any, mode: str) -> bool:
+    """The same by gradients; in train mode of what ``first`` hears too, which no target is."""
+    passed: list[Tensor] = []
+
+    def cut(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        passed.extend(t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
+        return tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, output)
 
     with sources_watched(model, example) as (given, sources):
-        handle = model.get_submodule(first).register_forward_hook(_cut)
+        handle = model.get_submodule(first).register_forward_hook(cut)
         try:
             with restored(model), torch.enable_grad():
-                model.eval()
-                outputs = [t for t in _run(model, given, "eval") if t.requires_grad]
-                if not outputs or not sources:
-                    return False
-                total = sum((_probe(t) for t in outputs), torch.zeros(()))
-                found = torch.autograd.grad(total, sources, allow_unused=True)
+                model.train(mode == "train")
+                outputs = [t for t in _run(model, given, mode) if t.requires_grad]
+                around = _told(outputs, sources)
+                if mode == "train":
+                    around &= _told(passed, sources)
         finally:
             handle.remove()
-    return any(g is not None and _tells(g) for g in found)
+    return bool(around)
+
+
+def _told(outputs: list[Tensor], sources: list[Tensor]) -> set[int]:
+    """Which of ``sources`` the outputs depend on, by place."""
+    if not outputs or not sources:
+        return set()
+    total = sum((_probe(t) for t in outputs), torch.zeros(()))
+    # The graph is asked twice: by way of the lock's output, and without it.
+    found = torch.autograd.grad(total, sources, allow_unused=True, retain_graph=True)
+    return {i for i, g in enumerate(found) if g is not None and _tells(g)}
+
+
+def _differs(model: nn.Module, first: str, example: Any) -> bool:
+    """The same by values in eval mode: of other numbers, or of indices that gradients miss.
+
+    Of indices those count that ``first`` hears, as labels do not.
+    """
+    leaves = [v for v in tree_leaves(example) if isinstance(v, Tensor)]
+    if any(v.is_floating_point() for v in leaves):
+        other = tree_map(_other, example)
+        return _played_back(model, first, example, other, heard=False)
+    if _lookups(model, example):
+        return False
+    return any(
+        _played_back(
+            model,
+            first,
+            example,
+            tree_map(lambda v, one=one: _dealt_anew(v) if v is one else v, example),
+            heard=True,
+        )
+        for one in leaves
+    )
+
+
+def _played_back(model: nn.Module, first: str, example: Any, other: Any, *, heard: bool) -> bool:
+    """Whether ``other`` gives another output while ``first`` puts out what ``example`` makes it.
+
+    ``heard``: and by itself ``first`` would not.
+    """
+    played: list[Any] = []
+    changed: list[bool] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        played.append(_copied(output))
+
+    def replay(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        before = played.pop(0)
+        changed.append(_apart(tree_leaves(before), tree_leaves(output)))
+        return _copied(before)
+
+    outputs = []
+    for hook, given in ((keep, example), (replay, other)):
+        handle = model.get_submodule(first).register_forward_hook(hook)
+        try:
+            with restored(model), torch.enable_grad():
+                outputs.append(_run(model.eval(), given, "eval"))
+        except LockError:
+            return False  # it takes no others, or their values decide what runs
+        finally:
+            handle.remove()
+    return _apart(*outputs) and (any(changed) or not heard)
+
+
+def _apart(ones: list[Any], others: list[Any]) -> bool:
+    return any(
+        isinstance(a, Tensor)
+        and a.shape == b.shape
+        and not torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+        for a, b in zip(ones, others, strict=False)
+    )
+
+
+def _copied(value: Any) -> Any:
+    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, value)
+
+
+def _other(value: Any) -> Any:
+    """The numbers of a tensor in another order; integers as they are."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    rolled = value.flatten().roll(1).view_as(value)
+    return rolled if not torch.equal(rolled, value) else value + 0.5
 
 
 @contextmanager
@@ -113,7 +210,3 @@ def _dealt_anew(value: Any) -> Any:
     flat = value.flatten()
     rolled = flat.roll(1) if flat.numel() > 1 else flat
     return rolled.view_as(value) if not torch.equal(rolled, flat) else (value == 0).to(value.dtype)
-
-
-def _cut(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, output)

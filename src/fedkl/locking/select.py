@@ -56,7 +56,7 @@ def select(
     else:
         names = _asked(modules, layers, order)
     if behind is not None:
-        names = _after(names, behind, layers, order)
+        names = _after(names, behind, layers, modules, order)
     targets = _targets(modules, names, order, behind)
     if not traced:
         targets = _known_without_running(modules, layers, targets)
@@ -65,16 +65,20 @@ def select(
     return targets
 
 
-def _after(names: list[str], behind: str, layers: Layers, order: Trace) -> list[str]:
+def _after(
+    names: list[str], behind: str, layers: Layers, modules: dict[str, nn.Module], order: Trace
+) -> list[str]:
     """Those of ``names`` that run when the module ``behind`` has run."""
     if order.before is None:
         raise LockError(
             f"cannot lock behind {behind}, which is not called on this example; name a module that "
             "is."
         )
-    after = [n for n in names if n not in order.before]
+    ran = {id(modules[n]) for n in order.before}  # the order has one name of each alone
+    after = [n for n in names if id(modules[n]) not in ran]
     listed = isinstance(layers, str | Iterable) and layers not in ("first", "all")
-    if listed and (early := [n for n in names if n in order.before and n != behind]) and not after:
+    early = [n for n in names if id(modules[n]) in ran and n != behind]
+    if listed and early and not after:
         raise LockError(
             f"nothing of layers={layers!r} runs behind {behind}, but {', '.join(early[:4])} before "
             "it does; name later layers, layers='all' or layers='first'."

@@ -160,7 +160,7 @@ def ends_of(model: nn.Module, example: Any) -> list[str]:
         if any(True for _ in module.parameters(recurse=False)) and _innermost(module)
     ]
     try:
-        with restored(model):
+        with restored(model), torch.enable_grad():
             outputs = [t for t in _run(model, example, train=False) if t.requires_grad]
             total = sum((_energy(t) for t in outputs), torch.zeros(()))
             values = [value for _, value in made]
@@ -181,26 +181,59 @@ def _innermost(module: nn.Module) -> bool:
 def stem_of(model: nn.Module, example: Any, first: str) -> list[str]:
     """Names of the tensors that the output of ``first`` depends on: the stem, that module's too.
 
-    Parameters by the gradient of that output, and the buffers of every module that has run by
-    then, which are functions of private inputs or weights (running means, power iterations), or
-    has a parameter in the stem. Tied parameters under all their names.
+    Parameters by the gradient of that output, in eval or in train mode, and the buffers of every
+    module that has begun to run by then, which are functions of private inputs or weights (running
+    means, power iterations), or has a parameter in the stem. Tied parameters under all their names.
     """
+    stem, before = _before(model, example, first, train=False)
+    try:
+        more, also = _before(model, example, first, train=True)
+    except LockError:
+        pass  # told where the lock is verified
+    else:
+        stem, before = stem | more, before | also
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in stem]
+    locked = model.get_submodule(first)
+    for name, module in model.named_modules(remove_duplicate=False):
+        owns = any(id(p) in stem for p in module.parameters(recurse=False))
+        # Statistics of a locked norm are the lock's affair.
+        ours = module is locked and is_norm(module)
+        if not ours and (owns or module in before):
+            dot = f"{name}." if name else ""
+            names += [f"{dot}{n}" for n, _ in module.named_buffers(recurse=False)]
+    return names
+
+
+def _before(
+    model: nn.Module, example: Any, first: str, *, train: bool
+) -> tuple[set[int], set[nn.Module]]:
+    """Ids of the parameters in the output of ``first``, and the modules begun before that."""
     parameters = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
     outputs: list[Tensor] = []
     before: set[nn.Module] = set()
-    locked = model.get_submodule(first)
+    # Scripted modules take no hooks: those have run whose buffers move.
+    scripted = [
+        (module, buffer, buffer.detach().clone())
+        for module in model.modules()
+        if isinstance(module, torch.jit.ScriptModule)
+        for buffer in module.buffers(recurse=False)
+    ]
 
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if module is locked:
-            outputs.extend(t for t in tree_leaves(output) if isinstance(t, Tensor))
-        elif not outputs:
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not outputs:
             before.add(module)
 
-    handles = [module.register_forward_hook(record) for _, module in hookable(model)]
+    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not outputs:
+            before.update(module for module, b, was in scripted if not torch.equal(b, was))
+        outputs.extend(t for t in tree_leaves(output) if isinstance(t, Tensor))
+
+    handles = [module.register_forward_pre_hook(begin) for _, module in hookable(model)]
+    handles.append(model.get_submodule(first).register_forward_hook(end))
     try:
         # Backward before the buffers are put back, which would spoil it.
-        with restored(model), _all_with_gradient(parameters):
-            _run(model, example, train=False)
+        with restored(model), torch.enable_grad(), _all_with_gradient(parameters):
+            _run(model, example, train=train)
             total = sum((_energy(t) for t in outputs), torch.zeros(()))
             used = (
                 torch.autograd.grad(total, parameters, allow_unused=True)
@@ -210,16 +243,8 @@ def stem_of(model: nn.Module, example: Any, first: str) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    stem = {id(p) for p, grad in zip(parameters, used, strict=True) if grad is not None}
-    names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in stem]
-    for name, module in model.named_modules(remove_duplicate=False):
-        owns = any(id(p) in stem for p in module.parameters(recurse=False))
-        # Statistics of a locked norm are the lock's affair.
-        ours = module is locked and is_norm(module)
-        if not ours and (owns or module in before or module is locked):
-            dot = f"{name}." if name else ""
-            names += [f"{dot}{n}" for n in module._buffers if module._buffers[n] is not None]
-    return names
+    found = {id(p) for p, g in zip(parameters, used, strict=True) if g is not None}
+    return found, before if outputs else set()
 
 
 def _energy(value: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from fedkl.errors import LockError
 from fedkl.key import Key, KeyStream
 from fedkl.locking.survey import is_norm
 
@@ -47,6 +48,9 @@ def make_private(model: nn.Module, names: Iterable[str]) -> None:
     """Marks the named tensors, and keeps them so that :func:`give_back` can (in place).
 
     Frozen parameters are thawed: what they had learned goes, and noise that stays is no stem.
+
+    Raises:
+        LockError: One is in a scripted module, which cannot be marked.
     """
     # Not every buffer is in the state dict; those that are not never leave the client either.
     state = model.state_dict(keep_vars=True)
@@ -59,7 +63,13 @@ def make_private(model: nn.Module, names: Iterable[str]) -> None:
             is_parameter = isinstance(tensor, nn.Parameter)
             stream = name if is_parameter and first[id(tensor)] == name else None
             kept = Kept(name, tensor.detach().clone(), tensor.requires_grad, stream)
-            marks = model.get_submodule(prefix).__dict__.setdefault(_OWNED, {})
+            module = model.get_submodule(prefix)
+            if isinstance(module, torch.jit.ScriptModule):
+                raise LockError(
+                    f"{name} would be private, being part of stem or head, and is in a scripted "
+                    "module, which cannot be made so; put in the module it was scripted from."
+                )
+            marks = module.__dict__.setdefault(_OWNED, {})
             # A layer in two places has two names; the first is that of its key stream.
             if local not in marks or stream is not None:
                 marks[local] = kept
