@@ -143,7 +143,8 @@ def infer_labels(
         if g_bias is None:
             raise AttackError(
                 "labels of a batch are counted from the classifier's bias, which this model has "
-                "not; grant the labels in the threat model."
+                "not; grant the labels (audit-update: labels = [...] in "
+                "the file of steps)."
             )
         counts = infer_counts(g_bias, training.images, probability)
         rows.append(torch.repeat_interleave(torch.arange(len(counts)), counts))

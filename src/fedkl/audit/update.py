@@ -121,7 +121,8 @@ class UpdateConfig:
             if kind is tuple and isinstance(value, list):
                 value = tuple(value)
             if type(value) is not kind or not _integers(value):
-                raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}.")
+                wanted = "list of integers" if kind is tuple else kind.__name__
+                raise ConfigError(f"{name}: expected {wanted}, got {value!r}.")
             values[name] = value
         return cls(**values)
 
@@ -136,6 +137,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         StateError: It cannot be read.
     """
+    if not Path(path).is_file():
+        raise StateError(f"{path} is not there, or no file; give a safetensors file.")
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -189,7 +192,8 @@ def observe_update(
         if problems := state_problems(own, state):
             raise StateError(
                 f"the state {what} does not fit model {model!r}: {'; '.join(problems[:4])}. Name "
-                "the model it was made with, and check num_classes, channels and image_size."
+                "the model it was made with, check num_classes, channels and image_size, and of a "
+                "locked model give its own lock spec."
             )
         if bad := [n for n, t in state.items() if not bool(torch.isfinite(t).all())]:
             raise StateError(f"the state {what} holds NaN or Inf in {', '.join(bad[:4])}.")
@@ -272,8 +276,8 @@ def attackers(
         raise ConfigError(f"got no attack; name one or more of: {', '.join(ATTACKS)}.")
     if hungry := [n for n in names if n in NEED_PUBLIC and arsenal is None]:
         raise ConfigError(
-            f"{', '.join(hungry)} learn from public images of the victim's kind, and got none; add "
-            "--public with a data set, or leave them out."
+            f"{', '.join(hungry)}: these learn from public images of the victim's kind, and got "
+            "none; add --public with a data set, or leave them out."
         )
     if many := [n for n in names if n in NEED_MANY]:
         raise ConfigError(
