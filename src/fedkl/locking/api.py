@@ -72,7 +72,8 @@ def lock(
         behind: Name of any module, such as a whole stage or block, behind which the first lock
             stands; a norm is inserted there unless it is one. Of ``layers`` those count that run
             later, none with ``first``. A pad there makes everything before it private. Takes an
-            example.
+            example, and a module that every run calls: one that layer drop leaves out at times
+            lets the input around.
         example: A tensor, tuple of arguments or dict of keyword arguments the model runs on.
             With it the lock is verified: in train, eval and no-grad mode every lock must matter.
             Frozen layers that a pad makes private are trained; frozen norms stay so.
