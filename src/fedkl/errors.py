@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Final
 
 
 class FedKLError(Exception):
@@ -84,9 +85,14 @@ class OutputError(FedKLError, OSError):
     """A folder or file cannot be written."""
 
 
+_LISTED: Final = 100
+
+
 def unknown(kind: str, got: str, choices: Iterable[str]) -> str:
-    """Message for an unknown name: what was got, the nearest names, and all names."""
+    """Message for an unknown name: what was got, the nearest names, and all or the first."""
     names = sorted(choices)
     near = difflib.get_close_matches(got, names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return f"unknown {kind} {got!r}.{hint} Choose one of: {', '.join(names)}."
+    # Of a large network's layers hundreds.
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"unknown {kind} {got!r}.{hint} Choose one of: {', '.join(names[:_LISTED])}{more}."

@@ -134,3 +134,9 @@ def test_a_norm_under_two_names_that_has_run_is_left_out_behind_a_module() -> No
     model.get_submodule("layer1.0").same = model.bn1
     names = sites(model, layers="all", behind="layer3", example=images(2, 3, 16, 16))
     assert {name.split(".")[0] for name in names} == {"layer3"}
+
+
+def test_of_hundreds_of_names_the_nearest_and_the_first_are_listed() -> None:
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(300)])
+    with pytest.raises(LockError, match=r"unknown layer 'x299'.*'299'.* and 200 more\.$"):
+        lock(model, KEY, layers="x299")
