@@ -240,6 +240,23 @@ def test_inspect_model_shows_what_would_be_locked(
     assert locked == rows
 
 
+def test_inspect_shows_modules_behind_which_a_lock_can_stand(call: Call) -> None:
+    size = ("--image-size", "16", "--channels", "1")
+    answer = call("inspect", "--model", "resnet20", "--defense", "pad", "--behind", "layer2", *size)
+    assert answer.code == 0
+    assert "pad, layers all, behind layer2: 7 site(s)." in answer.out
+    cells = [[cell.strip() for cell in line.split("│")] for line in answer.out.splitlines()]
+    locked = [row[1] for row in cells if len(row) > 6 and row[6].startswith("locks")]
+    assert locked[-1] == "layer2"
+    assert all(name.startswith("layer3.") for name in locked[:-1])
+    (places,) = [line for line in answer.out.splitlines() if line.startswith("nothing goes around")]
+    assert "conv1, bn1, layer1.0" in places
+    assert "layer2.0.bn1" not in places
+    refused = call("inspect", "--model", "resnet20", "--behind", "layer9", *size)
+    assert refused.code == 2
+    assert "unknown module 'layer9'. Did you mean" in refused.err
+
+
 def test_demo_falls_back_resumes_and_reports(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
