@@ -199,9 +199,7 @@ def test_computes_what_a_norm_of_ones_own_computes() -> None:
         )
         assert torch.equal(ours(IMAGES), theirs(IMAGES))
         renamed = {n.replace("between", "layer2.inserted_norm") for n in private_state(theirs)}
-        assert {n.replace("layer2.inserted_norm", "between") for n in private_state(ours)} == {
-            n.replace("layer2.inserted_norm", "between") for n in renamed
-        }
+        assert private_state(ours).keys() == renamed
 
 
 def test_shared_gradients_do_not_see_the_image_but_through_the_lock() -> None:

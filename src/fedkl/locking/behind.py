@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from fedkl.errors import LockError, unknown
 from fedkl.locking.check import restored
-from fedkl.locking.insertion import CONVOLUTIONS, INSERTED_NAME, Room, is_sequence
+from fedkl.locking.insertion import INSERTED_NAME, Room, is_sequence
 from fedkl.locking.sites import Swapped
 from fedkl.locking.sizes import activation_sizes
 from fedkl.locking.spec import SiteSpec
-from fedkl.locking.survey import Trace, call, features_of, kind_of, refusal
+from fedkl.locking.survey import LAYERS, Trace, call, features_of, kind_of, refusal
 from fedkl.rng import borrowed, derive
 
 _AXES: Final = 3  # of positions, in what torch has batch and instance norms for
@@ -150,4 +150,4 @@ def room_of_site(site: SiteSpec) -> Room:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether ``module`` is a convolution or linear layer, which says itself what is behind it."""
-    return isinstance(module, (nn.Linear, *CONVOLUTIONS))
+    return isinstance(module, tuple(LAYERS))
