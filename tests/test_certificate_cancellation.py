@@ -98,6 +98,24 @@ def test_a_pad_on_the_only_path_hides_one_image(settings: dict[str, object]) -> 
     assert max(found.remaining, found.swapped) < 1e-12
 
 
+class Rows(nn.Module):
+    """The rows of an image as tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0]
+
+
+def test_a_pad_over_tokens_hides_one_image() -> None:
+    """Its norm was inserted and runs over rows: what comes out has another shape than it sees."""
+    model = nn.Sequential(
+        *(Rows(), nn.Linear(6, 4), nn.Sigmoid()),
+        *(nn.Linear(4, 5), nn.Sigmoid(), nn.Flatten(), nn.Linear(30, CLASSES)),
+    )
+    found = checked(model, scheme="pad", behind="2", layers="first")
+    assert found.cut
+    assert max(found.remaining, found.swapped) < 1e-12
+
+
 def test_the_gradient_of_a_shared_stem_is_a_path_beside_the_lock() -> None:
     found = checked(plain(), scheme="pad", stem=False)
     assert not found.cut
