@@ -23,8 +23,14 @@ transformer
 depth
     The same with the first lock of ResNet-20 behind stage 2, all before it private: three
     federations.
+replay
+    No learning but of the secrets: the attacker repeats the step on every image in question and
+    compares gradients, across pads after rotations fitted to many victims (the attack "replay").
+    Three federations of each network under a pad, one under the channel lock.
+replay-renewals
+    The same over pads that are renewed every 16 presentations.
 renewals
-    The same over pads that are renewed every 16 presentations, statistics pooled over all of them.
+    Matching over pads that are renewed every 16 presentations, statistics pooled over all of them.
 likelihood
     Someone who is given z = γ·x̂ + β itself and the client's stem: what the drawn pad alone hides.
 optimizers
@@ -42,7 +48,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from breakpadtables import EVERY, PARTS, PRESENTATIONS, markdown
+from breakpadtables import EVERY, PARTS, PRESENTATIONS, REPLAYED, markdown
 from cells import provenance, run_cells, say, write
 from pad import LENET, RESNET, VIT, WIDE, joined, merged
 
@@ -62,13 +68,14 @@ GRADIENT = {"channel": CHANNEL, "pad": PAD, "pad, shared head": OPEN_HEAD}
 MODELS: dict[str, dict[str, Any]] = {"lenet": LENET, "resnet20": merged(LENET, RESNET)}
 NETWORKS = tuple(MODELS)
 MODELS["vit"] = merged(LENET, VIT)
+PLAIN = tuple(MODELS)
 MODELS["resnet20-deep"] = merged(MODELS["resnet20"], {"defense": {"behind": "layer2"}})
-APART = ("repeats", "depth", "transformer")  # elsewhere cells share trained federations
+APART = ("repeats", "depth", "transformer", "replay")  # elsewhere cells share trained federations
 POOLED = {1: 100, 4: 25, 16: 7, 64: 2}  # updates under one lock: victims' locks
 COSTS = {
     "curves": 110.0, "resnet20": 450.0, "gradient": 300.0, "matching": 500.0, "repeats": 600.0,
-    "depth": 600.0, "transformer": 600.0, "renewals": 200.0, "likelihood": 200.0,
-    "optimizers": 600.0,
+    "depth": 600.0, "transformer": 600.0, "replay": 400.0, "renewals": 200.0,
+    "replay-renewals": 400.0, "likelihood": 200.0, "optimizers": 600.0,
 }  # fmt: skip
 STEPS = 10
 EPOCHS = 8
@@ -134,6 +141,15 @@ def cells_of(part: str, victims: int) -> list[Cell]:
     if part == "transformer":
         kind = {"public": 4_000, "shadows": 2, "model": "vit"}
         return [Cell(part, f"vit, pad, seed {n}", PAD, 2 * victims, n, **kind) for n in range(3)]
+    if part == "replay":
+        kinds = [(m, "pad", PAD, 3) for m in MODELS] + [(m, "channel", CHANNEL, 1) for m in PLAIN]
+        return [
+            Cell(part, f"{m}, {arm}, seed {n}", lock, 2 * victims, n, 4_000, 2, m)
+            for m, arm, lock, seeds in kinds
+            for n in range(seeds)
+        ]
+    if part == "replay-renewals":
+        return [Cell(part, "lenet, pad", PAD, 2 * victims, public=4_000, shadows=2)]
     if part == "renewals":
         arms = {"pad": PAD, "pad, shared head": OPEN_HEAD}
         return [Cell(part, arm, lock, victims) for arm, lock in arms.items()]
@@ -176,7 +192,9 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
         "repeats": _gradients,
         "depth": _gradients,
         "transformer": _gradients,
+        "replay": _replay,
         "renewals": _renewals,
+        "replay-renewals": _replay_renewals,
         "likelihood": _likelihood,
         "optimizers": _audit,
     }
@@ -236,6 +254,40 @@ def _renewals(cell: Cell, scratch: Path) -> dict[str, Any]:
         "shadow": bench.renewals(bench.shadows(cell.shadows, EPOCHS), EVERY, STEPS),
         "insider": bench.renewals(bench.insider(), EVERY, STEPS),
     }
+
+
+def _replay(cell: Cell, scratch: Path) -> dict[str, Any]:
+    from replayers import ReplayBench, Replayer
+
+    config, folder = trained(cell, scratch)
+    bench = ReplayBench(config, folder, cell.victims, public=cell.public, sketch=2048)
+    counts = [n for n in REPLAYED if n <= cell.victims]
+    shadows = bench.replayers(cell.shadows, EPOCHS)
+    found = {
+        "own_key": json.loads((folder / "summary.json").read_text())["accuracy"]["own_key"],
+        "victims": cell.victims,
+        "key": bench.rates([Replayer(bench, bench.held)], counts),
+        "shadow": bench.rates(shadows, counts),
+        "insider": bench.rates([Replayer(bench, bench.inside())], counts),
+    }
+    bench.seen = bench.shuffled()
+    return {**found, "shuffled": bench.rates(shadows, counts)}
+
+
+def _replay_renewals(cell: Cell, scratch: Path) -> dict[str, Any]:
+    from replayers import ReplayBench, Replayer
+
+    config, folder = trained(cell, scratch)
+    bench = ReplayBench(config, folder, cell.victims, public=cell.public, sketch=2048)
+    held = Replayer(bench, bench.held)
+    clients = {
+        "shadow": bench.replayers(cell.shadows, EPOCHS),
+        "insider": [Replayer(bench, bench.inside())],
+    }
+    key = bench.pooled([held], bench.seen)["plain"]  # before the first renewal
+    seen = bench.renewed(EVERY, STEPS)
+    found = {who: bench.pooled(mine, seen) for who, mine in clients.items()}
+    return {"victims": cell.victims, "floor": bench.floor(), "key": key, **found}
 
 
 def _likelihood(cell: Cell, scratch: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 from cells import table
 
 PARTS = (
-    "curves", "resnet20", "gradient", "matching", "repeats", "depth", "transformer", "renewals",
-    "likelihood", "optimizers",
+    "curves", "resnet20", "gradient", "matching", "repeats", "depth", "transformer", "replay",
+    "renewals", "replay-renewals", "likelihood", "optimizers",
 )  # fmt: skip
 SEVERAL = {  # parts over several federations of their own
     "depth": "with the first lock behind a whole stage and all before it private",
@@ -17,6 +17,7 @@ SEVERAL = {  # parts over several federations of their own
 }
 EVERY = 16
 PRESENTATIONS = (16, 64, 256, 1000, 2000)
+REPLAYED = (16, 32, 64, 256, 1000, 2000)
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -56,14 +57,28 @@ def markdown(document: dict[str, Any]) -> str:
         )
     for name, what in SEVERAL.items():
         if name in found:
-            groups: dict[str, list[Any]] = {}
-            for arm, one in found[name].items():
-                groups.setdefault(arm.rpartition(", seed ")[0], []).append(one)
-            parts.append(f"## {name}\n\nAs *repeats*, {what}.\n\n{_repeat_table(groups)}\n")
+            table_ = _repeat_table(_by_seed(found[name]))
+            parts.append(f"## {name}\n\nAs *repeats*, {what}.\n\n{table_}\n")
+    if "replay" in found:
+        parts.append(
+            "## replay\n\nThe attacker repeats the step on every image in question with secrets "
+            "of its own (two sets of a shadow's, or an insider's) and compares gradients: *plain* "
+            "one by one (n = 1); *matched*: rotated by what public images tell, within groups of "
+            "n; *candidates*: by the candidates of all n as well. Mean over federations ± 95 % "
+            "(Student's t), and ≤: the upper end of Clopper and Pearson over all victims. *key*: "
+            "the same holding the key. *shuffled*: a shadow that is given the gradients of other "
+            "victims of the class, which no attack can do better on than guess.\n\n"
+            f"{_replay_table(_by_seed(found['replay']))}\n"
+        )
     if "renewals" in found:
         parts.append(
             f"## renewals\n\nA pad serves {EVERY} presentations; statistics and labels of all "
             f"victims, over all pads, are pooled.\n\n{_renewal_table(found['renewals'])}\n"
+        )
+    if "replay-renewals" in found:
+        parts.append(
+            f"## replay-renewals\n\nAs *replay*, all victims pooled, a new pad every {EVERY} of "
+            f"them.\n\n{_renewal_table(found['replay-renewals'])}\n"
         )
     if "likelihood" in found:
         rows = next(iter(found["likelihood"].values()))["identified"].items()
@@ -102,9 +117,41 @@ def _federations(found: dict[str, Any]) -> dict[str, list[Any]]:
     return {first: mine for first, mine in groups.items() if len(mine) > 1}
 
 
-def _repeat_table(federations: dict[str, list[Any]]) -> str:
+def _by_seed(arms: dict[str, Any]) -> dict[str, list[Any]]:
+    """Results of the same lock, whose arms end in ``, seed n``."""
+    groups: dict[str, list[Any]] = {}
+    for arm, one in arms.items():
+        groups.setdefault(arm.rpartition(", seed ")[0], []).append(one)
+    return groups
+
+
+def _replay_table(federations: dict[str, list[Any]]) -> str:
+    rows = []
+    for first, mine in federations.items():
+        total = sum(each["victims"] for each in mine)
+        for who in ("key", "shadow", "insider", "shuffled"):
+            for way in ("matched", "candidates"):
+                row = [first, who, way, str(total), "–"]
+                if who != "shuffled":
+                    row[-1] = _spread([each[who]["1"]["plain"] for each in mine], total)
+                for n in (str(n) for n in REPLAYED):
+                    rates = [each[who][n][way] for each in mine if n in each[who]]
+                    row.append(_spread(rates, total) if rates else "–")
+                rows.append(row)
+    header = ["lock", "attacker", "way", "victims", "n = 1, plain"]
+    return table([*header, *(f"n = {n}" for n in REPLAYED)], rows)
+
+
+def _spread(rates: list[float], total: int) -> str:
+    """Percent ± 95 % over federations, with the upper end over all victims."""
     from fedkl.metrics import mean_interval
 
+    mean, half = mean_interval([100 * r for r in rates])
+    high = _bounded(mean / 100, total).partition("(")[2]
+    return f"{mean:.1f}{'' if half is None else f' ± {half:.1f}'} ({high}"
+
+
+def _repeat_table(federations: dict[str, list[Any]]) -> str:
     rows = []
     for first, mine in federations.items():
         total = sum(each["victims"] for each in mine)
@@ -115,10 +162,7 @@ def _repeat_table(federations: dict[str, list[Any]]) -> str:
             ]
             for n in ("1", *(str(n) for n in PRESENTATIONS)):
                 rates = [each[who][n]["plain" if n == "1" else "transport"] for each in mine]
-                mean, half = mean_interval([100 * r for r in rates])
-                high = _bounded(mean / 100, total).partition("(")[2]
-                spread = "" if half is None else f" ± {half:.1f}"
-                row.append(f"{mean:.1f}{spread} ({high}")
+                row.append(_spread(rates, total))
             rows.append(row)
     header = ["lock", "attacker", "victims", "floor", "key", "n = 1, plain"]
     return table([*header, *(f"n = {n}, transport" for n in PRESENTATIONS)], rows)

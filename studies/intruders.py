@@ -14,9 +14,10 @@ from torch.nn.functional import conv2d, instance_norm
 
 from fedkl import metrics
 from fedkl.attacks.adaptive.dual_encoder import DualEncoder
-from fedkl.attacks.adaptive.shadow import Sketch, _gradients, _inputs, distance_of_means
+from fedkl.attacks.adaptive.shadow import distance_of_means, given_away
 from fedkl.attacks.adaptive.shadow_client import Public, ShadowClient, train_secrets
 from fedkl.attacks.adaptive.shadow_decoder import Coordinates, Decoder
+from fedkl.attacks.adaptive.sketch import Sketch, gradients_of
 from fedkl.attacks.adaptive.transport import Transport
 from fedkl.attacks.closed_form import penultimate_features
 from fedkl.attacks.network import Network
@@ -94,11 +95,18 @@ class Bench:
             if self.sketch is None:
                 found.append(penultimate_features(observed, self.network))
             else:
-                found.append(self.sketch(_gradients(observed, self.network)))
+                found.append(self.sketch(gradients_of(observed, self.network)))
         return torch.cat(found)
 
     def renewals(self, clients: Sequence[Trained], every: int, steps: int) -> dict[str, float]:
-        """Identification from the victims of many pads pooled, each pad serving ``every`` of them.
+        """Identification from the victims of many pads pooled (:meth:`renewed`), by way."""
+        everyone, pooled = torch.arange(len(self.rows)), self.renewed(every, steps)
+        found = {"plain": self._hits([self._closest(clients, pooled, everyone)], pooled, everyone)}
+        found |= self._every_way(clients, pooled, everyone)
+        return {way: _share(hits) for way, hits in found.items()}
+
+    def renewed(self, every: int, steps: int) -> Tensor:
+        """What victims give away if every pad serves ``every`` of them.
 
         The client renews as in a federation: what it learned on top starts again, and the lock
         alone takes ``steps`` steps on the client's own images. The stem stays.
@@ -117,10 +125,7 @@ class Bench:
             private = {name: tensor.clone() for name, tensor in space.private.items()}
             self.owner.owners[0] = key, private
             seen.append(self._given_away(rows))
-        everyone, pooled = torch.arange(len(self.rows)), torch.cat(seen)
-        found = {"plain": self._hits([self._closest(clients, pooled, everyone)], pooled, everyone)}
-        found |= self._every_way(clients, pooled, everyone)
-        return {way: _share(hits) for way, hits in found.items()}
+        return torch.cat(seen)
 
     def identified(self, images: Tensor) -> float:
         """Share of victims found among 100 of their class."""
@@ -138,25 +143,27 @@ class Bench:
 
     def shadows(self, count: int, epochs: int) -> list[Trained]:
         """Clients of the attacker's own."""
-        return [
-            self._trained(
-                train_secrets(
-                    self.first,
-                    self.public,
-                    generator=derive(seed, "shadow"),
-                    epochs=epochs,
-                    network=self.network,
-                ),
-                seed,
-            )
-            for seed in range(count)
-        ]
+        return [self._trained(self.own(seed, epochs), seed) for seed in range(count)]
+
+    def own(self, seed: int, epochs: int) -> dict[str, Tensor]:
+        """Secrets that the attacker trained."""
+        return train_secrets(
+            self.first,
+            self.public,
+            generator=derive(seed, "shadow"),
+            epochs=epochs,
+            network=self.network,
+        )
 
     def insider(self) -> list[Trained]:
         """Another client of the federation, which decodes with its own lock."""
+        return [self._trained(self.inside(), 99)]
+
+    def inside(self) -> dict[str, Tensor]:
+        """Secrets of another client."""
         two = dataclasses.replace(self.audit, aggregated=2)
         both = audited.Victims(self.config, self.folder, self.bundle, two).held()
-        return [self._trained({name: held[1] for name, held in both.items()}, 99)]
+        return {name: held[1] for name, held in both.items()}
 
     def curves(
         self, clients: Sequence[Trained], counts: Sequence[int]
@@ -210,7 +217,7 @@ class Bench:
     def _trained(self, secrets: dict[str, Tensor], seed: int) -> Trained:
         client = ShadowClient(self.network, secrets, self.first.num_classes)
         images, labels = self.public.images, self.public.labels
-        inputs = _inputs(client, images, labels, self.sketch)
+        inputs = given_away(client, images, labels, self.sketch)
         coordinates = Coordinates.of(inputs, labels, 10)
         generator = derive(seed, "decoder")
         decoder = Decoder(coordinates, 10, hidden=512, epochs=8)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from fedkl.attacks.adaptive.replay import Replay
 from fedkl.attacks.adaptive.retrieval import Retrieval
 from fedkl.attacks.adaptive.shadow import Shadow
 from fedkl.attacks.base import Attack
@@ -30,8 +31,8 @@ class Resources:
 
     Attributes:
         generator_model: For ``ggl``: see :mod:`fedkl.attacks.generators`.
-        public: For ``shadow`` and ``retrieval``: public images (M, C, H, W) in [0, 1] and their
-            labels (M,).
+        public: For ``shadow``, ``retrieval`` and ``replay``: public images (M, C, H, W) in [0, 1]
+            and their labels (M,).
         honest: For the same where the victims' weights were crafted: an observation of the model
             with honest ones.
     """
@@ -96,6 +97,16 @@ def _retrieval(**settings: Any) -> Mapping[str, Callable[[Resources], Attack]]:
     }
 
 
+def _replay(**settings: Any) -> Mapping[str, Callable[[Resources], Attack]]:
+    return {
+        "quick": lambda given: given.shadow(2_000, Replay, candidates=2, **settings),
+        "standard": lambda given: given.shadow(4_000, Replay, shadows=2, candidates=2, **settings),
+        "paper": lambda given: given.shadow(
+            10_000, Replay, secret_epochs=10, candidates=4, shadows=4, **settings
+        ),
+    }
+
+
 # Evaluations and restarts per effort; "paper" is the published budget.
 ATTACKS: Final[Mapping[str, Mapping[str, Callable[[Resources], Attack]]]] = {
     "dlg": {
@@ -141,15 +152,19 @@ ATTACKS: Final[Mapping[str, Mapping[str, Callable[[Resources], Attack]]]] = {
     "retrieval": _retrieval(),
     "retrieval-label": _retrieval(restandardize="label"),
     "retrieval-transport": _retrieval(restandardize="transport"),
+    "replay": _replay(),
+    "replay-matched": _replay(restandardize="matched"),
 }
 
-NEED_PUBLIC: Final = ("ggl", *(n for n in ATTACKS if n.startswith(("shadow", "retrieval"))))
-"""Attacks that learn from public images first."""
-RECOGNIZING: Final = tuple(n for n in ATTACKS if n.startswith("retrieval"))
+RECOGNIZING: Final = tuple(n for n in ATTACKS if n.startswith(("retrieval", "replay")))
 """Attacks that pick among images; as pictures they show public ones."""
+NEED_PUBLIC: Final = ("ggl", *(n for n in ATTACKS if n.startswith("shadow")), *RECOGNIZING)
+"""Attacks that learn from public images first."""
 SEARCHING: Final = ("dlg", "idlg", "inverting-gradients", "grnn", "ggl")
 """Attacks that go through iterations; all others solve or learn."""
-NEED_MANY: Final = ("shadow-global", "shadow-label", "retrieval-label", "retrieval-transport")
+NEED_MANY: Final = (
+    "shadow-global", "shadow-label", "retrieval-label", "retrieval-transport", "replay-matched",
+)  # fmt: skip
 """Attacks that compare many updates under one lock, 20 or more."""
 NEED_CMA: Final = {"ggl": ("paper",)}
 """Attacks that search by CMA-ES, and the efforts at which they do."""

@@ -10,7 +10,7 @@ from fedkl.observation import THREATS
 
 MANY: Final = 1000
 """Images under one pad of which the attack that breaks it finds clearly more than a guesser."""
-STRONGEST: Final = "retrieval-transport"
+STRONGEST: Final = "replay-matched"
 
 
 def caveats(

@@ -282,7 +282,7 @@ def attackers(
     if many := [n for n in names if n in NEED_MANY]:
         raise ConfigError(
             f"{', '.join(many)} compare 20 or more updates under one lock, and this is one; take "
-            "shadow, shadow-gradient or retrieval instead."
+            "shadow, shadow-gradient, retrieval or replay instead."
         )
     check_installed(names, effort)
 

@@ -51,7 +51,7 @@ SCHEDULES: Final = ("constant", "step", "cosine")
 ATTACKS: Final = (
     "dlg", "idlg", "inverting-gradients", "grnn", "ggl", "closed-form", "peel",
     "shadow", "shadow-global", "shadow-label", "shadow-gradient",
-    "retrieval", "retrieval-label", "retrieval-transport",
+    "retrieval", "retrieval-label", "retrieval-transport", "replay", "replay-matched",
 )  # fmt: skip
 THREATS: Final = (
     "key-unknown", "key-regressed", "key-shared", "lock-gradient", "adaptive", "block-ignored",

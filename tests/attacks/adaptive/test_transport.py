@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedkl.attacks.adaptive.transport import Transport, directions, procrustes
+from fedkl.attacks.adaptive.transport import Transport, directions
+from fedkl.attacks.adaptive.within import procrustes
 from fedkl.errors import AttackError
 from fedkl.rng import derive
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkl.attacks.adaptive.dual_encoder import DualEncoder
-from fedkl.attacks.adaptive.shadow import Shadow
-from fedkl.attacks.adaptive.shadow_decoder import Coordinates
+from fedkl.attacks.adaptive.shadow import Shadow, Side
 from fedkl.attacks.base import Progress, Reconstruction
 from fedkl.observation import Observation
 
@@ -70,18 +69,13 @@ class Retrieval(Shadow):
             del self.settings[unused]
 
     def _learn(
-        self,
-        coordinates: Coordinates,
-        inputs: Tensor,
-        generator: torch.Generator,
-        number: int,
-        progress: Progress | None,
+        self, side: Side, generator: torch.Generator, number: int, progress: Progress | None
     ) -> Any:
         images, labels = self.public.images, self.public.labels
-        classes = len(coordinates.class_means)
-        encoder = DualEncoder(inputs.shape[1], tuple(images.shape[1:]), classes, generator)
+        classes = len(side.coordinates.class_means)
+        encoder = DualEncoder(side.inputs.shape[1], tuple(images.shape[1:]), classes, generator)
         tell = self._teller(number, progress)
-        encoder.fit(coordinates.enter(inputs), labels, images, self.epochs, tell)
+        encoder.fit(side.coordinates.enter(side.inputs), labels, images, self.epochs, tell)
         return encoder
 
     def _answers(
@@ -93,11 +87,7 @@ class Retrieval(Shadow):
     ) -> list[Reconstruction]:
         notes = (*notes, "pictures are the public images that fit best")
         every = torch.cat([*labels])
-        pairs = list(zip(learned, moved, strict=True))
-        # Cosines averaged over shadows: of embeddings side by side, at unit length each.
-        read = torch.cat([encoder.read(x, every) for encoder, x in pairs], dim=1) / len(pairs)
-        gallery = _Gallery(learned)
-        own = gallery.embed(self.public.images)
+        read, own, gallery = self._recognize(learned, moved, every)
         best = self.public.images[self._closest(read, own, every)]
         updates = [len(mine) for mine in labels]
         return [
@@ -105,12 +95,28 @@ class Retrieval(Shadow):
                 images=x[:, None],
                 labels=y[:, None],
                 notes=notes,
-                score=partial(_scored, gallery, r),
+                score=partial(_scored, gallery, r, y),
             )
             for x, y, r in zip(
                 torch.split(best, updates), labels, torch.split(read, updates), strict=True
             )
         ]
+
+    def _recognize(
+        self, learned: Sequence[Any], moved: Sequence[Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor, Gallery]:
+        """Updates (N, k), public images (M, k), and what does the same of any others.
+
+        The inner product of two is how well they fit: the cosine, averaged over shadows.
+        """
+        pairs = list(zip(learned, moved, strict=True))
+        # Of embeddings side by side, at unit length each.
+        read = torch.cat([encoder.read(x, labels) for encoder, x in pairs], dim=1) / len(pairs)
+
+        def embed(images: Tensor, label: int) -> Tensor:
+            return torch.cat([encoder.embed(images) for encoder in learned], dim=1)
+
+        return read, embed(self.public.images, 0), Gallery(embed)
 
     def _closest(self, read: Tensor, own: Tensor, labels: Tensor) -> Tensor:
         """Which public image fits best, int64 (N,): of the class, if there is one of it."""
@@ -119,23 +125,25 @@ class Retrieval(Shadow):
         return (read @ own.T).masked_fill(other, -torch.inf).argmax(dim=1)
 
 
-class _Gallery:
-    """Embeddings of images by all shadows side by side, each image's made once.
+class Gallery:
+    """Images as all shadows see them side by side, made once of each.
 
     The same images are candidates of many victims.
+
+    Args:
+        make: Rows (M, k) of images (M, C, H, W) and the label that an update of theirs has.
     """
 
-    def __init__(self, encoders: Sequence[DualEncoder]) -> None:
-        self.encoders = encoders
-        self._known: dict[bytes, Tensor] = {}
+    def __init__(self, make: Callable[[Tensor, int], Tensor]) -> None:
+        self.make = make
+        self._known: dict[tuple[bytes, int], Tensor] = {}
 
-    def embed(self, images: Tensor) -> Tensor:
-        """(M, shadows x 128) of images (M, C, H, W)."""
-        names = [_fingerprint(image) for image in images]
+    def embed(self, images: Tensor, label: int) -> Tensor:
+        """(M, k) of images (M, C, H, W)."""
+        names = [(_fingerprint(image), label) for image in images]
         new = {name: i for i, name in enumerate(names) if name not in self._known}
         if new:
-            chosen = images[list(new.values())]
-            made = torch.cat([encoder.embed(chosen) for encoder in self.encoders], dim=1)
+            made = self.make(images[list(new.values())], label)
             self._known |= dict(zip(new, made, strict=True))
         return torch.stack([self._known[name] for name in names])
 
@@ -144,7 +152,10 @@ def _fingerprint(image: Tensor) -> bytes:
     return hashlib.blake2b(image.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
 
 
-def _scored(gallery: _Gallery, read: Tensor, update: int, candidates: Tensor) -> Tensor:
+def _scored(
+    gallery: Gallery, read: Tensor, labels: Tensor, update: int, candidates: Tensor
+) -> Tensor:
     """``Reconstruction.score`` of the victim whose updates are ``read`` (T, ...)."""
     # Row by row: the same image has the same score to the last bit, whatever stands beside it.
-    return (gallery.embed(candidates.to(read.dtype)) * read[update]).sum(dim=1)
+    rows = gallery.embed(candidates.to(read.dtype), int(labels[update]))
+    return (rows * read[update]).sum(dim=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import torch
@@ -20,6 +21,7 @@ from fedkl.attacks.adaptive.shadow_decoder import (
     Coordinates,
     Decoder,
 )
+from fedkl.attacks.adaptive.sketch import Sketch, gradients_of
 from fedkl.attacks.adaptive.transport import Transport, directions
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.closed_form import penultimate_features
@@ -33,7 +35,22 @@ WAYS: Final = (*RESTANDARDIZATIONS, "transport")
 ENOUGH: Final = 20  # updates under one lock, to take a mean and a deviation from
 CLOSENESS: Final = 1000  # public images by which a shadow is compared with the victims
 
-Tensors = Mapping[str, Tensor]
+
+@dataclass(frozen=True)
+class Side:
+    """One shadow, and the public images as it sees them.
+
+    Attributes:
+        client: The client.
+        sketch: What its gradients are sketched with; None: it gives away features.
+        coordinates: Its own.
+        inputs: What it gives away of every public image (M, d), as it is.
+    """
+
+    client: ShadowClient
+    sketch: Sketch | None
+    coordinates: Coordinates
+    inputs: Tensor
 
 
 class Shadow(Attack):
@@ -65,6 +82,7 @@ class Shadow(Attack):
     """
 
     name: ClassVar[str] = "shadow"
+    ways: ClassVar[tuple[str | None, ...]] = WAYS
 
     def __init__(
         self,
@@ -104,8 +122,8 @@ class Shadow(Attack):
         if self.variant not in VARIANTS:
             raise ConfigError(unknown("variant of the shadow", self.variant, VARIANTS))
         how = self.restandardize
-        if how not in WAYS:
-            raise ConfigError(unknown("restandardization", str(how), WAYS[1:]))
+        if how not in self.ways:
+            raise ConfigError(unknown("restandardization", str(how), [*map(str, self.ways[1:])]))
         ones = (self.shadows, self.candidates, self.epochs, self.sketch)
         if min(ones) < 1 or min(self.secret_epochs, self.hidden) < 0:
             raise ConfigError(
@@ -137,11 +155,11 @@ class Shadow(Attack):
         moved, learned = [], []
         for number in range(self.shadows):
             client = self._client(first, network, generator, (seen, labels), sketch)
-            inputs = _inputs(client, self.public.images, self.public.labels, sketch)
+            inputs = given_away(client, self.public.images, self.public.labels, sketch)
             coordinates = Coordinates.of(inputs, self.public.labels, first.num_classes)
-            learned.append(self._learn(coordinates, inputs, generator, number, progress))
-            how = self._how(labels)
-            moved.append(self._moved(coordinates, inputs, seen, labels, how))
+            side = Side(client, sketch, coordinates, inputs)
+            learned.append(self._learn(side, generator, number, progress))
+            moved.append(self._moved(side, seen, labels, self._how(labels)))
         notes = self._notes(first, labels, "features" if sketch is None else "gradient")
         return self._answers(learned, moved, found, notes)
 
@@ -152,21 +170,15 @@ class Shadow(Attack):
         if self.variant == "features" and gives_features(observations[0], network):
             return torch.cat(each(observations, lambda o: penultimate_features(o, network))), None
         sketch = Sketch(network.shared, self.sketch, generator)
-        return torch.cat([sketch(_gradients(o, network)) for o in observations]), sketch
+        return torch.cat([sketch(gradients_of(o, network)) for o in observations]), sketch
 
-    def _moved(
-        self,
-        coordinates: Coordinates,
-        inputs: Tensor,
-        seen: Tensor,
-        labels: Tensor,
-        how: str | None,
-    ) -> Tensor:
+    def _moved(self, side: Side, seen: Tensor, labels: Tensor, how: str | None) -> Tensor:
         """What victims gave away (N, d), in the shadow's coordinates."""
+        coordinates = side.coordinates
         if how != "transport":
             return coordinates.align(seen, labels, how)
         classes = len(coordinates.class_means)
-        transport = Transport(coordinates.enter(inputs), self.public.labels, classes)
+        transport = Transport(coordinates.enter(side.inputs), self.public.labels, classes)
         return transport.move(coordinates.align(seen, labels, "global"), labels)
 
     def _answers(
@@ -225,7 +237,7 @@ class Shadow(Attack):
             client = ShadowClient(network, secrets, classes)
             if self.candidates == 1:
                 return client
-            mine = _inputs(client, images, labels, sketch)
+            mine = given_away(client, images, labels, sketch)
             far = distance_of_means(mine, labels, *victims, classes)
             if best is None or far < least:
                 best, least = client, far
@@ -233,18 +245,13 @@ class Shadow(Attack):
         return best
 
     def _learn(
-        self,
-        coordinates: Coordinates,
-        inputs: Tensor,
-        generator: torch.Generator,
-        number: int,
-        progress: Progress | None,
+        self, side: Side, generator: torch.Generator, number: int, progress: Progress | None
     ) -> Any:
         """What is learned on one shadow: here, a decoder."""
-        classes = len(coordinates.class_means)
-        decoder = Decoder(coordinates, classes, hidden=self.hidden, epochs=self.epochs)
+        classes = len(side.coordinates.class_means)
+        decoder = Decoder(side.coordinates, classes, hidden=self.hidden, epochs=self.epochs)
         tell = self._teller(number, progress)
-        decoder.fit(inputs, self.public.labels, self.public.images, generator, tell)
+        decoder.fit(side.inputs, self.public.labels, self.public.images, generator, tell)
         return decoder
 
     def _teller(self, number: int, progress: Progress | None) -> Callable[[float], None]:
@@ -299,7 +306,9 @@ def gives_features(observation: Observation, network: Network) -> bool:
     return True
 
 
-def _inputs(client: ShadowClient, images: Tensor, labels: Tensor, sketch: Sketch | None) -> Tensor:
+def given_away(
+    client: ShadowClient, images: Tensor, labels: Tensor, sketch: Sketch | None
+) -> Tensor:
     """What the client gives away of each image (N, d): features, or sketched gradients."""
     if sketch is None:
         return client.features(images)
@@ -328,64 +337,3 @@ def distance_of_means(
         if bool((labels == k).any()) and bool((seen_labels == k).any())
     ]
     return float(torch.stack(far).mean()) if far else float("inf")
-
-
-class Sketch:
-    """Gradients of any size as vectors of one length, inner products kept on average.
-
-    How much an example was missed is no part of its image, so every tensor is scaled to norm 1
-    (unless it is rounding noise beside the others, as that of a bias before a batch norm), and the
-    gradient of a linear layer, the outer product of its bias's gradient and its input, is replaced
-    by that input. Then entries are added up with random signs in random places (count sketch,
-    Charikar et al. 2002), which takes no matrix. What is shorter than the sketch stays as it is.
-
-    Args:
-        shared: Shared parameters by name, for their sizes.
-        length: Entries of a sketch.
-        generator: Draws signs and places.
-    """
-
-    NOISE = 1e-3
-
-    def __init__(self, shared: Tensors, length: int, generator: torch.Generator) -> None:
-        self.names = tuple(shared)
-        one = {name: torch.zeros(1, *value.shape) for name, value in shared.items()}
-        size = sum(value.shape[1] for value in self._flat(one))
-        self.length = length if size > length else 0
-        self.places = torch.randint(length, (size,), generator=generator)
-        self.signs = torch.randint(2, (size,), generator=generator).float() * 2 - 1
-
-    def __call__(self, gradients: Tensors) -> Tensor:
-        """(N, length) of gradients by name, each (N, *shape)."""
-        rows = self._flat(gradients)
-        norms = torch.stack([row.norm(dim=1) for row in rows])
-        floor = norms.amax(dim=0) * self.NOISE + 1e-20
-        flat = torch.cat(
-            [row / torch.maximum(n, floor)[:, None] for row, n in zip(rows, norms, strict=True)],
-            dim=1,
-        )
-        if self.length == 0:
-            return flat
-        out = flat.new_zeros(len(flat), self.length)
-        return out.index_add_(1, self.places, flat * self.signs)
-
-    def _flat(self, gradients: Tensors) -> list[Tensor]:
-        found = []
-        for name in self.names:
-            value, bias = gradients[name], gradients.get(name.removesuffix("weight") + "bias")
-            if value.ndim == 3 and bias is not None and bias.shape == value.shape[:2]:
-                size = bias.square().sum(dim=1, keepdim=True).clamp_min(1e-20)
-                value = torch.einsum("nij,ni->nj", value, bias) / size
-            found.append(value.flatten(1))
-        return found
-
-
-def _gradients(observation: Observation, network: Network) -> dict[str, Tensor]:
-    """Gradients (T, *shape) by name."""
-    found = {}
-    for name, value in network.shared.items():
-        stacked = torch.stack([change[name] for change in observation.changes])
-        if observation.kind == "update":
-            stacked = observation.training.gradient(stacked, value)
-        found[name] = stacked
-    return found

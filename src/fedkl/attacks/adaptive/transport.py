@@ -11,12 +11,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fedkl.attacks.adaptive.within import Within, procrustes
 from fedkl.errors import AttackError
 
 MOST: Final = 64
 """Directions that are rotated."""
 _PER_DIRECTION: Final = 4  # victims for each of them at least
-_FLAT: Final = 1e-4  # deviations below this part of the greatest are rounding
 _ROUNDS: Final = 10
 
 
@@ -46,7 +46,7 @@ class Transport:
 
     def __init__(self, ours: Tensor, labels: Tensor, num_classes: int) -> None:
         self.ours, self.labels, self.num_classes = ours, labels, num_classes
-        self._whitened: dict[int, _White] = {}
+        self._whitened: dict[int, Within] = {}
 
     def move(self, seen: Tensor, labels: Tensor) -> Tensor:
         """Victims (M, d), standardized by themselves, with labels (M,): in our coordinates.
@@ -63,51 +63,16 @@ class Transport:
                 "of two classes or more, and more victims than classes."
             )
         if size not in self._whitened:  # the same for every group of victims
-            self._whitened[size] = _White(self.ours, self.labels, self.num_classes, size)
-        ours, theirs = self._whitened[size], _White(seen, labels, self.num_classes, size)
-        rotation = procrustes(theirs.means, ours.means)
+            self._whitened[size] = Within(self.ours, self.labels, self.num_classes, size)
+        ours, theirs = self._whitened[size], Within(seen, labels, self.num_classes, size)
+        mine, x = ours.whole(self.ours), theirs.whole(seen)
+        rotation = procrustes(theirs.classes, ours.classes)
         for _ in range(_ROUNDS):
-            moved, match = theirs.x @ rotation, torch.empty_like(theirs.x)
+            moved, match = x @ rotation, torch.empty_like(x)
             for k in sorted({*labels.tolist()}):
-                near = ours.x[self.labels == k]
+                near = mine[self.labels == k]
                 if not len(near):
-                    near = ours.x
+                    near = mine
                 match[labels == k] = near[torch.cdist(moved[labels == k], near).argmin(dim=1)]
-            rotation = procrustes(theirs.x, match)
-        return ours.lift(theirs.x @ rotation)
-
-
-class _White:
-    """x (N, d) in its ``size`` leading within-class directions, at unit deviation each.
-
-    Attributes:
-        x: (N, size).
-        means: Of the classes, (classes, size); of one without an example, zero.
-    """
-
-    def __init__(self, x: Tensor, labels: Tensor, num_classes: int, size: int) -> None:
-        self.middle = x.mean(dim=0)
-        means = torch.stack(
-            [
-                x[labels == k].mean(dim=0) if bool((labels == k).any()) else self.middle
-                for k in range(num_classes)
-            ]
-        )
-        _, values, basis = torch.linalg.svd(x - means[labels], full_matrices=False)
-        self.basis, self.scale = basis[:size], values[:size] / len(x) ** 0.5
-        flat = self.scale <= _FLAT * self.scale.amax().clamp_min(1e-30)
-        whiten = torch.where(flat, 0.0, 1 / self.scale.clamp_min(1e-30))
-        self.x = (x - self.middle) @ self.basis.T * whiten
-        self.means = (means - self.middle) @ self.basis.T * whiten
-
-    def lift(self, y: Tensor) -> Tensor:
-        """(N, size) back among x."""
-        lifted: Tensor = (y * self.scale) @ self.basis + self.middle
-        return lifted
-
-
-def procrustes(source: Tensor, target: Tensor) -> Tensor:
-    """The orthogonal map R (d, d) that brings ``source`` R closest to ``target``, both (N, d)."""
-    u, _, v = torch.linalg.svd(source.T @ target)
-    rotation: Tensor = u @ v
-    return rotation
+            rotation = procrustes(x, match)
+        return ours.lift(x @ rotation)

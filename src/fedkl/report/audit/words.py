@@ -56,7 +56,7 @@ ACCURACIES: Final = {
 
 def recognizes(attack: str) -> bool:
     """Whether an attack picks among images, so that its pictures are public ones."""
-    return attack.partition("+")[0].partition("-")[0] == "retrieval"
+    return attack.partition("+")[0].partition("-")[0] in ("retrieval", "replay")
 
 
 def figure(value: float | None, metric: str = "") -> str:

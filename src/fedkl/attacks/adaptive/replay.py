@@ -1,0 +1,130 @@
+"""The replay attack: repeat the victim's step on given images, and compare the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fedkl.attacks.adaptive.matched import Matched, Pool, rotated
+from fedkl.attacks.adaptive.retrieval import Gallery, Retrieval
+from fedkl.attacks.adaptive.shadow import Side, given_away
+from fedkl.attacks.adaptive.shadow_decoder import RESTANDARDIZATIONS
+from fedkl.attacks.adaptive.within import Within
+from fedkl.attacks.base import Progress
+from fedkl.observation import Observation
+
+RIDGE: Final = 1.0
+"""Of the directions in which gradients are compared (:class:`Within`)."""
+
+
+class Replay(Retrieval):
+    """A client of the attacker's own makes the gradient of every image in question.
+
+    Nothing is learned but the secrets. Without a lock, or holding the key, these gradients are the
+    victim's to the last digits, and the true image fits best. With secrets of its own they are as
+    close as the two clients are: clients of one federation, or a shadow, whose locks share their
+    signs give each other away. Gradients are compared by their cosine in the leading directions in
+    which the shadow's own differ within a class, each at unit deviation.
+
+    Where the coordinates differ altogether (pads), ``matched`` finds rotations from many victims
+    under one lock (:class:`~fedkl.attacks.adaptive.matched.Matched`).
+
+    Args:
+        images: Public images (M, C, H, W) in [0, 1].
+        labels: Their labels (M,).
+        restandardize: None, ``global`` or ``label``, as of :class:`Shadow`, or ``matched``.
+        shadows, candidates, secret_epochs, sketch, honest: As of :class:`Retrieval`.
+    """
+
+    name: ClassVar[str] = "replay"
+    ways: ClassVar[tuple[str | None, ...]] = (*RESTANDARDIZATIONS, "matched")
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        restandardize: str | None = None,
+        shadows: int = 1,
+        candidates: int = 1,
+        secret_epochs: int = 8,
+        sketch: int = 2048,
+        honest: Observation | None = None,
+    ) -> None:
+        super().__init__(
+            images,
+            labels,
+            restandardize=restandardize,
+            shadows=shadows,
+            candidates=candidates,
+            secret_epochs=secret_epochs,
+            epochs=1,
+            sketch=sketch,
+            honest=honest,
+        )
+        del self.settings["epochs"]
+
+    def _how(self, labels: Tensor) -> str | None:
+        how = super()._how(labels)
+        return "global" if how == "matched" and not rotated(labels) else how
+
+    def _moved(self, side: Side, seen: Tensor, labels: Tensor, how: str | None) -> Tensor:
+        return super()._moved(side, seen, labels, "global" if how == "matched" else how)
+
+    def _learn(
+        self, side: Side, generator: torch.Generator, number: int, progress: Progress | None
+    ) -> Any:
+        known = Replayed.of(side, self.public.labels)
+        self._teller(number, progress)(float("nan"))
+        return known
+
+    def _recognize(
+        self, learned: Sequence[Any], moved: Sequence[Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor, Gallery]:
+        if self._how(labels) == "matched":
+            pool = Pool([one.public for one in learned], self.public.labels)
+            mine = Matched(pool, [one.within.classes for one in learned]).fit(moved[0], labels)
+        else:
+            mine = [one.within(x, labels) for one, x in zip(learned, moved, strict=True)]
+        size = mine[0].shape[1]
+
+        def beside(rows: Sequence[Tensor]) -> Tensor:
+            return torch.cat([normalize(row[:, :size], dim=1) for row in rows], dim=1)
+
+        def embed(images: Tensor, label: int) -> Tensor:
+            return beside([one.see(images, label) for one in learned])
+
+        return beside(mine) / len(mine), beside([one.public for one in learned]), Gallery(embed)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A shadow, the directions in which its gradients of one class differ, and images in them.
+
+    Attributes:
+        side: The shadow.
+        within: The directions.
+        public: The public images (M, size).
+    """
+
+    side: Side
+    within: Within
+    public: Tensor
+
+    @classmethod
+    def of(cls, side: Side, labels: Tensor) -> Replayed:
+        """From what the shadow gives away of public images with ``labels`` (M,)."""
+        x, classes = side.coordinates.enter(side.inputs), len(side.coordinates.class_means)
+        within = Within(x, labels, classes, x.shape[1], RIDGE)
+        return cls(side, within, within(x, labels))
+
+    def see(self, images: Tensor, label: int) -> Tensor:
+        """(M, size) of images (M, C, H, W), as if their label were ``label``."""
+        labels = torch.full((len(images),), label)
+        x = given_away(self.side.client, images, labels, self.side.sketch)
+        return self.within(self.side.coordinates.enter(x), labels)

@@ -1,0 +1,74 @@
+"""What an update tells of its gradient, made short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedkl.attacks.network import Network
+from fedkl.observation import Observation
+
+Tensors = Mapping[str, Tensor]
+
+
+class Sketch:
+    """Gradients of any size as vectors of one length, inner products kept on average.
+
+    How much an example was missed is no part of its image, so every tensor is scaled to norm 1
+    (unless it is rounding noise beside the others, as that of a bias before a batch norm), and the
+    gradient of a linear layer, the outer product of its bias's gradient and its input, is replaced
+    by that input. Then entries are added up with random signs in random places (count sketch,
+    Charikar et al. 2002), which takes no matrix. What is shorter than the sketch stays as it is.
+
+    Args:
+        shared: Shared parameters by name, for their sizes.
+        length: Entries of a sketch.
+        generator: Draws signs and places.
+    """
+
+    NOISE = 1e-3
+
+    def __init__(self, shared: Tensors, length: int, generator: torch.Generator) -> None:
+        self.names = tuple(shared)
+        one = {name: torch.zeros(1, *value.shape) for name, value in shared.items()}
+        size = sum(value.shape[1] for value in self._flat(one))
+        self.length = length if size > length else 0
+        self.places = torch.randint(length, (size,), generator=generator)
+        self.signs = torch.randint(2, (size,), generator=generator).float() * 2 - 1
+
+    def __call__(self, gradients: Tensors) -> Tensor:
+        """(N, length) of gradients by name, each (N, *shape)."""
+        rows = self._flat(gradients)
+        norms = torch.stack([row.norm(dim=1) for row in rows])
+        floor = norms.amax(dim=0) * self.NOISE + 1e-20
+        flat = torch.cat(
+            [row / torch.maximum(n, floor)[:, None] for row, n in zip(rows, norms, strict=True)],
+            dim=1,
+        )
+        if self.length == 0:
+            return flat
+        out = flat.new_zeros(len(flat), self.length)
+        return out.index_add_(1, self.places, flat * self.signs)
+
+    def _flat(self, gradients: Tensors) -> list[Tensor]:
+        found = []
+        for name in self.names:
+            value, bias = gradients[name], gradients.get(name.removesuffix("weight") + "bias")
+            if value.ndim == 3 and bias is not None and bias.shape == value.shape[:2]:
+                size = bias.square().sum(dim=1, keepdim=True).clamp_min(1e-20)
+                value = torch.einsum("nij,ni->nj", value, bias) / size
+            found.append(value.flatten(1))
+        return found
+
+
+def gradients_of(observation: Observation, network: Network) -> dict[str, Tensor]:
+    """Gradients (T, *shape) by name."""
+    found = {}
+    for name, value in network.shared.items():
+        stacked = torch.stack([change[name] for change in observation.changes])
+        if observation.kind == "update":
+            stacked = observation.training.gradient(stacked, value)
+        found[name] = stacked
+    return found

@@ -1,0 +1,108 @@
+"""Attackers of `studies/breakpad.py` that repeat the victim's step on images in question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from intruders import Bench
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fedkl.attacks.adaptive.matched import Matched, Pool
+from fedkl.attacks.adaptive.replay import Replayed
+from fedkl.attacks.adaptive.shadow import Side, given_away
+from fedkl.attacks.adaptive.shadow_client import ShadowClient
+from fedkl.attacks.adaptive.shadow_decoder import Coordinates
+from fedkl.rng import derive
+
+WAYS = ("plain", "matched", "candidates")
+CLASSES = 10
+
+
+class Replayer:
+    """A client the attacker can look into: public images, and all that may be candidates."""
+
+    def __init__(self, bench: Bench, secrets: dict[str, Tensor]) -> None:
+        client, public = ShadowClient(bench.network, secrets, CLASSES), bench.public
+        inputs = given_away(client, public.images, public.labels, bench.sketch)
+        coordinates = Coordinates.of(inputs, public.labels, CLASSES)
+        known = Replayed.of(Side(client, bench.sketch, coordinates, inputs), public.labels)
+        self.coordinates, self.within, self.public = coordinates, known.within, known.public
+        labels = bench.bundle.test.labels
+        pool = given_away(client, bench.pool, labels, bench.sketch)
+        self.pool = known.within(coordinates.enter(pool), labels)
+
+
+class ReplayBench(Bench):
+    """Victims, and how often several replayers together find them.
+
+    plain
+        Gradients compared as they are.
+    matched
+        Brought into the replayers' coordinates by rotations that public images tell
+        (`replay-matched`), within groups of ``n`` victims under one lock.
+    candidates
+        The same rotations, improved by guessing among each victim's own candidates.
+    """
+
+    def replayers(self, count: int, epochs: int) -> list[Replayer]:
+        """Shadows."""
+        return [Replayer(self, self.own(seed, epochs)) for seed in range(count)]
+
+    def rates(self, clients: Sequence[Replayer], counts: Sequence[int]) -> dict[str, Any]:
+        """Identification by number of pooled victims and way."""
+        everyone = torch.arange(len(self.seen))
+        found: dict[str, Any] = {"1": {"plain": self._rate(clients, self.seen, everyone, None)}}
+        for count in counts:
+            parts = torch.split(everyone, count)
+            found[str(count)] = {
+                way: sum(self._rate(clients, self.seen[p], p, way) * len(p) for p in parts)
+                / len(everyone)
+                for way in WAYS[1:]
+            }
+        return found
+
+    def pooled(self, clients: Sequence[Replayer], seen: Tensor) -> dict[str, float]:
+        """Identification of all victims by what they gave away, ``seen``, pooled; by way."""
+        everyone = torch.arange(len(seen))
+        ways = {"plain": None, "matched": "matched", "candidates": "candidates"}
+        return {name: self._rate(clients, seen, everyone, way) for name, way in ways.items()}
+
+    def shuffled(self) -> Tensor:
+        """What victims gave away, exchanged within classes: nobody can find anyone by it."""
+        seen, generator = self.seen.clone(), derive(0, "shuffled")
+        for label in range(CLASSES):
+            rows = (self.labels == label).nonzero().flatten()
+            seen[rows] = self.seen[rows[torch.randperm(len(rows), generator=generator)]]
+        return seen
+
+    def _rate(
+        self, clients: Sequence[Replayer], seen: Tensor, who: Tensor, way: str | None
+    ) -> float:
+        labels = self.labels[who]
+        asked = torch.cat([self.rows[who].reshape(-1, 1), self.decoys[who]], dim=1)
+        if way is None:
+            moved = [c.within(c.coordinates.enter(seen), labels) for c in clients]
+        else:
+            public = Pool([c.public for c in clients], self.public.labels)
+            matched = Matched(public, [c.within.classes for c in clients])
+            standard = clients[0].coordinates.align(seen, labels, "global")
+            if way == "candidates":
+                images = Pool([c.pool for c in clients], self.bundle.test.labels)
+                allowed = torch.zeros(len(who), len(self.pool), dtype=torch.bool)
+                allowed.scatter_(1, asked, True)
+                moved = matched.fit(standard, labels, images, allowed)
+            else:
+                moved = matched.fit(standard, labels)
+        scores = sum(
+            torch.einsum(
+                "nd,nkd->nk",
+                normalize(m, dim=1),
+                normalize(c.pool[:, : m.shape[1]], dim=1)[asked],
+            )
+            for c, m in zip(clients, moved, strict=True)
+        )
+        assert isinstance(scores, Tensor)
+        return float((scores[:, 0] > scores[:, 1:].amax(dim=1)).double().mean())
