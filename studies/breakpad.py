@@ -26,7 +26,8 @@ depth
 replay
     No learning but of the secrets: the attacker repeats the step on every image in question and
     compares gradients, across pads after rotations fitted to many victims (the attack "replay").
-    Three federations of each network under a pad, one under the channel lock.
+    Three federations of each network under a pad, one under the channel lock, and one of clients
+    whose channel locks start apart, as pads do.
 replay-renewals
     The same over pads that are renewed every 16 presentations.
 renewals
@@ -56,6 +57,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAD = {"name": "pad"}
 OPEN_HEAD = {**PAD, "head": False}
 CHANNEL = {"name": "channel"}
+OWN_STARTS = {**CHANNEL, "group_key": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "channel": CHANNEL,
     "pad, shared head": OPEN_HEAD,
@@ -143,6 +145,7 @@ def cells_of(part: str, victims: int) -> list[Cell]:
         return [Cell(part, f"vit, pad, seed {n}", PAD, 2 * victims, n, **kind) for n in range(3)]
     if part == "replay":
         kinds = [(m, "pad", PAD, 3) for m in MODELS] + [(m, "channel", CHANNEL, 1) for m in PLAIN]
+        kinds += [("resnet20", "channel of own starts", OWN_STARTS, 1)]
         return [
             Cell(part, f"{m}, {arm}, seed {n}", lock, 2 * victims, n, 4_000, 2, m)
             for m, arm, lock, seeds in kinds

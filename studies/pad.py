@@ -13,6 +13,8 @@ resnet20-iid, resnet20-dirichlet
     ResNet-20 at 16x16, 3 clients x 4,000 images, 10 rounds.
 resnet20-long
     The same over 20 rounds, IID: does a pad catch up?
+resnet20-starts
+    The channel lock with and without a group key: what does it cost that locks start apart?
 resnet20-depth
     The first lock behind stage 1 or 2, all before it private: what is left to learn together?
 vit-tuning, vit-iid, vit-depth
@@ -58,6 +60,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "norm": {"name": "norm"},
     "fedbn": {"name": "fedbn"},
     "channel": {"name": "channel"},
+    "channel of own starts": {"name": "channel", "group_key": False},
     "pad": PAD,
     "pad-open-head": {**PAD, "head": False},
     "pad-wide": {**PAD, **WIDE},
@@ -168,6 +171,7 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
         "resnet20-iid": lambda n: _resnet("resnet20-iid", n, {}),
         "resnet20-dirichlet": lambda n: _resnet("resnet20-dirichlet", n, DIRICHLET),
         "resnet20-long": lambda n: _resnet("resnet20-long", n, LONG),
+        "resnet20-starts": _starts,
         "resnet20-depth": _depths,
         "vit-tuning": _vit_tuning,
         "vit-iid": lambda n: _vit("vit-iid", n, {}),
@@ -181,7 +185,7 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
 BLOCKS = (
     "tuning", "lenet-iid", "lenet-dirichlet", "clients", "renewal",
     "resnet20-frontier", "resnet20-iid", "resnet20-dirichlet", "resnet20-long",
-    "resnet20-depth", "vit-tuning", "vit-iid", "vit-depth",
+    "resnet20-starts", "resnet20-depth", "vit-tuning", "vit-iid", "vit-depth",
 )  # fmt: skip
 
 
@@ -276,6 +280,20 @@ def _resnet(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
         )
         for seed in range(seeds)
         for arm in ("alone", "norm", "fedbn", "pad", *(CAUSES if block == "resnet20-iid" else ()))
+    ]
+
+
+def _starts(seeds: int) -> list[Cell]:
+    return [
+        Cell(
+            "resnet20-starts",
+            arm,
+            seed,
+            merged(merged(LENET, RESNET), {"defense": ARMS[arm]}),
+            150.0,
+        )
+        for seed in range(seeds)
+        for arm in ("norm", "channel", "channel of own starts", "pad")
     ]
 
 

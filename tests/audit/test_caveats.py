@@ -29,7 +29,7 @@ def test_nothing_is_said_of_what_was_not_trained(accuracy: dict[str, None]) -> N
     assert caveats(small_audit(), accuracy, 10) == []
 
 
-HARD = {"attacks": ("dlg", "retrieval-transport"), "images": 1000, "effort": "standard"}
+HARD = {"attacks": ("dlg", "replay-matched"), "images": 1000, "effort": "standard"}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ HARD = {"attacks": ("dlg", "retrieval-transport"), "images": 1000, "effort": "st
         ({"defenses": ("pad",), **HARD, "images": 250, "observations": 4}, ""),
         ({"defenses": ("pad",), **HARD, "images": 999}, "hardest"),
         ({"defenses": ("pad",), **HARD, "effort": "quick"}, "--effort standard"),
-        ({"defenses": ("pad",), **HARD, "attacks": ("retrieval",)}, "--images 1000"),
+        ({"defenses": ("pad",), **HARD, "attacks": ("retrieval-transport",)}, "--images 1000"),
         ({"defenses": ("pad",), **HARD, "threats": ("crafting",)}, "hardest"),
         ({"defenses": ("pad",), "batch_size": 8}, "these are of 8"),
         ({"defenses": ("channel",)}, ""),
@@ -56,7 +56,7 @@ def test_a_pad_that_was_not_tested_the_hardest_way_is_said_so(
 
 @pytest.mark.parametrize(
     "attack, threat, said",
-    [("retrieval-transport", "adaptive", True), ("retrieval-transport", "key-shared", False),
+    [("replay-matched", "adaptive", True), ("replay-matched", "key-shared", False),
      ("dlg", "adaptive", False)],
 )  # fmt: skip
 def test_hardest_test_that_could_not_be_mounted_is_none(

@@ -252,7 +252,7 @@ def test_identification_heats_a_cell_as_pictures_do(tmp_path: Path) -> None:
     assert heats(0.125, 1.0)[0] > 0.9
 
 
-@pytest.mark.parametrize("attack", ["retrieval", "retrieval-transport", "shadow-label"])
+@pytest.mark.parametrize("attack", ["retrieval", "replay-matched", "shadow-label"])
 def test_pictures_of_who_recognizes_are_said_to_be_public(attack: str, tmp_path: Path) -> None:
     audit = write_fake_audit(tmp_path)
     text = json.dumps(audit).replace("inverting-gradients", attack)

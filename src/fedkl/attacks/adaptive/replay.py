@@ -99,7 +99,8 @@ class Replay(Retrieval):
         def embed(images: Tensor, label: int) -> Tensor:
             return beside([one.see(images, label) for one in learned])
 
-        return beside(mine) / len(mine), beside([one.public for one in learned]), Gallery(embed)
+        own = beside([one.public for one in learned])
+        return beside(mine) / len(mine), own, Gallery(embed, labeled=True)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class Retrieval(Shadow):
         def embed(images: Tensor, label: int) -> Tensor:
             return torch.cat([encoder.embed(images) for encoder in learned], dim=1)
 
-        return read, embed(self.public.images, 0), Gallery(embed)
+        return read, embed(self.public.images, 0), Gallery(embed, labeled=False)
 
     def _closest(self, read: Tensor, own: Tensor, labels: Tensor) -> Tensor:
         """Which public image fits best, int64 (N,): of the class, if there is one of it."""
@@ -132,15 +132,16 @@ class Gallery:
 
     Args:
         make: Rows (M, k) of images (M, C, H, W) and the label that an update of theirs has.
+        labeled: Whether the rows depend on that label.
     """
 
-    def __init__(self, make: Callable[[Tensor, int], Tensor]) -> None:
-        self.make = make
+    def __init__(self, make: Callable[[Tensor, int], Tensor], *, labeled: bool) -> None:
+        self.make, self.labeled = make, labeled
         self._known: dict[tuple[bytes, int], Tensor] = {}
 
     def embed(self, images: Tensor, label: int) -> Tensor:
         """(M, k) of images (M, C, H, W)."""
-        names = [(_fingerprint(image), label) for image in images]
+        names = [(_fingerprint(image), label if self.labeled else -1) for image in images]
         new = {name: i for i, name in enumerate(names) if name not in self._known}
         if new:
             made = self.make(images[list(new.values())], label)

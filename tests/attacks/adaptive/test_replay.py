@@ -1,0 +1,162 @@
+"""Replay: gradients of the images in question, made by a client of the attacker's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from shadowhelp import digits, public, victims
+from torch import Tensor
+
+from fedkl.attacks import Reconstruction
+from fedkl.attacks.adaptive import Replay
+from fedkl.attacks.adaptive.shadow_client import ShadowClient
+from fedkl.errors import AttackError, ConfigError
+from fedkl.metrics import draw_decoys
+from fedkl.observation import Observation, Training
+from fedkl.rng import derive
+
+
+def replay(**settings: Any) -> Replay:
+    return Replay(*public(), **{"secret_epochs": 30, "sketch": 512, **settings})
+
+
+def run(attack: Replay, observations: list[Observation]) -> list[Reconstruction]:
+    return attack.reconstruct(observations, generator=derive(0, "attack"))
+
+
+def rate(found: list[Reconstruction], given: slice = slice(None)) -> float:
+    """How often the truth scores above 29 others of its class: chance is 3 %."""
+    x, y = digits()
+    own = torch.arange(len(found))
+    decoys = draw_decoys(y[: len(found)], y, generator=derive(0, "decoys"), own=own, count=29)
+    right = []
+    for i, one in enumerate(found):
+        assert one.score is not None
+        scores = one.score(0, torch.cat([x[i : i + 1], x[decoys[i]]]))
+        assert scores.shape == (30,)
+        right.append(bool(scores[0] > scores[1:].max()))
+    return sum(right[given]) / len(right[given])
+
+
+def test_who_holds_the_key_finds_everyone() -> None:
+    found = run(replay(), victims("key-shared", 30))
+    assert rate(found) == 1
+    assert "replay on gradient with the victim's secrets" in found[0].notes[0]
+    assert "public images that fit best" in found[0].notes[-1]
+    x, y = digits()
+    candidates = x[(y == y[0]).nonzero().flatten()[:5]]
+    assert found[0].score is not None
+    scores = found[0].score(0, candidates)
+    assert float(scores[0]) == pytest.approx(1, abs=1e-3)  # the very same gradient
+    assert float(scores[1:].max()) < 0.9
+
+
+def test_a_public_image_of_the_class_is_shown_and_the_victims_own_if_it_is_one() -> None:
+    x, y = digits()
+    images, labels = torch.cat([public()[0], x[:10]]), torch.cat([public()[1], y[:10]])
+    attack = Replay(images, labels, sketch=512)
+    for i, one in enumerate(run(attack, victims("key-shared", 20))):
+        place = (images == one.images[0, 0]).flatten(1).all(dim=1).nonzero().flatten()
+        assert y[i] in labels[place]
+        assert one.labels.equal(y[i : i + 1, None])
+        if i < 10:
+            assert one.images[0, 0].equal(x[i])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"restandardize": "label", "shadows": 2}])
+def test_a_lock_per_channel_is_no_obstacle_to_a_shadow(settings: dict[str, Any]) -> None:
+    found = run(replay(candidates=2, **settings), victims("adaptive", 80))
+    assert rate(found) > 0.3
+
+
+@pytest.mark.slow
+def test_rotations_need_no_coordinates_of_the_victims() -> None:
+    """Holding the key, but as if nothing were known of whose coordinates these are."""
+    found = run(replay(restandardize="matched"), victims("key-shared", 300))
+    assert "restandardized: matched" in found[0].notes[0]
+    assert rate(found) > 0.3
+
+
+def test_few_victims_are_compared_as_they_are_and_a_note_says_so() -> None:
+    matched = run(replay(restandardize="matched", secret_epochs=1), victims("key-shared", 5))
+    plain = run(replay(secret_epochs=1), victims("key-shared", 5))
+    assert "5 updates are too few" in matched[0].notes[1]
+    candidates = digits()[0][:4]
+    for one, other in zip(matched, plain, strict=True):
+        assert one.score is not None
+        assert other.score is not None
+        torch.testing.assert_close(one.score(0, candidates), other.score(0, candidates))
+
+
+@pytest.mark.parametrize("how", [None, "global", "label", "matched"])
+def test_same_generator_same_scores(how: str | None) -> None:
+    seen = victims("adaptive", 20)
+    candidates = digits()[0][:5]
+    small = replay(secret_epochs=1, restandardize=how, shadows=2)
+    made: list[Tensor] = []
+    for seed in (1, 1, 2):
+        one = small.reconstruct(seen, generator=derive(seed))[3]
+        assert one.score is not None
+        made.append(one.score(0, candidates))
+    assert made[0].equal(made[1])
+    assert not made[0].equal(made[2])
+    assert bool((made[0].abs() <= 1 + 1e-5).all())  # a mean of cosines
+
+
+def test_updates_of_one_victim_have_scores_and_labels_of_their_own() -> None:
+    seen = victims("key-shared", 3)
+    pooled = replace(seen[0], changes=tuple(o.changes[0] for o in seen))
+    candidates = digits()[0][:4]
+    together, apart = run(replay(), [pooled])[0], run(replay(), seen)
+    assert together.score is not None
+    for t, one in enumerate(apart):
+        assert one.score is not None
+        torch.testing.assert_close(together.score(t, candidates), one.score(0, candidates))
+
+
+def test_a_gradient_is_made_once_of_an_image_and_its_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = digits()
+    rows = (y == y[0]).nonzero().flatten()[:2].tolist()
+    found = run(replay(sketch=64), victims("key-shared", max(rows) + 1))
+    counts: list[int] = []
+    gradients = ShadowClient.gradients
+
+    def counted(self: ShadowClient, images: Tensor, labels: Tensor) -> Any:
+        counts.append(len(images))
+        assert labels.tolist() == [int(y[0])] * len(images)
+        return gradients(self, images, labels)
+
+    monkeypatch.setattr(ShadowClient, "gradients", counted)
+    for row in rows:
+        one = found[row]
+        assert one.score is not None
+        one.score(0, x[:8])
+        both = one.score(0, torch.cat([x[:1], x[:1]]))
+        assert both[0] == both[1]  # to the last bit
+    assert counts == [8]
+
+
+def test_progress_and_settings_are_told() -> None:
+    told: list[tuple[int, int]] = []
+    small = replay(shadows=2, secret_epochs=1)
+    small.reconstruct(
+        victims("key-shared", 1),
+        generator=derive(0),
+        progress=lambda done, total, loss: told.append((done, total)),
+    )
+    assert told == [(1, 2), (2, 2)]
+    for unused in ("epochs=1,", "hidden", "variant"):
+        assert unused not in repr(small).replace("secret_epochs=1,", "")
+    assert "sketch=512" in repr(small)
+
+
+def test_misfits_are_explained() -> None:
+    seen = victims("key-shared", 1)
+    with pytest.raises(AttackError, match="batch 4"):
+        run(replay(), [replace(seen[0], training=Training(batch_size=4))])
+    with pytest.raises(ConfigError, match=r"restandardization.*matched"):
+        replay(restandardize="transport")
