@@ -106,7 +106,7 @@ class Audit:
 ADAPTIVE = ("adaptive",)
 SETTINGS = ("key-unknown", "key-regressed", "lock-gradient", "adaptive")  # the paper's, and ours
 DLG, IG, GRNN, GGL = ("dlg",), ("inverting-gradients",), ("grnn",), ("ggl",)
-SHADOW, PICK = ("shadow-label",), ("retrieval",)
+SHADOW, PICK, REPLAY = ("shadow-label",), ("retrieval",), ("replay",)
 CHANNEL, PAD = {"channel": ADAPTIVE}, {"pad": ADAPTIVE}
 PAPER = {"paper-sigmoid": SETTINGS, "paper": ("key-unknown", "adaptive")}
 FEW = {"paper-sigmoid": ("key-unknown", "adaptive")}
@@ -126,6 +126,10 @@ AUDITS: dict[str, Audit] = {
     ),
     "vit-final-retrieval": Audit("vit", "final", PICK, "standard", 2000, {**CHANNEL, **PAD}, 100),
     "vit-deep-final-retrieval": Audit("vit-deep", "final", PICK, "standard", 2000, PAD, 100),
+    "lenet-final-replay": Audit("lenet", "final", REPLAY, "standard", 2000, {**LOCKS, **PAD}, 60),
+    "resnet20-final-replay": Audit(
+        "resnet20", "final", REPLAY, "standard", 2000, {**CHANNEL, **PAD}, 200
+    ),
 }
 
 

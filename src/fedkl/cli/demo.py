@@ -172,7 +172,7 @@ def _arm(name: str, config: RunConfig, folder: Path, bundle: DataBundle) -> dict
 
 
 def _audit(configs: Mapping[str, RunConfig], folder: Path, *, quick: bool) -> dict[str, Any]:
-    """What the updates of these runs leak: a search, a shadow client and a replay, with controls."""
+    """What these updates leak: to a search, a shadow client and a replay, with all controls."""
     from fedkl.audit import AuditConfig, run_audit
     from fedkl.report import write_audit_page
 
