@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -228,6 +229,29 @@ def test_place_among_the_candidates_tells_nothing(first: bool) -> None:
 
     found = [Reconstruction(images=torch.zeros(1, 1, 1, 6, 6), labels=labels, score=score)] * COUNT
     assert abs(float(picked(found, truth).double().mean()) - 1 / (DECOYS + 1)) < 0.05
+
+
+def test_an_attack_that_looks_at_everybodys_candidates_is_asked_once_for_all() -> None:
+    truth = truth_of_noise(torch.Generator().manual_seed(0))
+    asked: list[int] = []
+
+    def together(candidates: Sequence[Tensor]) -> list[Tensor]:
+        asked.append(len(candidates))
+        # Every other victim's truth is known.
+        return [
+            (x == truth.images[i]).flatten(1).all(dim=1).float() * (-1) ** i
+            for i, x in enumerate(candidates)
+        ]
+
+    one = Reconstruction(
+        images=torch.zeros(1, 1, 1, 6, 6),
+        labels=torch.zeros(1, 1).long(),
+        score=lambda _, x: x.flatten(1).sum(dim=1),
+        together=together,
+    )
+    hits = picked([one] * COUNT, truth)
+    assert asked == [COUNT]
+    assert hits.tolist() == [i % 2 == 0 for i in range(COUNT)]
 
 
 def test_scores_that_are_no_numbers_are_no_miss() -> None:

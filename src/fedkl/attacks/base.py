@@ -35,6 +35,9 @@ class Reconstruction:
         score: Called with the number of an update and candidates (K, C, H, W) in [0, 1], all of the
             label found, says how well each fits that update, (K,), the higher the better. None:
             whoever has candidates compares them with ``images``.
+        together: The same for all updates of all victims of the call at once, in their order: from
+            the candidates of each, the scores of each. An attack that learns from everybody's
+            candidates finds more so; None: it does not. All victims have the same.
     """
 
     images: Tensor = field(repr=False)
@@ -46,6 +49,7 @@ class Reconstruction:
     restarts: int = 0
     notes: tuple[str, ...] = ()
     score: Callable[[int, Tensor], Tensor] | None = field(default=None, repr=False)
+    together: Callable[[Sequence[Tensor]], list[Tensor]] | None = field(default=None, repr=False)
 
 
 class Attack(ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -230,19 +230,37 @@ def picked(found: Sequence[Reconstruction], truth: Truth) -> Tensor:
     """
     if any(one.score is None or one.images.shape[1] != 1 for one in found):
         raise AttackError("scores of candidates are for updates of one image, and for all victims.")
+    orders = [
+        torch.randperm(len(decoys) + 1, generator=derive(i, "order of candidates"))
+        for i, decoys in enumerate(truth.decoys)
+    ]
     hits = []
-    for i, decoys in enumerate(truth.decoys):
-        victim, update = divmod(i, len(truth.rows) // len(found))
-        order = torch.randperm(len(decoys) + 1, generator=derive(i, "order of candidates"))
-        candidates = torch.cat([truth.images[i][None], truth.pool[decoys]])[order]
-        score = found[victim].score
-        assert score is not None
-        scores = score(update, candidates)
+    for i, scores in enumerate(_scores(found, truth, orders)):
         if not bool(scores.isfinite().all()):
+            victim = i // (len(truth.rows) // len(found))
             raise AttackError(f"victim {victim} has scores that are no numbers.")
-        own = order == 0
+        own = orders[i] == 0
         hits.append(scores[own].squeeze() > scores[~own].max())
     return torch.stack(hits)
+
+
+def _scores(
+    found: Sequence[Reconstruction], truth: Truth, orders: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Of the candidates of each image, in the orders given."""
+
+    def candidates(i: int) -> Tensor:
+        return torch.cat([truth.images[i][None], truth.pool[truth.decoys[i]]])[orders[i]]
+
+    together = found[0].together
+    if together is not None:
+        yield from together([candidates(i) for i in range(len(orders))])
+        return
+    for i in range(len(orders)):
+        victim, update = divmod(i, len(truth.rows) // len(found))
+        score = found[victim].score
+        assert score is not None
+        yield score(update, candidates(i))
 
 
 def rows_of(

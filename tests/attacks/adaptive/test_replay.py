@@ -81,6 +81,22 @@ def test_rotations_need_no_coordinates_of_the_victims() -> None:
     assert rate(found) > 0.3
 
 
+@pytest.mark.slow
+def test_candidates_of_everybody_tell_more_than_public_images() -> None:
+    x, y = digits()
+    few = Replay(*(part[:40] for part in public()), sketch=512, restandardize="matched")
+    found = run(few, victims("key-shared", 300))
+    own = torch.arange(300)
+    decoys = draw_decoys(y[:300], y, generator=derive(0, "decoys"), own=own, count=29)
+    given = [torch.cat([x[i : i + 1], x[decoys[i]]]) for i in range(300)]
+    assert found[0].together is not None
+    scores = found[0].together(given)
+    right = sum(bool(s[0] > s[1:].max()) for s in scores) / 300
+    assert [s.shape for s in scores] == [(30,)] * 300
+    assert right > 0.9 > 0.5 > rate(found)
+    assert run(replay(), victims("key-shared", 2))[0].together is None
+
+
 def test_few_victims_are_compared_as_they_are_and_a_note_says_so() -> None:
     matched = run(replay(restandardize="matched", secret_epochs=1), victims("key-shared", 5))
     plain = run(replay(secret_epochs=1), victims("key-shared", 5))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -87,20 +87,71 @@ class Replay(Retrieval):
         self, learned: Sequence[Any], moved: Sequence[Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor, Gallery]:
         if self._how(labels) == "matched":
-            pool = Pool([one.public for one in learned], self.public.labels)
-            mine = Matched(pool, [one.within.classes for one in learned]).fit(moved[0], labels)
+            mine = self._matched(learned).fit(moved[0], labels)
         else:
             mine = [one.within(x, labels) for one, x in zip(learned, moved, strict=True)]
         size = mine[0].shape[1]
 
-        def beside(rows: Sequence[Tensor]) -> Tensor:
-            return torch.cat([normalize(row[:, :size], dim=1) for row in rows], dim=1)
+        def see(images: Tensor, label: int) -> Tensor:
+            return torch.cat([one.see(images, label)[:, :size] for one in learned], dim=1)
 
-        def embed(images: Tensor, label: int) -> Tensor:
-            return beside([one.see(images, label) for one in learned])
+        own = torch.cat([one.public[:, :size] for one in learned], dim=1)
+        gallery = _Replays(see, len(learned))
+        return gallery.beside(torch.cat(mine, dim=1)) / len(mine), gallery.beside(own), gallery
 
-        own = beside([one.public for one in learned])
-        return beside(mine) / len(mine), own, Gallery(embed, labeled=True)
+    def _together(
+        self, learned: Sequence[Any], moved: Sequence[Tensor], labels: Tensor, gallery: Gallery
+    ) -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
+        assert isinstance(gallery, _Replays)
+        if self._how(labels) != "matched":
+            return None
+
+        def together(candidates: Sequence[Tensor]) -> list[Tensor]:
+            pairs = zip(candidates, labels.tolist(), strict=True)
+            names = [gallery.names(images, label) for images, label in pairs]
+            every = dict.fromkeys(name for mine in names for name in mine)
+            places = {name: i for i, name in enumerate(every)}
+            rows = torch.stack([gallery.known[name] for name in places])
+            asked = [torch.tensor([places[name] for name in mine]) for mine in names]
+            allowed = torch.zeros(len(asked), len(places), dtype=torch.bool)
+            for row, mine in zip(allowed, asked, strict=True):
+                row[mine] = True
+            pool = Pool(gallery.apart(rows), torch.tensor([label for _, label in places]))
+            found = self._matched(learned).fit(moved[0], labels, pool, allowed)
+            read, rows = gallery.beside(torch.cat(found, dim=1)), gallery.beside(rows)
+            shadows = len(learned)
+            return [(rows[a] * r).sum(dim=1) / shadows for a, r in zip(asked, read, strict=True)]
+
+        return together
+
+    def _matched(self, learned: Sequence[Any]) -> Matched:
+        pool = Pool([one.public for one in learned], self.public.labels)
+        return Matched(pool, [one.within.classes for one in learned])
+
+
+class _Replays(Gallery):
+    """Images as several shadows see them, side by side; known as they are, embedded at unit length.
+
+    Args:
+        see: Rows (M, shadows x k) of images and their label.
+        shadows: Their number.
+    """
+
+    def __init__(self, see: Callable[[Tensor, int], Tensor], shadows: int) -> None:
+        super().__init__(see, labeled=True)
+        self.shadows = shadows
+
+    def embed(self, images: Tensor, label: int) -> Tensor:
+        """(M, shadows x k) of images (M, C, H, W), at unit length for every shadow."""
+        return self.beside(super().embed(images, label))
+
+    def beside(self, rows: Tensor) -> Tensor:
+        """Rows (M, shadows x k) at unit length for every shadow."""
+        return torch.cat([normalize(side, dim=1) for side in self.apart(rows)], dim=1)
+
+    def apart(self, rows: Tensor) -> list[Tensor]:
+        """Rows (M, shadows x k) as every shadow's (M, k)."""
+        return list(rows.chunk(self.shadows, dim=1))
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ class Retrieval(Shadow):
         notes = (*notes, "pictures are the public images that fit best")
         every = torch.cat([*labels])
         read, own, gallery = self._recognize(learned, moved, every)
+        together = self._together(learned, moved, every, gallery)
         best = self.public.images[self._closest(read, own, every)]
         updates = [len(mine) for mine in labels]
         return [
@@ -96,6 +97,7 @@ class Retrieval(Shadow):
                 labels=y[:, None],
                 notes=notes,
                 score=partial(_scored, gallery, r, y),
+                together=together,
             )
             for x, y, r in zip(
                 torch.split(best, updates), labels, torch.split(read, updates), strict=True
@@ -118,6 +120,12 @@ class Retrieval(Shadow):
 
         return read, embed(self.public.images, 0), Gallery(embed, labeled=False)
 
+    def _together(
+        self, learned: Sequence[Any], moved: Sequence[Tensor], labels: Tensor, gallery: Gallery
+    ) -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
+        """``Reconstruction.together``, where candidates of all tell more than those of one."""
+        return None
+
     def _closest(self, read: Tensor, own: Tensor, labels: Tensor) -> Tensor:
         """Which public image fits best, int64 (N,): of the class, if there is one of it."""
         other = labels[:, None] != self.public.labels[None]
@@ -137,16 +145,20 @@ class Gallery:
 
     def __init__(self, make: Callable[[Tensor, int], Tensor], *, labeled: bool) -> None:
         self.make, self.labeled = make, labeled
-        self._known: dict[tuple[bytes, int], Tensor] = {}
+        self.known: dict[tuple[bytes, int], Tensor] = {}
 
     def embed(self, images: Tensor, label: int) -> Tensor:
         """(M, k) of images (M, C, H, W)."""
+        return torch.stack([self.known[name] for name in self.names(images, label)])
+
+    def names(self, images: Tensor, label: int) -> list[tuple[bytes, int]]:
+        """What the images are ``known`` by, from now on."""
         names = [(_fingerprint(image), label if self.labeled else -1) for image in images]
-        new = {name: i for i, name in enumerate(names) if name not in self._known}
+        new = {name: i for i, name in enumerate(names) if name not in self.known}
         if new:
             made = self.make(images[list(new.values())], label)
-            self._known |= dict(zip(new, made, strict=True))
-        return torch.stack([self._known[name] for name in names])
+            self.known |= dict(zip(new, made, strict=True))
+        return names
 
 
 def _fingerprint(image: Tensor) -> bytes:
