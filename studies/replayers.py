@@ -47,6 +47,8 @@ class ReplayBench(Bench):
         The same rotations, improved by guessing among each victim's own candidates.
     """
 
+    _for: Sequence[Replayer] = ()
+
     def replayers(self, count: int, epochs: int) -> list[Replayer]:
         """Shadows."""
         return [Replayer(self, self.own(seed, epochs)) for seed in range(count)]
@@ -86,23 +88,31 @@ class ReplayBench(Bench):
         if way is None:
             moved = [c.within(c.coordinates.enter(seen), labels) for c in clients]
         else:
-            public = Pool([c.public for c in clients], self.public.labels)
-            matched = Matched(public, [c.within.classes for c in clients])
+            matched, images = self._pools(clients)
             standard = clients[0].coordinates.align(seen, labels, "global")
             if way == "candidates":
-                images = Pool([c.pool for c in clients], self.bundle.test.labels)
                 allowed = torch.zeros(len(who), len(self.pool), dtype=torch.bool)
                 allowed.scatter_(1, asked, True)
                 moved = matched.fit(standard, labels, images, allowed)
             else:
                 moved = matched.fit(standard, labels)
-        scores = sum(
-            torch.einsum(
-                "nd,nkd->nk",
-                normalize(m, dim=1),
-                normalize(c.pool[:, : m.shape[1]], dim=1)[asked],
-            )
-            for c, m in zip(clients, moved, strict=True)
-        )
-        assert isinstance(scores, Tensor)
+        scores = torch.stack(
+            [
+                torch.einsum(
+                    "nd,nkd->nk",
+                    normalize(m, dim=1),
+                    normalize(c.pool[:, : m.shape[1]][asked], dim=2),
+                )
+                for c, m in zip(clients, moved, strict=True)
+            ]
+        ).sum(dim=0)
         return float((scores[:, 0] > scores[:, 1:].amax(dim=1)).double().mean())
+
+    def _pools(self, clients: Sequence[Replayer]) -> tuple[Matched, Pool]:
+        """Public images and all candidates as these clients see them; made once."""
+        if self._for is not clients:
+            public = Pool([c.public for c in clients], self.public.labels)
+            self._matched = Matched(public, [c.within.classes for c in clients])
+            self._images = Pool([c.pool for c in clients], self.bundle.test.labels)
+            self._for = clients
+        return self._matched, self._images

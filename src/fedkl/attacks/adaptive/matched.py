@@ -36,20 +36,22 @@ class Pool:
     """The same images as several shadows see them.
 
     Args:
-        sides: Of every shadow, what it gives away of each image, (M, size).
+        sides: Of every shadow, what it gives away of each image, (M, size); the first
+            :data:`MOST` entries count.
         labels: Of the images (M,).
     """
 
     def __init__(self, sides: Sequence[Tensor], labels: Tensor) -> None:
-        self.sides, self.labels = list(sides), labels
-        self.rows: dict[int, Tensor] = {
-            k: (labels == k).nonzero().flatten() for k in sorted({*labels.tolist()})
-        }
-        self._every = torch.arange(len(labels))
+        self.sides, self.labels = [side[:, :MOST] for side in sides], labels
+        self._classes: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
-    def of(self, label: int) -> Tensor:
-        """Rows of a class; of one without an image, all."""
-        return self.rows.get(label, self._every)
+    def of(self, label: int) -> tuple[Tensor, list[Tensor]]:
+        """Rows of a class, and the sides there; of a class without an image, all."""
+        if label not in self._classes:  # many groups of victims ask for the same
+            rows = (self.labels == label).nonzero().flatten()
+            rows = rows if len(rows) else torch.arange(len(self.labels))
+            self._classes[label] = rows, [side[rows] for side in self.sides]
+        return self._classes[label]
 
 
 class Matched:
@@ -134,8 +136,7 @@ class Matched:
         """Guesses by ``moved``, and victims rotated onto them in ``size`` directions."""
         wanted = [x.new_empty(len(x), size) for _ in moved]
         for label in sorted({*labels.tolist()}):
-            mine, theirs = (labels == label).nonzero().flatten(), pool.of(label)
-            sides = [side[theirs] for side in pool.sides]
+            mine, (theirs, sides) = (labels == label).nonzero().flatten(), pool.of(label)
             score = torch.stack(
                 [cosines(m[mine], s) for m, s in zip(moved, sides, strict=True)]
             ).mean(dim=0)
