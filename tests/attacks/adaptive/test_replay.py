@@ -154,6 +154,35 @@ def test_progress_and_settings_are_told() -> None:
     assert "sketch=512" in repr(small)
 
 
+def test_an_unknown_learning_rate_makes_no_difference() -> None:
+    seen = victims("key-shared", 2)
+    slow = [
+        replace(o, changes=tuple({n: 1e-3 * t for n, t in c.items()} for c in o.changes))
+        for o in seen
+    ]
+    candidates = digits()[0][:4]
+    for one, other in zip(run(replay(), seen), run(replay(), slow), strict=True):
+        assert one.score is not None
+        assert other.score is not None
+        scores = other.score(0, candidates)
+        torch.testing.assert_close(scores, one.score(0, candidates), rtol=1e-3, atol=1e-3)
+
+
+def test_victims_each_of_a_class_of_its_own_are_compared_without_a_rotation() -> None:
+    """Less its class's mean there is nothing left of such a victim."""
+    attack = replay(restandardize="matched")
+    assert attack._how(torch.arange(20)) == "global"
+    assert attack._how(torch.arange(20) % 10) == "matched"
+
+
+def test_public_images_that_do_not_differ_within_a_class_are_refused() -> None:
+    x, y = public()
+    rows = [int((y == k).nonzero()[0]) for k in range(10)]
+    for few in (rows, [rows[3]] * 20):
+        with pytest.raises(AttackError, match="two different images of one class"):
+            run(Replay(x[few], y[few], sketch=512), victims("key-shared", 1))
+
+
 def test_misfits_are_explained() -> None:
     seen = victims("key-shared", 1)
     with pytest.raises(AttackError, match="batch 4"):
