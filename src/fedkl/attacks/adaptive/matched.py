@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fedkl.attacks.adaptive.within import Within, procrustes
+from fedkl.attacks.adaptive.within import Within, procrustes, told
 from fedkl.errors import AttackError
 
 MOST: Final = 256
@@ -28,9 +28,7 @@ _SHARPNESS: Final = 10.0  # of guesses, by cosine
 
 def rotated(labels: Tensor) -> int:
     """How many directions victims with these labels (N,) tell the rotation of; 0: none."""
-    classes = len({*labels.tolist()})
-    free = len(labels) - classes  # what is left when every class has given up its mean
-    return 0 if classes < 2 else min(MOST, len(labels) // _PER_DIRECTION, free)
+    return told(labels, _PER_DIRECTION, MOST)
 
 
 class Pool:

@@ -78,6 +78,17 @@ class Within:
         return lifted
 
 
+def told(labels: Tensor, each: int, most: int) -> int:
+    """How many directions victims with these labels (N,) tell the rotation of, ``most`` at most.
+
+    That takes ``each`` victims for every one. 0: it cannot be told, since they are too few for
+    their classes or all of one.
+    """
+    classes = len({*labels.tolist()})
+    free = len(labels) - classes  # what is left when every class has given up its mean
+    return 0 if classes < 2 else min(most, len(labels) // each, free)
+
+
 def procrustes(source: Tensor, target: Tensor) -> Tensor:
     """The orthogonal map R (d, d) that brings ``source`` R closest to ``target``, both (N, d)."""
     u, _, v = torch.linalg.svd(source.T @ target)
