@@ -77,7 +77,8 @@ class ReplayBench(Bench):
         seen, generator = self.seen.clone(), derive(0, "shuffled")
         for label in range(CLASSES):
             rows = (self.labels == label).nonzero().flatten()
-            seen[rows] = self.seen[rows[torch.randperm(len(rows), generator=generator)]]
+            order = rows[torch.randperm(len(rows), generator=generator)]
+            seen[order] = self.seen[order.roll(1)]  # nobody's own
         return seen
 
     def _rate(

@@ -14,7 +14,7 @@ STUDIES = Path(__file__).resolve().parent.parent / "studies"
 @pytest.fixture(autouse=True)
 def studies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(STUDIES))
-    for name in ("cells", "leakage", "leakagetables", "controls"):
+    for name in ("cells", "leakage", "leakagetables", "controls", "intruders", "replayers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -104,3 +104,16 @@ def test_a_failed_cell_costs_no_other_its_result(
     assert [path.name for path in (tmp_path / "cells").iterdir()] == ["good.json"]
     again = cells.run_cells({"good": 4}, inverse.work, tmp_path / "cells", processes=1, costs=costs)
     assert again == {"good": {"of": 0.25}}
+
+
+def test_exchanged_victims_keep_their_class_and_nobody_keeps_what_was_their_own() -> None:
+    import torch
+    from replayers import ReplayBench
+
+    bench = ReplayBench.__new__(ReplayBench)
+    bench.labels = torch.arange(200) % 10
+    bench.seen = torch.arange(200.0)[:, None]
+    made = bench.shuffled().flatten().long()
+    assert sorted(made.tolist()) == list(range(200))
+    assert bench.labels[made].equal(bench.labels)
+    assert not bool((made == torch.arange(200)).any())

@@ -108,7 +108,7 @@ def test_one_turn_is_the_naive_one() -> None:
 @pytest.mark.parametrize(
     ("labels", "size"),
     [([0] * 50, 0), ([0, 1], 0), ([0, 1, 2, 3, 0], 1), ([*range(10)] * 10, 20),
-     ([*range(10)] * 1000, 256)],
+     ([*range(10)] * 1000, 256), ([*range(100)], 0), ([0, *range(100)], 1)],
 )  # fmt: skip
 def test_directions_that_victims_tell(labels: list[int], size: int) -> None:
     assert rotated(torch.tensor(labels)) == size

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedkl.attacks import Reconstruction
 from fedkl.attacks.adaptive import Replay
 from fedkl.attacks.adaptive.shadow_client import ShadowClient
+from fedkl.attacks.adaptive.sketch import Sketch
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import draw_decoys
 from fedkl.observation import Observation, Training
@@ -73,12 +74,27 @@ def test_a_lock_per_channel_is_no_obstacle_to_a_shadow(settings: dict[str, Any])
     assert rate(found) > 0.3
 
 
+class Turned(Replay):
+    """Victims whose gradients are the attacker's own but for a rotation and another scale."""
+
+    def _given_away(self, *args: Any) -> tuple[Tensor, Sketch | None]:
+        seen, sketch = super()._given_away(*args)
+        size = seen.shape[1]
+        turn = torch.linalg.qr(torch.randn(size, size, generator=derive(0, "turn")))[0]
+        return 100 * seen @ turn, sketch
+
+
 @pytest.mark.slow
 def test_rotations_need_no_coordinates_of_the_victims() -> None:
-    """Holding the key, but as if nothing were known of whose coordinates these are."""
-    found = run(replay(restandardize="matched"), victims("key-shared", 300))
-    assert "restandardized: matched" in found[0].notes[0]
-    assert rate(found) > 0.3
+    """Of images 200 in 300 are public, too: so few images resemble no other ones enough."""
+    seen = victims("key-shared", 300)
+    found = {
+        how: run(Turned(*public(), sketch=512, restandardize=how), seen)
+        for how in (None, "global", "matched")
+    }
+    assert "restandardized: matched" in found["matched"][0].notes[0]
+    assert rate(found["matched"]) > 0.8
+    assert max(rate(found[None]), rate(found["global"])) < 0.1
 
 
 @pytest.mark.slow
@@ -127,7 +143,8 @@ def test_updates_of_one_victim_have_scores_and_labels_of_their_own() -> None:
     seen = victims("key-shared", 3)
     pooled = replace(seen[0], changes=tuple(o.changes[0] for o in seen))
     candidates = digits()[0][:4]
-    together, apart = run(replay(), [pooled])[0], run(replay(), seen)
+    together, apart = run(replay(), [pooled])[0], [run(replay(), [o])[0] for o in seen]
+    assert len({int(one.labels) for one in apart}) > 1  # the same images have other gradients
     assert together.score is not None
     for t, one in enumerate(apart):
         assert one.score is not None
@@ -168,6 +185,35 @@ def test_progress_and_settings_are_told() -> None:
     for unused in ("epochs=1,", "hidden", "variant"):
         assert unused not in repr(small).replace("secret_epochs=1,", "")
     assert "sketch=512" in repr(small)
+
+
+def test_an_unknown_learning_rate_makes_no_difference() -> None:
+    seen = victims("key-shared", 2)
+    slow = [
+        replace(o, changes=tuple({n: 1e-3 * t for n, t in c.items()} for c in o.changes))
+        for o in seen
+    ]
+    candidates = digits()[0][:4]
+    for one, other in zip(run(replay(), seen), run(replay(), slow), strict=True):
+        assert one.score is not None
+        assert other.score is not None
+        scores = other.score(0, candidates)
+        torch.testing.assert_close(scores, one.score(0, candidates), rtol=1e-3, atol=1e-3)
+
+
+def test_victims_each_of_a_class_of_its_own_are_compared_without_a_rotation() -> None:
+    """Less its class's mean there is nothing left of such a victim."""
+    attack = replay(restandardize="matched")
+    assert attack._how(torch.arange(20)) == "global"
+    assert attack._how(torch.arange(20) % 10) == "matched"
+
+
+def test_public_images_that_do_not_differ_within_a_class_are_refused() -> None:
+    x, y = public()
+    rows = [int((y == k).nonzero()[0]) for k in range(10)]
+    for few in (rows, [rows[3]] * 20):
+        with pytest.raises(AttackError, match="two different images of one class"):
+            run(Replay(x[few], y[few], sketch=512), victims("key-shared", 1))
 
 
 def test_misfits_are_explained() -> None:

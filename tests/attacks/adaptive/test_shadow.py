@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from fedkl.attacks import Reconstruction
 from fedkl.attacks.adaptive import Shadow, train_secrets
-from fedkl.attacks.adaptive.shadow import Sketch
 from fedkl.attacks.adaptive.shadow_client import Public, ShadowClient
 from fedkl.attacks.adaptive.shadow_decoder import Coordinates, Decoder, ridge
 from fedkl.attacks.network import Network
@@ -205,31 +204,6 @@ def test_network_learns_what_the_ridge_cannot() -> None:
         made = decoder.decode(coordinates.enter(x[500:]), labels[500:], (1, 1, 1))
         errors[hidden] = float((made - images[500:]).square().mean())
     assert errors[64] < 0.5 * errors[0]
-
-
-def test_sketch_keeps_inner_products_and_is_linear_in_memory() -> None:
-    generator = derive(0)
-    shared = {"a": torch.zeros(100, 30), "b": torch.zeros(40)}
-    sketch = Sketch(shared, 1024, generator)
-    base = torch.randn(2, 100, 30, generator=generator)
-    made = sketch({"a": base, "b": torch.randn(2, 40, generator=generator)})
-    assert sketch({"a": 7 * base, "b": torch.zeros(2, 40)}).isfinite().all()
-    assert made.shape == (2, 1024)
-    assert abs(float(made[0].norm()) - 2**0.5) < 0.15  # two tensors of norm 1
-    short = Sketch({"b": torch.zeros(40)}, 1024, generator)
-    b = torch.randn(3, 40, generator=generator)
-    torch.testing.assert_close(short({"b": b}), b / b.norm(dim=1, keepdim=True))
-
-
-def test_sketch_takes_the_input_out_of_a_linear_layer_and_leaves_noise_small() -> None:
-    generator = derive(0)
-    x, delta = torch.randn(2, 5, generator=generator), torch.randn(2, 3, generator=generator)
-    noise = 1e-7 * torch.randn(2, 4, generator=generator)
-    gradients_ = {"f.weight": delta[:, :, None] * x[:, None], "f.bias": delta, "c.bias": noise}
-    shared = {name: value[0] for name, value in gradients_.items()}
-    made = Sketch(shared, 100, generator)(gradients_)
-    torch.testing.assert_close(made[:, :5], x / x.norm(dim=1, keepdim=True))
-    assert float(made[:, 8:].abs().max()) < 1e-3
 
 
 def test_same_generator_same_images() -> None:

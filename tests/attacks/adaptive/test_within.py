@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from fedkl.attacks.adaptive.within import Within
+from fedkl.errors import AttackError
 from fedkl.rng import derive
 
 
@@ -49,3 +51,10 @@ def test_directions_without_deviation_and_classes_without_an_example() -> None:
     assert within.whiten.count_nonzero() == 6
     assert bool(within(flat, labels).isfinite().all())
     torch.testing.assert_close(within.means[4], flat.mean(dim=0))
+
+
+def test_what_is_no_number_is_refused() -> None:
+    x, labels = cloud()
+    x[3, 2] = torch.inf
+    with pytest.raises(AttackError, match="NaN or Inf"):
+        Within(x, labels, 3, 6)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fedkl.attacks.adaptive.within import Within, procrustes
+from fedkl.attacks.adaptive.within import Within, procrustes, told
 from fedkl.errors import AttackError
 
 MOST: Final = 256
@@ -28,8 +28,7 @@ _SHARPNESS: Final = 10.0  # of guesses, by cosine
 
 def rotated(labels: Tensor) -> int:
     """How many directions victims with these labels (N,) tell the rotation of; 0: none."""
-    classes = len({*labels.tolist()})
-    return 0 if classes < 2 else max(0, min(MOST, len(labels) // _PER_DIRECTION))
+    return told(labels, _PER_DIRECTION, MOST)
 
 
 class Pool:
@@ -91,7 +90,7 @@ class Matched:
         if not rotated(labels):
             raise AttackError(
                 f"got {len(labels)} victims; to tell a rotation takes {_PER_DIRECTION} or more, "
-                "of two classes or more."
+                "of two classes or more, and more victims than classes."
             )
         most = min(rotated(labels), seen.shape[1], *(m.shape[1] for m in self.means))
         own = Within(seen, labels, len(self.means[0]), most)

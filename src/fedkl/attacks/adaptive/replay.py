@@ -16,6 +16,7 @@ from fedkl.attacks.adaptive.shadow import Side, given_away
 from fedkl.attacks.adaptive.shadow_decoder import RESTANDARDIZATIONS
 from fedkl.attacks.adaptive.within import Within
 from fedkl.attacks.base import Progress
+from fedkl.errors import AttackError
 from fedkl.observation import Observation
 
 RIDGE: Final = 1.0
@@ -170,9 +171,18 @@ class Replayed:
 
     @classmethod
     def of(cls, side: Side, labels: Tensor) -> Replayed:
-        """From what the shadow gives away of public images with ``labels`` (M,)."""
+        """From what the shadow gives away of public images with ``labels`` (M,).
+
+        Raises:
+            AttackError: These do not differ within any class, so that there is no direction.
+        """
         x, classes = side.coordinates.enter(side.inputs), len(side.coordinates.class_means)
         within = Within(x, labels, classes, x.shape[1], RIDGE)
+        if not bool(within.whiten.any()):
+            raise AttackError(
+                f"got {len(labels)} public images, of which no two different images of one class "
+                "tell how gradients of a class differ; give several of every class."
+            )
         return cls(side, within, within(x, labels))
 
     def see(self, images: Tensor, label: int) -> Tensor:

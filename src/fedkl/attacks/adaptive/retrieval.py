@@ -17,7 +17,7 @@ from fedkl.observation import Observation
 
 
 class Retrieval(Shadow):
-    """A shadow that recognizes images in place of drawing them: the strongest against a pad.
+    """A shadow that recognizes images in place of drawing them.
 
     It learns on its own client which image fits which gradient
     (:class:`~fedkl.attacks.adaptive.dual_encoder.DualEncoder`), so that it can be asked which of

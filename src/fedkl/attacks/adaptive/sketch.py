@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ class Sketch:
     """Gradients of any size as vectors of one length, inner products kept on average.
 
     How much an example was missed is no part of its image, so every tensor is scaled to norm 1
-    (unless it is rounding noise beside the others, as that of a bias before a batch norm), and the
-    gradient of a linear layer, the outer product of its bias's gradient and its input, is replaced
-    by that input. Then entries are added up with random signs in random places (count sketch,
-    Charikar et al. 2002), which takes no matrix. What is shorter than the sketch stays as it is.
+    (less if it is small beside the others; zero if it is rounding noise, as that of a bias before a
+    batch norm), and the gradient of a linear layer, the outer product of its bias's gradient and
+    its input, is replaced by that input. Then entries are added up with random signs in random
+    places (count sketch, Charikar et al. 2002), which takes no matrix. What is shorter than the
+    sketch stays as it is.
 
     Args:
         shared: Shared parameters by name, for their sizes.
@@ -28,7 +30,8 @@ class Sketch:
         generator: Draws signs and places.
     """
 
-    NOISE = 1e-3
+    SMALL: Final = 1e-3
+    NOISE: Final = 1e-5
 
     def __init__(self, shared: Tensors, length: int, generator: torch.Generator) -> None:
         self.names = tuple(shared)
@@ -42,11 +45,10 @@ class Sketch:
         """(N, length) of gradients by name, each (N, *shape)."""
         rows = self._flat(gradients)
         norms = torch.stack([row.norm(dim=1) for row in rows])
-        floor = norms.amax(dim=0) * self.NOISE + 1e-20
-        flat = torch.cat(
-            [row / torch.maximum(n, floor)[:, None] for row, n in zip(rows, norms, strict=True)],
-            dim=1,
-        )
+        largest = norms.amax(dim=0)
+        scale = 1 / torch.maximum(norms, largest * self.SMALL).clamp_min(1e-30)
+        scale = torch.where(norms > largest * self.NOISE, scale, 0.0)
+        flat = torch.cat([row * s[:, None] for row, s in zip(rows, scale, strict=True)], dim=1)
         if self.length == 0:
             return flat
         out = flat.new_zeros(len(flat), self.length)
@@ -57,8 +59,8 @@ class Sketch:
         for name in self.names:
             value, bias = gradients[name], gradients.get(name.removesuffix("weight") + "bias")
             if value.ndim == 3 and bias is not None and bias.shape == value.shape[:2]:
-                size = bias.square().sum(dim=1, keepdim=True).clamp_min(1e-20)
-                value = torch.einsum("nij,ni->nj", value, bias) / size
+                missed = bias / bias.norm(dim=1, keepdim=True).clamp_min(1e-30)
+                value = torch.einsum("nij,ni->nj", value, missed)  # as long as the gradient was
             found.append(value.flatten(1))
         return found
 

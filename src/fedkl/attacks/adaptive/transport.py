@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fedkl.attacks.adaptive.within import Within, procrustes
+from fedkl.attacks.adaptive.within import Within, procrustes, told
 from fedkl.errors import AttackError
 
 MOST: Final = 64
@@ -21,13 +21,8 @@ _ROUNDS: Final = 10
 
 
 def directions(labels: Tensor) -> int:
-    """How many directions victims with these labels (M,) tell the rotation of.
-
-    0: it cannot be told, since they are too few for their classes or all of one.
-    """
-    classes = len({*labels.tolist()})
-    free = len(labels) - classes  # what is left when every class has given up its mean
-    return 0 if classes < 2 else min(MOST, len(labels) // _PER_DIRECTION, free)
+    """How many directions victims with these labels (M,) tell the rotation of; 0: none."""
+    return told(labels, _PER_DIRECTION, MOST)
 
 
 class Transport:

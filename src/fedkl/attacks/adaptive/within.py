@@ -7,6 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fedkl.errors import AttackError
+
 _FLAT: Final = 1e-4  # deviations below this part of the greatest are rounding
 
 
@@ -27,11 +29,20 @@ class Within:
         basis: The directions (size, d), the widest first.
         deviation: Along each (size,).
         whiten: 1/deviation, less by the ridge; 0 where there is no deviation.
+
+    Raises:
+        AttackError: x holds NaN or Inf.
     """
 
     def __init__(
         self, x: Tensor, labels: Tensor, num_classes: int, size: int, ridge: float = 0.0
     ) -> None:
+        if not bool(x.isfinite().all()):
+            raise AttackError(
+                "gradients to compare hold NaN or Inf: with these secrets, or on these public "
+                "images, the network overflows. Train it longer or at a lower rate, or leave the "
+                "attack out."
+            )
         self.middle = x.mean(dim=0)
         self.means = torch.stack(
             [
@@ -65,6 +76,17 @@ class Within:
         """(N, size) as :meth:`whole` gives them, back among x."""
         lifted: Tensor = (y * self.deviation) @ self.basis + self.middle
         return lifted
+
+
+def told(labels: Tensor, each: int, most: int) -> int:
+    """How many directions victims with these labels (N,) tell the rotation of, ``most`` at most.
+
+    That takes ``each`` victims for every one. 0: it cannot be told, since they are too few for
+    their classes or all of one.
+    """
+    classes = len({*labels.tolist()})
+    free = len(labels) - classes  # what is left when every class has given up its mean
+    return 0 if classes < 2 else min(most, len(labels) // each, free)
 
 
 def procrustes(source: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""Gradients made short."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedkl.attacks.adaptive.sketch import Sketch
+from fedkl.rng import derive
+
+
+def test_sketch_keeps_inner_products_and_is_linear_in_memory() -> None:
+    generator = derive(0)
+    shared = {"a": torch.zeros(100, 30), "b": torch.zeros(40)}
+    sketch = Sketch(shared, 1024, generator)
+    base = torch.randn(2, 100, 30, generator=generator)
+    made = sketch({"a": base, "b": torch.randn(2, 40, generator=generator)})
+    assert sketch({"a": 7 * base, "b": torch.zeros(2, 40)}).isfinite().all()
+    assert made.shape == (2, 1024)
+    assert abs(float(made[0].norm()) - 2**0.5) < 0.15  # two tensors of norm 1
+    short = Sketch({"b": torch.zeros(40)}, 1024, generator)
+    b = torch.randn(3, 40, generator=generator)
+    torch.testing.assert_close(short({"b": b}), b / b.norm(dim=1, keepdim=True))
+
+
+def test_sketch_takes_the_input_out_of_a_linear_layer_and_leaves_noise_small() -> None:
+    generator = derive(0)
+    x, delta = torch.randn(2, 5, generator=generator), torch.randn(2, 3, generator=generator)
+    noise = 1e-7 * torch.randn(2, 4, generator=generator)
+    gradients_ = {"f.weight": delta[:, :, None] * x[:, None], "f.bias": delta, "c.bias": noise}
+    shared = {name: value[0] for name, value in gradients_.items()}
+    made = Sketch(shared, 100, generator)(gradients_)
+    torch.testing.assert_close(made[:, :5], x / x.norm(dim=1, keepdim=True))
+    assert float(made[:, 8:].abs().max()) < 1e-3
+
+
+def layers(missed: float) -> dict[str, Tensor]:
+    """Gradients of a convolution, its bias before a norm, and a linear layer."""
+    generator = derive(0, "layers")
+    x, delta = torch.randn(2, 5, generator=generator), torch.randn(2, 3, generator=generator)
+    found = {
+        "c.weight": 0.1 * torch.randn(2, 4, 2, 2, generator=generator),
+        "c.bias": 1e-7 * torch.randn(2, 4, generator=generator),
+        "f.weight": delta[:, :, None] * x[:, None],
+        "f.bias": delta,
+    }
+    return {name: missed * value for name, value in found.items()}
+
+
+def test_how_much_an_example_was_missed_makes_no_difference() -> None:
+    """Nor does an unknown learning rate."""
+    sketch = Sketch({n: v[0] for n, v in layers(1.0).items()}, 100, derive(0))
+    for missed in (1e-2, 1e-4, 1e-8):
+        torch.testing.assert_close(sketch(layers(missed)), sketch(layers(1.0)))
+
+
+def test_what_is_noise_is_none_when_entries_are_standardized_later() -> None:
+    given = layers(1.0)
+    made = Sketch({n: v[0] for n, v in given.items()}, 100, derive(0))(given)
+    assert not made[:, 16:20].any()
+    assert bool(made[:, :16].any(dim=1).all())
+
+
+def test_a_linear_layer_whose_bias_is_noise_does_not_drown_the_others() -> None:
+    """Keys of attention: a bias of theirs moves nothing."""
+    given = layers(1.0)
+    given["f.bias"] = 1e-9 * given["f.bias"].roll(1, dims=1)
+    made = Sketch({n: v[0] for n, v in given.items()}, 100, derive(0))(given)
+    torch.testing.assert_close(made[:, :16].norm(dim=1), torch.ones(2))
