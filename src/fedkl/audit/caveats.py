@@ -61,7 +61,7 @@ def _weak_against(pads: Sequence[str], audit: AuditConfig) -> list[str]:
         return []
     return [
         f"This is not the hardest test of {', '.join(pads)}: the strongest attack that we know, "
-        f"{STRONGEST}, finds next to nothing of few images under one pad and 4 % of {MANY} "
+        f"{STRONGEST}, finds next to nothing of few images under one pad and half of {MANY} "
         f"(--attacks {STRONGEST} --images {MANY} --effort standard)."
     ]
 
