@@ -100,28 +100,16 @@ class Matched:
             x[:, :size] @ procrustes(own.classes[present, :size], mean[present, :size])
             for mean in self.means
         ]
-        moved = self._turns(x, labels, moved, self.public, None, size)
+        for _ in range(_ROUNDS):
+            moved = self._turn(x, labels, moved, self.public, None, size)
         pool = self.public if pool is None else pool
         while True:
-            moved = self._turns(x, labels, moved, pool, allowed, size)
+            for _ in range(_ROUNDS):
+                moved = self._turn(x, labels, moved, pool, allowed, size)
             if size == most:
                 return moved
-            wider = min(most, int(size * _GROWTH) + 1)
-            moved = self._turn(x, labels, moved, pool, allowed, wider)
-            size = wider
-
-    def _turns(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        moved: list[Tensor],
-        pool: Pool,
-        allowed: Tensor | None,
-        size: int,
-    ) -> list[Tensor]:
-        for _ in range(_ROUNDS):
+            size = min(most, int(size * _GROWTH) + 1)
             moved = self._turn(x, labels, moved, pool, allowed, size)
-        return moved
 
     def _turn(
         self,

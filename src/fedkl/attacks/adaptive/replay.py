@@ -29,8 +29,8 @@ class Replay(Retrieval):
     Nothing is learned but the secrets. Without a lock, or holding the key, these gradients are the
     victim's to the last digits, and the true image fits best. With secrets of its own they are as
     close as the two clients are: clients of one federation, or a shadow, whose locks share their
-    signs give each other away. Gradients are compared by their cosine in the leading directions in
-    which the shadow's own differ within a class, each at unit deviation.
+    signs give each other away. Gradients are compared by their cosine in the directions in which
+    the shadow's own differ within a class, at unit deviation but for narrow ones, which count less.
 
     Where the coordinates differ altogether (pads), ``matched`` finds rotations from many victims
     under one lock (:class:`~fedkl.attacks.adaptive.matched.Matched`).
