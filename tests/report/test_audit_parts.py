@@ -261,4 +261,6 @@ def test_pictures_of_who_recognizes_are_said_to_be_public(attack: str, tmp_path:
     assert ("This attack draws nothing" in page) == words.recognizes(attack)
     assert ("public image<br>that fits best" in page) == words.recognizes(attack)
     assert words.recognizes("retrieval+fishing")
+    assert words.recognizes("replay")
+    assert words.recognizes("replay-matched+fishing")
     assert not words.recognizes("closed-form")

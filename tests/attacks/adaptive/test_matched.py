@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -69,6 +71,25 @@ def test_candidates_tell_more_than_public_images() -> None:
     allowed = case.labels[:, None] == case.labels[None]
     assert case.found() < 0.3  # few public images
     assert case.found(pool, allowed) > 0.9
+
+
+def test_public_images_are_guessed_among_first_and_candidates_thereafter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case, asked = Case(100, public=300), list[tuple[Pool, bool]]()
+    turn = Matched._turn
+
+    def told(self: Matched, *given: Any) -> list[Tensor]:
+        asked.append((given[3], given[4] is not None))
+        return turn(self, *given)
+
+    monkeypatch.setattr(Matched, "_turn", told)
+    pool, allowed = Pool(case.truth, case.labels), case.labels[:, None] == case.labels[None]
+    case.matched.fit(case.theirs, case.labels, pool, allowed)
+    public = [pool is case.matched.public for pool, _ in asked]
+    assert 0 < sum(public) < len(public)
+    assert public == sorted(public, reverse=True)
+    assert all(masked != first for first, (_, masked) in zip(public, asked, strict=True))
 
 
 def test_exchanged_victims_are_found_no_more_than_by_guessing() -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fedkl.attacks import Reconstruction
 from fedkl.attacks.adaptive import Replay
+from fedkl.attacks.adaptive.matched import Matched
+from fedkl.attacks.adaptive.replay import Replayed
 from fedkl.attacks.adaptive.shadow_client import ShadowClient
 from fedkl.attacks.adaptive.sketch import Sketch
 from fedkl.errors import AttackError, ConfigError
@@ -111,6 +113,42 @@ def test_candidates_of_everybody_tell_more_than_public_images() -> None:
     assert [s.shape for s in scores] == [(30,)] * 300
     assert right > 0.9 > 0.5 > rate(found)
     assert run(replay(), victims("key-shared", 2))[0].together is None
+
+
+def test_everybody_is_asked_about_the_own_candidates_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, y = digits()
+    found = run(replay(restandardize="matched"), victims("key-shared", 40))
+    given = [x[(y == y[i]).nonzero().flatten()[i % 3 : 5]] for i in range(40)]
+    seen: list[Tensor] = []
+    fit = Matched.fit
+
+    def told(self: Matched, *args: Any) -> list[Tensor]:
+        seen.append(args[3])
+        assert bool((args[2].labels[None] == y[:40, None])[args[3]].all())  # of the own label
+        return fit(self, *args)
+
+    monkeypatch.setattr(Matched, "fit", told)
+    assert found[0].together is not None
+    found[0].together(given)
+    assert seen[0].sum(dim=1).tolist() == [len(images) for images in given]
+
+
+def test_narrow_directions_count_no_more_than_the_mean_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[Replayed] = []
+    recognize = Replay._recognize
+
+    def told(self: Replay, learned: list[Replayed], *rest: Any) -> Any:
+        known.extend(learned)
+        return recognize(self, learned, *rest)
+
+    monkeypatch.setattr(Replay, "_recognize", told)
+    run(replay(), victims("key-shared", 1))
+    (within,) = (one.within for one in known)
+    variance = within.deviation.square()
+    assert float(variance.min() / variance.mean()) < 0.1
+    assert float(within.whiten.max()) <= float(variance.mean().rsqrt()) * (1 + 1e-5)
 
 
 def test_few_victims_are_compared_as_they_are_and_a_note_says_so() -> None:
