@@ -25,10 +25,9 @@ clients
 renewal
     Pads renewed every 3 rounds, all at once or staggered, with few or more lock-only steps.
 
-Every run also gives each client's accuracy on its own mix of labels, and for pads what a thief gets
-who has the global model and 1, 10 or 100 labelled images a class, next to the same network trained
-from scratch on the same images. Keys are fresh in every cell: figures repeat within their
-intervals, not to the digit.
+Every run also gives each client's accuracy on its own mix of labels. What a thief with a few
+labelled images makes of the models: studies/thieves.py. Keys are fresh in every cell: figures
+repeat within their intervals, not to the digit.
 """
 
 from __future__ import annotations
@@ -44,10 +43,9 @@ from pathlib import Path
 from typing import Any
 
 from cells import provenance, run_cells, say, write
+from ownmix import alone, on_own_mix
 from padtables import markdown
-from thief import alone, label_thief, on_own_mix
 
-THIEVES = ("pad", "pad-open-head")
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED = 1000
 
@@ -147,7 +145,6 @@ class Cell:
     seed: int
     settings: dict[str, Any]
     cost: float
-    thief: bool = False
 
     @property
     def name(self) -> str:
@@ -203,7 +200,6 @@ def _lenet(block: str, seeds: int, over: dict[str, Any], arms: tuple[str, ...]) 
             seed,
             merged(LENET, merged(over, {"defense": ARMS[arm]})),
             35.0,
-            thief=block == "lenet-iid" and arm in THIEVES,
         )
         for seed in range(seeds)
         for arm in arms
@@ -274,7 +270,6 @@ def _resnet(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
             seed,
             merged(merged(LENET, RESNET), merged(over, {"defense": ARMS[arm]})),
             (250.0 if "pad" in arm else 150.0) * (2 if block == "resnet20-long" else 1),
-            thief=block == "resnet20-iid" and arm == "pad" and seed < 2,
         )
         for seed in range(seeds)
         for arm in ("alone", "norm", "fedbn", "pad", *(CAUSES if block == "resnet20-iid" else ()))
@@ -325,7 +320,6 @@ def _vit(block: str, seeds: int, behind: dict[str, Any]) -> list[Cell]:
             seed,
             merged(merged(LENET, VIT), {"defense": {**ARMS[arm], **behind}}),
             40.0,
-            thief=arm == "pad",
         )
         for seed in range(seeds)
         for arm in ("alone", "norm", "fedbn", "channel", "pad", "no key")
@@ -352,7 +346,6 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
         "accuracy": result.accuracy.to_dict(),
         "validation": [line["accuracy"]["own_key"] for line in result.validation],
         "mixes": on_own_mix(config, folder, result.shared),
-        "label_thief": label_thief(config, folder, result.shared) if cell.thief else None,
         "seconds": round(time.process_time() - started, 1),
     }
     shutil.rmtree(folder)  # keys and private states are of no further use
@@ -371,7 +364,6 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         "outsider": [a["outsider"] for a in accuracies],
         "no_lock": [a["no_lock"] for a in accuracies],
         "validation": [r["validation"] for r in results],
-        "label_thief": [r["label_thief"] for r in results if r["label_thief"]],
         "settings": results[0]["cell"]["settings"],
         "seconds": [r["seconds"] for r in results],
     }

@@ -6,7 +6,6 @@ from typing import Any
 
 from accuracy import interval, paired
 from cells import table
-from thief import LABELS
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -27,9 +26,6 @@ def markdown(document: dict[str, Any]) -> str:
     ]
     for name, block in document["blocks"].items():
         parts.append(f"## {name}\n\n{_table(name, block['arms'])}\n")
-    for name, block in document["blocks"].items():
-        if any(figures["label_thief"] for figures in block["arms"].values()):
-            parts.append(f"## A thief with labels, {name}\n\n{_thieves(block['arms'])}\n")
     return "\n".join(parts)
 
 
@@ -53,10 +49,10 @@ def _table(name: str, block: dict[str, Any]) -> str:
                 interval(figures["own_key"]),
                 versus,
                 interval(figures["own_mix"]),
-                _of_all(figures["wrong_key"]),
+                of_all(figures["wrong_key"]),
                 f"{100 * p95:.1f}" if p95 is not None else "–",
-                _of_all(figures["outsider"]),
-                _of_all(figures["no_lock"]),
+                of_all(figures["outsider"]),
+                of_all(figures["no_lock"]),
                 interval(validation) if validation else "–",
                 str(len(figures["own_key"])),
             ]
@@ -65,24 +61,7 @@ def _table(name: str, block: dict[str, Any]) -> str:
     return table([*header, "validation", "seeds"], rows)
 
 
-def _of_all(values: list[float | None]) -> str:
+def of_all(values: list[float | None]) -> str:
     """Mean and interval, or a dash where there is nothing to measure."""
     found = [value for value in values if value is not None]
     return interval(found) if found else "–"
-
-
-def _thieves(block: dict[str, Any]) -> str:
-    rows = []
-    for arm, figures in block.items():
-        for k in LABELS if figures["label_thief"] else ():
-            found = [one[str(k)] for one in figures["label_thief"]]
-            rows.append(
-                [
-                    arm,
-                    str(k),
-                    interval([f["thief"] for f in found]),
-                    interval([f["scratch"] for f in found]),
-                    interval([f["thief"] - f["scratch"] for f in found]),
-                ]
-            )
-    return table(["arm", "labels a class", "thief", "from scratch", "difference"], rows)
