@@ -93,7 +93,7 @@ MNIST_SHA256 := 8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed
 
 .PHONY: reproduce
 reproduce: reproduce-architectures reproduce-accuracy reproduce-leakage reproduce-pad \
-  reproduce-thief reproduce-breakpad reproduce-certificate ## every study
+  reproduce-thief reproduce-breakpad reproduce-certificate figures ## every study
 
 .PHONY: reproduce-architectures
 reproduce-architectures: setup ## the study over architectures
@@ -102,6 +102,10 @@ reproduce-architectures: setup ## the study over architectures
 .PHONY: reproduce-accuracy
 reproduce-accuracy: setup .data/mnist/.stamp ## the study of accuracy
 	@$(BIN)/python studies/accuracy.py
+
+.PHONY: figures
+figures: setup ## the pictures in README.md and docs/, from results/
+	@$(BIN)/python studies/figures.py
 
 .PHONY: reproduce-certificate
 reproduce-certificate: setup ## directions and bits that gradients give away

@@ -57,7 +57,7 @@ def markdown(document: dict[str, Any]) -> str:
         )
     for name, what in SEVERAL.items():
         if name in found:
-            table_ = _repeat_table(_by_seed(found[name]))
+            table_ = _repeat_table(by_seed(found[name]))
             parts.append(f"## {name}\n\nAs *repeats*, {what}.\n\n{table_}\n")
     if "replay" in found:
         parts.append(
@@ -68,7 +68,7 @@ def markdown(document: dict[str, Any]) -> str:
             "(Student's t), and ≤: the upper end of Clopper and Pearson over all victims. *key*: "
             "the same holding the key. *shuffled*: a shadow that is given the gradients of other "
             "victims of the class, which no attack can do better on than guess.\n\n"
-            f"{_replay_table(_by_seed(found['replay']))}\n"
+            f"{_replay_table(by_seed(found['replay']))}\n"
         )
     if "renewals" in found:
         parts.append(
@@ -117,7 +117,7 @@ def _federations(found: dict[str, Any]) -> dict[str, list[Any]]:
     return {first: mine for first, mine in groups.items() if len(mine) > 1}
 
 
-def _by_seed(arms: dict[str, Any]) -> dict[str, list[Any]]:
+def by_seed(arms: dict[str, Any]) -> dict[str, list[Any]]:
     """Results of the same lock, whose arms end in ``, seed n``."""
     groups: dict[str, list[Any]] = {}
     for arm, one in arms.items():

@@ -14,8 +14,8 @@ STUDIES = Path(__file__).resolve().parent.parent / "studies"
 @pytest.fixture(autouse=True)
 def studies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(STUDIES))
-    for name in ("cells", "leakage", "leakagetables", "controls", "intruders", "replayers"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    for path in STUDIES.glob("*.py"):
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
 
 
 def summary(defense: str, threat: str, role: str, verdict: str) -> dict[str, Any]:
@@ -117,3 +117,74 @@ def test_exchanged_victims_keep_their_class_and_nobody_keeps_what_was_their_own(
     assert sorted(made.tolist()) == list(range(200))
     assert bench.labels[made].equal(bench.labels)
     assert not bool((made == torch.arange(200)).any())
+
+
+def thief(arm: str, seed: int, draws: list[float]) -> dict[str, Any]:
+    """What a cell of studies/thieves.py found: the same at 1, 10 and 100 labels a class."""
+    one = {"draws": draws, "way": "everything", "rate": 0.01, "first_draw": {"as it is, 0": 0.1}}
+    labels = dict.fromkeys(("1", "10", "100"), one)
+    return {"cell": {"arm": arm, "seed": seed}, "accuracy": 0.85, "labels": labels}
+
+
+def test_the_advantage_of_a_thief_is_paired_with_scratch_by_seed() -> None:
+    import thieves
+
+    cells = [
+        thief("pad", 1, [0.5, 0.7]),
+        thief("from scratch", 0, [0.2, 0.4]),
+        thief("pad", 0, [0.4]),
+        thief("from scratch", 1, [0.5]),
+    ]
+    arms = thieves.summarize(cells)
+    # Seed 0: 0.4 - 0.3; seed 1: 0.6 - 0.5.
+    assert thieves.over(arms["pad"], arms["from scratch"], "1") == "+10.0 ± 0.0"
+
+
+def test_a_thief_tries_every_rate_on_the_first_draw_only() -> None:
+    from types import SimpleNamespace
+
+    import thieves
+    import torch
+
+    from fedkl.data.images import TensorImages
+
+    torch.manual_seed(0)
+    labels = torch.arange(3).repeat(700)
+    pixels = (labels * 100).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 4, 4)
+    images = TensorImages(pixels, labels, channels=1, image_size=4)
+    bundle = SimpleNamespace(public=images, test=images)
+    built: list[int] = []
+
+    def net() -> torch.nn.Module:
+        built.append(1)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+
+    ways = dict.fromkeys(("as it is", "everything"), net)
+    found = thieves._of(ways, bundle, 0, (1e-9, 0.05))["labels"]
+    draws = {k: len(one["draws"]) for k, one in found.items()}
+    assert draws == {"1": 5, "10": 2, "100": 1}
+    assert len(built) == 3 * 3 + (4 + 1)  # three tries of each, and the further draws
+    for one in found.values():
+        assert one["way"] == "everything"
+        assert one["rate"] == 0.05
+        assert min(one["draws"]) > 0.9
+    for draw in range(2):
+        a, b = (thieves.drawn(images, 10, 0, d) for d in (draw, draw))
+        assert torch.equal(a[0], b[0])
+        assert a[1].bincount().tolist() == [10, 10, 10]
+
+
+def test_pictures_show_the_committed_figures() -> None:
+    import json
+    import statistics
+
+    import figures
+
+    results = STUDIES.parent / "results"
+    drawn = dict(figures.figures(results))
+    assert {name for name in drawn if not (results / name).exists()} == set()
+    replay = json.loads((results / "breakpad.json").read_text())["parts"]["replay"]["arms"]
+    (line,) = [x for x in drawn["wears-off.png"].axes[0].lines if x.get_label() == "pad, LeNet"]
+    best = [max(replay[f"lenet, pad, seed {seed}"]["shadow"]["2000"].values()) for seed in range(3)]
+    assert line.get_xdata()[-1] == 2000
+    assert line.get_ydata()[-1] == pytest.approx(statistics.fmean(best))
