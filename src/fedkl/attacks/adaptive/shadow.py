@@ -62,7 +62,7 @@ class Shadow(Attack):
 
     Args:
         images: Public images (M, C, H, W) in [0, 1].
-        labels: Their labels (M,).
+        labels: Their labels (M,), integers within the model's classes.
         variant: ``features``: from the classifier's input, which its gradient gives away exactly;
             ``gradient``: from the whole shared gradient, as ever where the classifier is private.
         restandardize: None, ``global`` or ``label``: bring victims into the shadow's coordinates
@@ -146,7 +146,7 @@ class Shadow(Attack):
 
         Raises:
             AttackError: Updates of more than one image or step, labels that nothing tells, or
-                public images of another shape.
+                public images of another shape or of classes that the model does not have.
         """
         first, network = self._check(observations)
         found = each(observations, lambda o: infer_labels(o, network).reshape(-1))
@@ -204,11 +204,7 @@ class Shadow(Attack):
         first = observations[0]
         for observation in observations:
             check_single(observation)
-        if tuple(self.public.images.shape[1:]) != first.image_shape:
-            raise AttackError(
-                f"got public images of {tuple(self.public.images.shape[1:])}, the victim's are "
-                f"{first.image_shape}; give public images of that shape."
-            )
+        self.public.check(first)
         return first, Network.of(observations)
 
     def _client(
