@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from adaptivehelp import Victim, gradients, observe
-from shadowhelp import OPEN, digits, network_of, public, rate, trained_victim, victims
+from shadowhelp import (
+    OPEN,
+    digits,
+    network_of,
+    open_victims,
+    public,
+    rate,
+    trained_victim,
+    victims,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -166,20 +175,7 @@ def test_key_holder_identifies_nearly_all(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["features", "gradient"])
 def test_without_a_lock_nearly_all_are_identified(variant: str) -> None:
-    x, y = digits()
-    model = network_of("model")
-    seen = [
-        Observation(
-            model=model,
-            kind="gradient",
-            changes=(gradients(model, x[i : i + 1], y[i : i + 1]),),
-            image_shape=(1, 8, 8),
-            num_classes=10,
-            training=Training(),
-            threat=OPEN,
-        )
-        for i in range(60)
-    ]
+    seen = open_victims(60)
     assert train_secrets(seen[0], Public(*public()), generator=derive(0)) == {}
     found = attacked(shadow(variant=variant, sketch=512), seen)
     assert rate(found) > 0.6
@@ -226,6 +222,32 @@ def test_progress_is_told() -> None:
         progress=lambda done, total, loss: told.append((done, total)),
     )
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many gradients shadows make, from now on."""
+    made: list[int] = []
+    gradients = ShadowClient.gradients
+
+    def told(self: ShadowClient, images: Tensor, labels: Tensor) -> Any:
+        made.append(len(images))
+        return gradients(self, images, labels)
+
+    monkeypatch.setattr(ShadowClient, "gradients", told)
+    return made
+
+
+@pytest.mark.parametrize("threat", ["key-shared", "open", "adaptive"])
+def test_shadows_that_are_the_victim_itself_are_made_once(
+    threat: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = open_victims(2) if threat == "open" else victims(threat, 2)
+    small = {"variant": "gradient", "sketch": 64, "secret_epochs": 1, "hidden": 8, "epochs": 1}
+    made = counted(monkeypatch)
+    two = attacked(shadow(**small, shadows=2), seen)
+    assert made == [600] * (2 if threat == "adaptive" else 1)
+    one = attacked(shadow(**small), seen)
+    assert not two.equal(one)  # the mean of two decoders, which start apart
 
 
 @pytest.mark.parametrize(
