@@ -19,6 +19,8 @@ from fedkl.federation.optim import OPTIMIZERS, SCHEDULES
 
 METHODS: Final = ("centralized", "fedavg", "fedsgd")
 ON_SPENT: Final = ("warn", "error", "renew")
+BUDGET: Final = 16
+"""Presentations under one pad that our attackers were found to be near guessing at."""
 
 
 def _choice(kind: str, value: str, choices: typing.Iterable[str]) -> None:
@@ -177,7 +179,7 @@ class RenewalConfig:
         keep_learned: Whether what was learned on top of a pad stays when it is renewed.
     """
 
-    budget: int | None = 16
+    budget: int | None = BUDGET
     on_spent: str = "warn"
     every: int = 0
     stagger: bool = False
