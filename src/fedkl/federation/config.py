@@ -33,6 +33,19 @@ def _at_least(what: str, value: float | None, low: float) -> None:
         raise ConfigError(f"{what} must be a number of at least {low:g}, got {value}.")
 
 
+def check_nesterov(nesterov: bool, momentum: float) -> None:
+    """Raises where SGD was asked for Nesterov's form of no momentum.
+
+    Raises:
+        ConfigError: It was.
+    """
+    if nesterov and momentum == 0:
+        raise ConfigError(
+            f"nesterov needs a momentum above 0, got {momentum:g}; set nesterov = false, or raise "
+            "momentum."
+        )
+
+
 def _share(what: str, value: float, *, zero: bool) -> None:
     if not (0 <= value <= 1 if zero else 0 < value <= 1):
         raise ConfigError(f"{what} must be {'in [0, 1]' if zero else 'in (0, 1]'}, got {value}.")
@@ -109,8 +122,8 @@ class TrainingConfig:
         _at_least("decay", self.decay, 0)
         for milestone in self.milestones:
             _at_least("a milestone", milestone, 0)
-        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
-            raise ConfigError("nesterov needs a momentum above 0; set nesterov = false.")
+        if self.optimizer == "sgd":
+            check_nesterov(self.nesterov, self.momentum)
 
 
 @dataclass(frozen=True, kw_only=True)
