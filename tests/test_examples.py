@@ -9,7 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from fedkl.errors import KeyFileError
+from fedkl.key import Key
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "own-loop" / "fedavg.py"
 
@@ -37,6 +40,21 @@ def test_own_loop_resumes_across_a_renewal(fedavg: ModuleType, tmp_path: Path) -
     assert fedavg.main(tmp_path, 3) == found
     again = load_file(tmp_path / "global-0003.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in shared.items())
+
+
+def test_own_loop_refuses_a_private_state_of_another_key(
+    fedavg: ModuleType, tmp_path: Path
+) -> None:
+    fedavg.main(tmp_path, 1)
+    path, other = tmp_path / "client-1" / "client.key", Key.generate()
+    was = Key.load(path).fingerprint
+    path.unlink()
+    other.save(path)
+    with pytest.raises(KeyFileError, match=rf"client-1.*key {was}.*{other.fingerprint}"):
+        fedavg.main(tmp_path, 2)
+    state = tmp_path / "client-1" / "round-0001.safetensors"
+    save_file(load_file(state), state)  # of before keys were named
+    fedavg.main(tmp_path, 2)
 
 
 def test_own_loop_renews_pads_and_keeps_them_to_its_owner(

@@ -11,11 +11,13 @@ import argparse
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import fedkl
+from fedkl.errors import KeyFileError
 
 CLIENTS, RATE, RENEW_EVERY = 3, 0.05, 5
 State = dict[str, Tensor]
@@ -84,9 +86,21 @@ class Client:
         return self.folder / f"round-{number:04}.safetensors"
 
     def _save(self, number: int) -> None:
-        save_file(fedkl.private_state(self.model), self._file(number))
+        # Which key it is of does not follow from the tensors.
+        made = {"key": self.key.fingerprint}
+        save_file(fedkl.private_state(self.model), self._file(number), made)
+
+    def _check_key(self, number: int) -> None:
+        with safe_open(self._file(number), "pt") as file:
+            made, now = (file.metadata() or {}).get("key"), self.key.fingerprint
+        if made not in (None, now):
+            raise KeyFileError(
+                f"{self._file(number)} was made with key {made}, and client.key is {now}; put that "
+                "key back, or start again in another folder."
+            )
 
     def _load(self, shared: State, number: int) -> None:
+        self._check_key(number)
         fedkl.load_private_state(self.model, load_file(self._file(number)))
         fedkl.set_key(self.model, self.key)  # draws the pad that this private state is of
         fedkl.load_shared_state(self.model, shared)

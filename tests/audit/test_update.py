@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from fedkl.attacks.network import Network
 from fedkl.audit.update import UpdateConfig, attackers, audit_update, observe_update
-from fedkl.errors import StateError
+from fedkl.errors import ConfigError, StateError
+from fedkl.federation import TrainingConfig
 from fedkl.models import build
 from fedkl.rng import derive
 
@@ -41,6 +42,18 @@ def made(
         cross_entropy(net(xs), ys).backward()
         optimizer.step()
     return before, {n: t.clone() for n, t in net.state_dict().items()}, x, y
+
+
+def test_nesterov_without_momentum_is_refused_as_in_a_run() -> None:
+    messages = set()
+    for make in (lambda: config(nesterov=True), lambda: TrainingConfig(momentum=0.0)):
+        with pytest.raises(
+            ConfigError, match=r"nesterov needs .*got 0.*nesterov = false"
+        ) as caught:
+            make()
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    assert config(nesterov=True, momentum=0.5).training.nesterov
 
 
 @pytest.mark.parametrize("model", ["lenet", "resnet20"])

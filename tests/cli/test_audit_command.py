@@ -130,6 +130,8 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("update: labels", with_(UPDATE, "--config", "{tmp}/labels.toml"), ["2 labels", "1 images"]),
     ("update: class", with_(UPDATE, "--config", "{tmp}/class.toml"), ["labels [4]", "0 … 3"]),
     ("update: momentum", with_(UPDATE, "--config", "{tmp}/momentum.toml"), ["momentum must be 0"]),
+    ("update: nesterov", with_(UPDATE, "--config", "{tmp}/nesterov.toml"),
+     ["nesterov needs a momentum above 0", "nesterov = false"]),
     ("update: bright", with_(UPDATE, "--truth", "{tmp}/bright.safetensors"), ["expected [0, 1]"]),
     ("update: two truths", with_(UPDATE, "--truth", "{tmp}/two.safetensors"), ["(2, 1, 16, 16)"]),
     ("update: rate", with_(UPDATE, "--config", "{tmp}/rate.toml"), ["lr is needed"]),

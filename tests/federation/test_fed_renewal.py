@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedkl.errors import ConfigError, FederationError, LockError
 from fedkl.federation import Event, RenewalConfig, RunConfig, TrainingConfig, client_update, run
 from fedkl.federation.preflight import preflight
-from fedkl.federation.renewal import due, excess, judge, presentations
+from fedkl.federation.renewal import due, excess, judge, presentations, raised
 from fedkl.federation.session import Session
 from fedkl.federation.store import ClientState, ClientStore
 from fedkl.locking import affines, epoch_of, private_state, renew
@@ -165,14 +165,15 @@ def test_pads_are_renewed_when_spent(tmp_path: Path) -> None:
     epochs, notes, result = played(tmp_path, pads(renewal={"budget": 130, "on_spent": "renew"}))
     assert epochs[0] == [0, 0, 1, 1, 2, 2]
     assert result.pads == {"renewals": 6, "most_presentations": 128}
-    assert notes == []
+    assert notes == [raised(RenewalConfig(budget=130))]
 
 
 def test_a_spent_pad_is_a_warning_or_an_error(tmp_path: Path) -> None:
     epochs, notes, result = played(tmp_path / "a", pads(renewal={"budget": 130}))
     assert epochs[0] == [0] * 6
-    assert len(notes) == 3  # each client once
-    assert all("192 presentations, budget 130" in note for note in notes)
+    assert notes[0] == raised(RenewalConfig(budget=130))
+    assert len(notes) == 1 + 3  # each client once
+    assert all("192 presentations, budget 130" in note for note in notes[1:])
     assert result.pads["most_presentations"] == 384
     wanted = pads(renewal={"budget": 130, "on_spent": "error"})
     with pytest.raises(FederationError, match="round 3"):

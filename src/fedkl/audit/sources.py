@@ -20,6 +20,7 @@ from fedkl.federation.remains import check_remains
 from fedkl.files import make_folder, read_json, write_json
 
 SETTINGS: Final = "audit-config.json"
+FORMAT, VERSION = "fedkl-audit-config", 1
 # The result of a run does not depend on these.
 INDIFFERENT: Final = ("workers", "device", "checkpoint_every")
 
@@ -75,14 +76,15 @@ def claim(audit: AuditConfig, folder: Path, given: Mapping[str, Path], resume: b
 
     Raises:
         ConfigError: It holds another audit, one of other runs, or one and ``resume`` is off.
-        CheckpointError: A run that was given has no checkpoint.
+        CheckpointError: A run that was given has no checkpoint, or the settings in ``folder`` are
+            damaged or of another version.
     """
     runs = {defense: identity(place) for defense, place in given.items()}
     wanted = {**_lists(audit.to_dict()), "sources": runs}
     path = folder / SETTINGS
     if not path.exists():
         make_folder(folder)
-        write_json(path, wanted)
+        write_json(path, {"format": FORMAT, "version": VERSION, **wanted})
         return
     before = read_json(path)
     if not resume:
@@ -90,6 +92,7 @@ def claim(audit: AuditConfig, folder: Path, given: Mapping[str, Path], resume: b
             f"{folder} holds an audit already; add --resume to go on with it, or choose "
             "another --out."
         )
+    before = _of_this_version(before, path)
     known = before.pop("sources", {}) if isinstance(before, dict) else {}
     if known != runs:
         raise ConfigError(
@@ -102,6 +105,29 @@ def claim(audit: AuditConfig, folder: Path, given: Mapping[str, Path], resume: b
             f"{folder} holds an audit with other settings; repeat its command, or choose "
             "another --out."
         )
+
+
+def _of_this_version(found: Any, path: Path) -> Any:
+    """The settings of an audit without format and version, which the first of them did not have.
+
+    Raises:
+        CheckpointError: They are others than ours.
+    """
+    if not isinstance(found, dict):
+        return found
+    settings = dict(found)
+    form, version = settings.pop("format", FORMAT), settings.pop("version", VERSION)
+    if form != FORMAT:
+        raise CheckpointError(
+            f"{path} holds no settings of an audit: its format is {form!r}, expected {FORMAT!r}. "
+            "Restore it from a copy, or choose another --out."
+        )
+    if type(version) is not int or version != VERSION:
+        raise CheckpointError(
+            f"{path} is of version {version!r}, expected {VERSION}. Go on with the fedkl that "
+            "began this audit, or choose another --out."
+        )
+    return settings
 
 
 def _lasting(settings: Any) -> Any:

@@ -29,6 +29,7 @@ from fedkl.audit.arsenal import Arsenal
 from fedkl.audit.measure import number
 from fedkl.audit.pictures import save_png
 from fedkl.errors import AttackError, ConfigError, StateError, unknown
+from fedkl.federation.config import check_nesterov
 from fedkl.files import make_folder, write_json
 from fedkl.locking import LockSpec, copy_state, shared_views, state_problems
 from fedkl.locking.rebuild import rebuild, secret_names
@@ -78,6 +79,7 @@ class UpdateConfig:
         for name in ("momentum", "weight_decay"):
             if not 0 <= (rate := getattr(self, name)) < (1 if name == "momentum" else float("inf")):
                 raise ConfigError(f"{name} must be 0 or more (momentum below 1), got {rate}.")
+        check_nesterov(self.nesterov, self.momentum)
         if self.labels is not None and not all(0 <= i < self.num_classes for i in self.labels):
             raise ConfigError(
                 f"got labels {list(self.labels)}; expected classes within 0 … "

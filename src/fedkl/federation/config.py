@@ -19,6 +19,8 @@ from fedkl.federation.optim import OPTIMIZERS, SCHEDULES
 
 METHODS: Final = ("centralized", "fedavg", "fedsgd")
 ON_SPENT: Final = ("warn", "error", "renew")
+BUDGET: Final = 16
+"""Presentations under one pad that our attackers were found to be near guessing at."""
 
 
 def _choice(kind: str, value: str, choices: typing.Iterable[str]) -> None:
@@ -29,6 +31,19 @@ def _choice(kind: str, value: str, choices: typing.Iterable[str]) -> None:
 def _at_least(what: str, value: float | None, low: float) -> None:
     if value is not None and not low <= value < math.inf:
         raise ConfigError(f"{what} must be a number of at least {low:g}, got {value}.")
+
+
+def check_nesterov(nesterov: bool, momentum: float) -> None:
+    """Raises where SGD was asked for Nesterov's form of no momentum.
+
+    Raises:
+        ConfigError: It was.
+    """
+    if nesterov and momentum == 0:
+        raise ConfigError(
+            f"nesterov needs a momentum above 0, got {momentum:g}; set nesterov = false, or raise "
+            "momentum."
+        )
 
 
 def _share(what: str, value: float, *, zero: bool) -> None:
@@ -107,8 +122,8 @@ class TrainingConfig:
         _at_least("decay", self.decay, 0)
         for milestone in self.milestones:
             _at_least("a milestone", milestone, 0)
-        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
-            raise ConfigError("nesterov needs a momentum above 0; set nesterov = false.")
+        if self.optimizer == "sgd":
+            check_nesterov(self.nesterov, self.momentum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +192,7 @@ class RenewalConfig:
         keep_learned: Whether what was learned on top of a pad stays when it is renewed.
     """
 
-    budget: int | None = 16
+    budget: int | None = BUDGET
     on_spent: str = "warn"
     every: int = 0
     stagger: bool = False

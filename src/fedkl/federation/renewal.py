@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedkl.errors import FederationError
-from fedkl.federation.config import RenewalConfig, TrainingConfig
+from fedkl.federation.config import BUDGET, RenewalConfig, TrainingConfig
+from fedkl.federation.price import price
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def judge(
     return Verdict(
         renew=False,
         note=f"round {round_}: the pad of client {client} is spent ({spent + ahead} presentations, "
-        f"budget {budget}); --on-spent renew would draw another.",
+        f"budget {budget}); --on-spent renew would draw another. {price(spent + ahead)}",
     )
 
 
@@ -123,6 +124,16 @@ def foresee(config: RenewalConfig, ahead: Sequence[int], rounds: int) -> None:
             spent[client] = count + (0 if verdict.renew else spent[client])
 
 
+def raised(config: RenewalConfig) -> str:
+    """What a budget above the default costs, else ""; one that does not count has no number."""
+    if config.budget is None or config.budget <= BUDGET:
+        return ""
+    return (
+        f"the budget of {config.budget} presentations (images × steps) under one pad is above the "
+        f"default of {BUDGET}. {price(config.budget)}"
+    )
+
+
 def excess(config: RenewalConfig, ahead: int) -> str:
     """A warning where one round is over the budget by itself, else ""."""
     if config.budget is None or ahead <= config.budget:
@@ -131,8 +142,8 @@ def excess(config: RenewalConfig, ahead: int) -> str:
     return (
         f"this run is outside what the pad was tested for: a round shows up to {ahead} "
         f"presentations (images × steps) under one pad, {times} times its budget of "
-        f"{config.budget}. How much such updates give away is not known, so do not count on the "
-        "pad to hide the images; renewing does not help, for a pad serves a round at least. Send "
-        f"fewer images a round (--local-steps 1 --batch-size {config.budget} --on-spent renew), or "
-        "use this run for its accuracy alone."
+        f"{config.budget}. {price(ahead)} That was one image at a time; how much updates of many "
+        "give away is not known, so do not count on the pad to hide the images. Renewing does not "
+        "help, for a pad serves a round at least: send fewer images a round (--local-steps 1 "
+        f"--batch-size {config.budget} --on-spent renew), or use this run for its accuracy alone."
     )

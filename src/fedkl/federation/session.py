@@ -20,7 +20,7 @@ from fedkl.federation.client import ClientTask, Update, Workspace, client_update
 from fedkl.federation.config import RunConfig
 from fedkl.federation.evaluate import ClientAccuracy, Exam, examine
 from fedkl.federation.optim import learning_rate
-from fedkl.federation.renewal import Verdict, excess, foresee, judge, presentations
+from fedkl.federation.renewal import Verdict, excess, foresee, judge, presentations, raised
 from fedkl.federation.store import ClientState, ClientStore
 from fedkl.key import Key
 from fedkl.locking import LockSpec, Pad, is_locked, lock_spec
@@ -205,7 +205,7 @@ class Session:
         if not self.padded or self.config.federation.method == "centralized":
             return []
         most = max(self._ahead(client) for client in range(len(self.parts)))
-        found = [excess(self.config.renewal, most)]
+        found = [excess(self.config.renewal, most) or raised(self.config.renewal)]
         if self.config.model.init is not None:
             found.append(
                 "the stem starts from each client's key, not from the weights given; for the "

@@ -77,7 +77,8 @@ def private_state(model: nn.Module) -> dict[str, Tensor]:
     """What stays: lock parameters, statistics of locked norms, private layers. Never the key.
 
     Together with :func:`shared_state` this is the whole state dict but for extra state, with
-    nothing in both.
+    nothing in both. It does not say which key it belongs to: keep ``key.fingerprint`` next to it,
+    as the metadata of its file, say.
 
     Raises:
         LockError: The model is not locked, so nothing of it is private.
@@ -126,6 +127,9 @@ def load_private_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copies a client's own private tensors into its locked model (in place).
 
     A pad of another epoch than the model's is refused when the model runs; ``set_key`` draws it.
+    A state of another key is taken, for the tensors do not tell, and makes a model that works as
+    under a wrong key: compare ``key.fingerprint`` with the one that was kept next to the state, as
+    runs, the Flower client and ``examples/own-loop`` do.
 
     Raises:
         LockError: As :func:`private_state`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from adaptivehelp import Victim, fixed_key, observe
+from adaptivehelp import Victim, fixed_key, gradients, observe
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -13,7 +13,7 @@ from fedkl.data import load
 from fedkl.locking import lock, lock_spec
 from fedkl.locking.rebuild import rebuild
 from fedkl.metrics import draw_decoys, identified
-from fedkl.observation import Observation, ThreatModel
+from fedkl.observation import Observation, ThreatModel, Training
 from fedkl.rng import derive
 
 OPEN = ThreatModel(name="open", words="")
@@ -70,6 +70,24 @@ def victims(threat: str, count: int) -> list[Observation]:
     x, y = digits()
     victim = trained_victim()
     return [observe(victim, threat, [(x[i : i + 1], y[i : i + 1])]) for i in range(count)]
+
+
+def open_victims(count: int) -> list[Observation]:
+    """The same images behind a model without a lock."""
+    x, y = digits()
+    model = network_of("model")
+    return [
+        Observation(
+            model=model,
+            kind="gradient",
+            changes=(gradients(model, x[i : i + 1], y[i : i + 1]),),
+            image_shape=(1, 8, 8),
+            num_classes=10,
+            training=Training(),
+            threat=OPEN,
+        )
+        for i in range(count)
+    ]
 
 
 def public() -> tuple[Tensor, Tensor]:

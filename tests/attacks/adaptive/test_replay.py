@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from shadowhelp import digits, public, victims
+from shadowhelp import digits, open_victims, public, victims
 from torch import Tensor
 
 from fedkl.attacks import Reconstruction
@@ -211,15 +211,41 @@ def test_a_gradient_is_made_once_of_an_image_and_its_label(monkeypatch: pytest.M
     assert counts == [8]
 
 
+@pytest.mark.parametrize("how", [None, "global", "label", "matched"])
+@pytest.mark.parametrize("threat", ["key-shared", "open"])
+def test_shadows_that_are_the_victim_itself_are_one(
+    threat: str, how: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is drawn at random there, so that a second one would say the same."""
+    seen = open_victims(40) if threat == "open" else victims(threat, 40)
+    made: list[int] = []
+    gradients = ShadowClient.gradients
+
+    def counted(self: ShadowClient, images: Tensor, labels: Tensor) -> Any:
+        made.append(len(images))
+        return gradients(self, images, labels)
+
+    monkeypatch.setattr(ShadowClient, "gradients", counted)
+    found = [run(replay(restandardize=how, shadows=shadows), seen) for shadows in (1, 3)]
+    assert made == [600, 600]
+    candidates = digits()[0][:5]
+    for one, three in zip(*found, strict=True):
+        assert one.score is not None
+        assert three.score is not None
+        assert one.score(0, candidates).equal(three.score(0, candidates))
+        assert one.notes == three.notes
+
+
 def test_progress_and_settings_are_told() -> None:
     told: list[tuple[int, int]] = []
     small = replay(shadows=2, secret_epochs=1)
-    small.reconstruct(
-        victims("key-shared", 1),
-        generator=derive(0),
-        progress=lambda done, total, loss: told.append((done, total)),
-    )
-    assert told == [(1, 2), (2, 2)]
+    for threat in ("adaptive", "key-shared"):
+        small.reconstruct(
+            victims(threat, 1),
+            generator=derive(0),
+            progress=lambda done, total, loss: told.append((done, total)),
+        )
+    assert told == [(1, 2), (2, 2), (1, 1)]
     for unused in ("epochs=1,", "hidden", "variant"):
         assert unused not in repr(small).replace("secret_epochs=1,", "")
     assert "sketch=512" in repr(small)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from adaptivehelp import Victim, gradients, observe
-from shadowhelp import OPEN, digits, network_of, public, rate, trained_victim, victims
+from shadowhelp import (
+    OPEN,
+    digits,
+    network_of,
+    open_victims,
+    public,
+    rate,
+    trained_victim,
+    victims,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkl.attacks import Reconstruction
-from fedkl.attacks.adaptive import Shadow, train_secrets
+from fedkl.attacks.adaptive import Replay, Retrieval, Shadow, train_secrets
 from fedkl.attacks.adaptive.shadow_client import Public, ShadowClient
 from fedkl.attacks.adaptive.shadow_decoder import Coordinates, Decoder, ridge
 from fedkl.attacks.network import Network
@@ -165,20 +175,7 @@ def test_key_holder_identifies_nearly_all(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["features", "gradient"])
 def test_without_a_lock_nearly_all_are_identified(variant: str) -> None:
-    x, y = digits()
-    model = network_of("model")
-    seen = [
-        Observation(
-            model=model,
-            kind="gradient",
-            changes=(gradients(model, x[i : i + 1], y[i : i + 1]),),
-            image_shape=(1, 8, 8),
-            num_classes=10,
-            training=Training(),
-            threat=OPEN,
-        )
-        for i in range(60)
-    ]
+    seen = open_victims(60)
     assert train_secrets(seen[0], Public(*public()), generator=derive(0)) == {}
     found = attacked(shadow(variant=variant, sketch=512), seen)
     assert rate(found) > 0.6
@@ -227,6 +224,32 @@ def test_progress_is_told() -> None:
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many gradients shadows make, from now on."""
+    made: list[int] = []
+    gradients = ShadowClient.gradients
+
+    def told(self: ShadowClient, images: Tensor, labels: Tensor) -> Any:
+        made.append(len(images))
+        return gradients(self, images, labels)
+
+    monkeypatch.setattr(ShadowClient, "gradients", told)
+    return made
+
+
+@pytest.mark.parametrize("threat", ["key-shared", "open", "adaptive"])
+def test_shadows_that_are_the_victim_itself_are_made_once(
+    threat: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = open_victims(2) if threat == "open" else victims(threat, 2)
+    small = {"variant": "gradient", "sketch": 64, "secret_epochs": 1, "hidden": 8, "epochs": 1}
+    made = counted(monkeypatch)
+    two = attacked(shadow(**small, shadows=2), seen)
+    assert made == [600] * (2 if threat == "adaptive" else 1)
+    one = attacked(shadow(**small), seen)
+    assert not two.equal(one)  # the mean of two decoders, which start apart
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -254,6 +277,54 @@ def test_misfits_are_explained() -> None:
     with pytest.raises(AttackError, match="no observation"):
         shadow().reconstruct([], generator=derive(0))
     assert "600 images" in repr(shadow())
+
+
+@pytest.mark.parametrize("kind", [Shadow, Retrieval, Replay])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda y: torch.where(y == 3, 10, y), r"labels from 0 to 10.*0 … 9"),
+        (lambda y: torch.where(y == 3, -1, y), r"labels from -1 to 9.*0 or more"),
+        (lambda y: torch.where(y == 3, -100, y), r"labels from -100"),  # which torch leaves out
+        (lambda y: y.double(), r"labels of torch.float64.*integers"),
+        (lambda y: y == 3, r"labels of torch.bool.*integers"),
+        (lambda y: y[:, None], r"labels \(600, 1\)"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(
+    kind: type[Shadow], wrong: Callable[[Tensor], Tensor], message: str
+) -> None:
+    x, y = public()
+    with pytest.raises((AttackError, ConfigError), match=message):
+        kind(x, wrong(y), secret_epochs=1, sketch=64).reconstruct(
+            victims("adaptive", 1), generator=derive(0)
+        )
+
+
+def test_secrets_are_trained_on_the_models_classes_alone() -> None:
+    x, y = public()
+    seen = victims("adaptive", 1)[0]
+    with pytest.raises(AttackError, match=r"labels from 0 to 10.*0 … 9"):
+        train_secrets(seen, Public(x, y.where(y != 3, 10)), generator=derive(0))
+    with pytest.raises(AttackError, match="of that shape"):
+        train_secrets(seen, Public(torch.rand(20, 3, 8, 8), y[:20]), generator=derive(0))
+    with pytest.raises(ConfigError, match=r"images of torch.uint8.*\[0, 1\]"):
+        Public((255 * x).byte(), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_are_integers_of_any_size(dtype: torch.dtype) -> None:
+    x, y = public()
+    seen = victims("adaptive", 1)
+    for kind in (Shadow, Retrieval, Replay):
+        small: dict[str, Any] = {"secret_epochs": 1, "sketch": 64}
+        if kind is not Replay:
+            small["epochs"] = 1
+        found = [
+            kind(x, labels, **small).reconstruct(seen, generator=derive(0))[0]
+            for labels in (y, y.to(dtype))
+        ]
+        assert found[0].images.equal(found[1].images)
 
 
 def test_shadows_find_the_signs_that_training_has_built_on() -> None:

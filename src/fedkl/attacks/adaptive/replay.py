@@ -15,7 +15,6 @@ from fedkl.attacks.adaptive.retrieval import Gallery, Retrieval
 from fedkl.attacks.adaptive.shadow import Side, given_away
 from fedkl.attacks.adaptive.shadow_decoder import RESTANDARDIZATIONS
 from fedkl.attacks.adaptive.within import Within
-from fedkl.attacks.base import Progress
 from fedkl.errors import AttackError
 from fedkl.observation import Observation
 
@@ -39,11 +38,13 @@ class Replay(Retrieval):
         images: Public images (M, C, H, W) in [0, 1].
         labels: Their labels (M,).
         restandardize: None, ``global`` or ``label``, as of :class:`Shadow`, or ``matched``.
-        shadows, candidates, secret_epochs, sketch, honest: As of :class:`Retrieval`.
+        shadows, candidates, secret_epochs, sketch, honest: As of :class:`Retrieval`; where shadows
+            are the victim itself (without a lock, or holding the key) there is one.
     """
 
     name: ClassVar[str] = "replay"
     ways: ClassVar[tuple[str | None, ...]] = (*RESTANDARDIZATIONS, "matched")
+    chancy: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -77,11 +78,9 @@ class Replay(Retrieval):
     def _moved(self, side: Side, seen: Tensor, labels: Tensor, how: str | None) -> Tensor:
         return super()._moved(side, seen, labels, "global" if how == "matched" else how)
 
-    def _learn(
-        self, side: Side, generator: torch.Generator, number: int, progress: Progress | None
-    ) -> Any:
+    def _learn(self, side: Side, generator: torch.Generator, tell: Callable[[float], None]) -> Any:
         known = Replayed.of(side, self.public.labels)
-        self._teller(number, progress)(float("nan"))
+        tell(float("nan"))
         return known
 
     def _recognize(

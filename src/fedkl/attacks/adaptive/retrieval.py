@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedkl.attacks.adaptive.dual_encoder import DualEncoder
 from fedkl.attacks.adaptive.shadow import Shadow, Side
-from fedkl.attacks.base import Progress, Reconstruction
+from fedkl.attacks.base import Reconstruction
 from fedkl.observation import Observation
 
 
@@ -68,13 +68,10 @@ class Retrieval(Shadow):
         for unused in ("variant", "hidden"):
             del self.settings[unused]
 
-    def _learn(
-        self, side: Side, generator: torch.Generator, number: int, progress: Progress | None
-    ) -> Any:
+    def _learn(self, side: Side, generator: torch.Generator, tell: Callable[[float], None]) -> Any:
         images, labels = self.public.images, self.public.labels
         classes = len(side.coordinates.class_means)
         encoder = DualEncoder(side.inputs.shape[1], tuple(images.shape[1:]), classes, generator)
-        tell = self._teller(number, progress)
         encoder.fit(side.coordinates.enter(side.inputs), labels, images, self.epochs, tell)
         return encoder
 

@@ -59,10 +59,11 @@ class Shadow(Attack):
     The attacker trains secrets of its own against the victim's shared layers, makes updates of
     public images with them, and learns to undo that. All victims of one call share one lock. With
     secrets granted (the control that holds the key) it uses those; without a lock there are none.
+    Either way every shadow is the victim itself, and what it gives away is made once.
 
     Args:
         images: Public images (M, C, H, W) in [0, 1].
-        labels: Their labels (M,).
+        labels: Their labels (M,), integers within the model's classes.
         variant: ``features``: from the classifier's input, which its gradient gives away exactly;
             ``gradient``: from the whole shared gradient, as ever where the classifier is private.
         restandardize: None, ``global`` or ``label``: bring victims into the shadow's coordinates
@@ -83,6 +84,8 @@ class Shadow(Attack):
 
     name: ClassVar[str] = "shadow"
     ways: ClassVar[tuple[str | None, ...]] = WAYS
+    chancy: ClassVar[bool] = True
+    """Whether what is learned twice on one client differs."""
 
     def __init__(
         self,
@@ -146,20 +149,23 @@ class Shadow(Attack):
 
         Raises:
             AttackError: Updates of more than one image or step, labels that nothing tells, or
-                public images of another shape.
+                public images of another shape or of classes that the model does not have.
         """
         first, network = self._check(observations)
         found = each(observations, lambda o: infer_labels(o, network).reshape(-1))
         labels = torch.cat(found)
         seen, sketch = self._given_away(observations, network, generator)
-        moved, learned = [], []
-        for number in range(self.shadows):
-            client = self._client(first, network, generator, (seen, labels), sketch)
-            inputs = given_away(client, self.public.images, self.public.labels, sketch)
-            coordinates = Coordinates.of(inputs, self.public.labels, first.num_classes)
-            side = Side(client, sketch, coordinates, inputs)
-            learned.append(self._learn(side, generator, number, progress))
-            moved.append(self._moved(side, seen, labels, self._how(labels)))
+        moved: list[Tensor] = []
+        learned, side, same = [], None, holds_all(first, network)
+        count = 1 if same and not self.chancy else self.shadows
+        for number in range(count):
+            if new := side is None or not same:
+                client = self._client(first, network, generator, (seen, labels), sketch)
+                side = self._side(client, sketch)
+            assert side is not None
+            tell = self._teller(number, count, progress)
+            learned.append(self._learn(side, generator, tell))
+            moved.append(self._moved(side, seen, labels, self._how(labels)) if new else moved[0])
         notes = self._notes(first, labels, "features" if sketch is None else "gradient")
         return self._answers(learned, moved, found, notes)
 
@@ -171,6 +177,12 @@ class Shadow(Attack):
             return torch.cat(each(observations, lambda o: penultimate_features(o, network))), None
         sketch = Sketch(network.shared, self.sketch, generator)
         return torch.cat([sketch(gradients_of(o, network)) for o in observations]), sketch
+
+    def _side(self, client: ShadowClient, sketch: Sketch | None) -> Side:
+        """The client and what it gives away of the public images."""
+        inputs = given_away(client, self.public.images, self.public.labels, sketch)
+        coordinates = Coordinates.of(inputs, self.public.labels, client.num_classes)
+        return Side(client, sketch, coordinates, inputs)
 
     def _moved(self, side: Side, seen: Tensor, labels: Tensor, how: str | None) -> Tensor:
         """What victims gave away (N, d), in the shadow's coordinates."""
@@ -204,11 +216,7 @@ class Shadow(Attack):
         first = observations[0]
         for observation in observations:
             check_single(observation)
-        if tuple(self.public.images.shape[1:]) != first.image_shape:
-            raise AttackError(
-                f"got public images of {tuple(self.public.images.shape[1:])}, the victim's are "
-                f"{first.image_shape}; give public images of that shape."
-            )
+        self.public.check(first)
         return first, Network.of(observations)
 
     def _client(
@@ -221,7 +229,7 @@ class Shadow(Attack):
     ) -> ShadowClient:
         """The victim itself if its secrets are granted, else the closest of several trained."""
         classes = observation.num_classes
-        if network.secrets.keys() <= observation.known.keys():
+        if holds_all(observation, network):
             held = {name: observation.known[name] for name in network.secrets}
             return ShadowClient(network, held, classes)
         images, labels = self.public.images[:CLOSENESS], self.public.labels[:CLOSENESS]
@@ -244,25 +252,24 @@ class Shadow(Attack):
         assert best is not None
         return best
 
-    def _learn(
-        self, side: Side, generator: torch.Generator, number: int, progress: Progress | None
-    ) -> Any:
-        """What is learned on one shadow: here, a decoder."""
+    def _learn(self, side: Side, generator: torch.Generator, tell: Callable[[float], None]) -> Any:
+        """What is learned on one shadow, told the loss of every epoch: here, a decoder."""
         classes = len(side.coordinates.class_means)
         decoder = Decoder(side.coordinates, classes, hidden=self.hidden, epochs=self.epochs)
-        tell = self._teller(number, progress)
         decoder.fit(side.inputs, self.public.labels, self.public.images, generator, tell)
         return decoder
 
-    def _teller(self, number: int, progress: Progress | None) -> Callable[[float], None]:
-        """To be told the loss of every epoch of the shadow of that number."""
+    def _teller(
+        self, number: int, count: int, progress: Progress | None
+    ) -> Callable[[float], None]:
+        """To be told the loss of every epoch of the shadow of that number, of ``count``."""
         done = number * self.epochs
 
         def tell(loss: float) -> None:
             nonlocal done
             done += 1
             if progress is not None:
-                progress(done, self.shadows * self.epochs, loss)
+                progress(done, count * self.epochs, loss)
 
         return tell
 
@@ -295,6 +302,11 @@ class Shadow(Attack):
             few = f"no class has {MIN_PER_CLASS} victims or more: restandardized as by 'global'"
             return note, few
         return (note,)
+
+
+def holds_all(observation: Observation, network: Network) -> bool:
+    """Whether the attacker has every secret of the victim's; without a lock there are none."""
+    return network.secrets.keys() <= observation.known.keys()
 
 
 def gives_features(observation: Observation, network: Network) -> bool:

@@ -26,21 +26,60 @@ NUMBERS: Final = 2**26
 
 @dataclass(frozen=True)
 class Public:
-    """Labeled images that anyone may have.
+    """Labeled images that anyone may have: where they come into every attack that knows a lock.
 
     Attributes:
         images: float32 (M, C, H, W) in [0, 1].
-        labels: int64 (M,).
+        labels: int64 (M,); given as integers of any size.
+
+    Raises:
+        ConfigError: Shapes or dtypes that do not fit, or a label below 0.
     """
 
     images: Tensor
     labels: Tensor
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or len(self.images) < 2 or len(self.images) != len(self.labels):
+        images, labels = self.images, self.labels
+        if images.ndim != 4 or len(images) < 2 or labels.shape != images.shape[:1]:
             raise ConfigError(
-                f"got public images {tuple(self.images.shape)} and labels "
-                f"{tuple(self.labels.shape)}; expected (M, C, H, W) and (M,) with M of 2 or more."
+                f"got public images {tuple(images.shape)} and labels {tuple(labels.shape)}; "
+                "expected (M, C, H, W) and (M,) with M of 2 or more."
+            )
+        if not images.is_floating_point():
+            raise ConfigError(
+                f"got public images of {images.dtype}; expected float32 in [0, 1]. Convert bytes "
+                "with images.float() / 255."
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ConfigError(
+                f"got public labels of {labels.dtype}; expected integers, the class of every "
+                "image. Convert them with labels.long(), or one-hot rows with argmax(dim=1)."
+            )
+        object.__setattr__(self, "labels", labels.long())
+        if int(self.labels.min()) < 0:
+            raise ConfigError(
+                f"got public labels from {int(self.labels.min())} to {int(self.labels.max())}; "
+                "expected classes of 0 or more. Leave out images without a class."
+            )
+
+    def check(self, observation: Observation) -> None:
+        """Raises unless the victim's model takes these images and has these classes.
+
+        Raises:
+            AttackError: It does not; says which.
+        """
+        shape, classes = tuple(self.images.shape[1:]), observation.num_classes
+        if shape != observation.image_shape:
+            raise AttackError(
+                f"got public images of {shape}, the victim's are {observation.image_shape}; give "
+                "public images of that shape."
+            )
+        if int(self.labels.max()) >= classes:
+            raise AttackError(
+                f"got public labels from {int(self.labels.min())} to {int(self.labels.max())}, and "
+                f"the victim's model has {classes} classes; expected labels within 0 … "
+                f"{classes - 1}. Give public images of these classes, or leave the others out."
             )
 
     def __repr__(self) -> str:
@@ -65,7 +104,11 @@ def train_secrets(
 
     Returns:
         Every secret by name; empty if the model has none.
+
+    Raises:
+        AttackError: The public images do not fit the victim's model (:meth:`Public.check`).
     """
+    public.check(observation)
     net = network or Network(observation)
     if not net.secrets:
         return {}

@@ -1,0 +1,86 @@
+"""What presentations cost is said where a budget is raised and where it is spent."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fedhelp import config, digits
+
+from fedkl.federation import Event, RenewalConfig, run
+from fedkl.federation.price import FOUND, price
+from fedkl.federation.renewal import excess, judge, raised
+
+RESULTS = Path(__file__).parents[2] / "results" / "breakpad.md"
+
+
+@pytest.mark.parametrize(
+    "count, said",
+    [
+        (1, "Of 16 images under one pad, the next number that was measured, "),
+        (16, "Of 16 images under one pad replay-matched found 1.2 % on LeNet and 1.2 % on ResNet"),
+        (17, "Of 32 images under one pad, the next number that was measured, replay-matched found"),
+        (32, "2.0 % on LeNet and 1.9 % on ResNet-20"),
+        (64, "3.5 % on LeNet and 2.7 % on ResNet-20"),
+        (65, "Of 256 images"),
+        (256, "10 % on LeNet and 8.6 % on ResNet-20"),
+        (1_000, "Of 1,000 images under one pad replay-matched found 49 % on LeNet and 36 % on Res"),
+        (1_001, "64 % on LeNet and 68 % on ResNet-20"),
+        (2_001, "Of 2,000 images under one pad already replay-matched found 64 % on LeNet and 68"),
+    ],
+)
+def test_the_next_number_that_was_measured_is_said(count: int, said: str) -> None:
+    assert said in price(count)
+    assert price(count).endswith("guessing finds 1 % (results/breakpad.md).")
+    assert price(count).count(". ") == 0  # one sentence
+
+
+def test_the_table_is_that_of_the_results() -> None:
+    text = RESULTS.read_text(encoding="utf-8").partition("\n## replay\n")[2]
+    head = next(line for line in text.splitlines() if line.startswith("| lock"))
+    counts = [int(n) for n in re.findall(r"n = (\d+)", head)][1:]
+    assert counts == [point.images for point in FOUND]
+    for lock in ("lenet", "resnet20"):
+        start = f"| {lock}, pad | shadow | candidates |"
+        row = next(line for line in text.splitlines() if line.startswith(start))
+        means = [float(cell) for cell in re.findall(r"\| (\d+\.\d) ±", row)][1:]
+        assert means == [getattr(point, lock) for point in FOUND]
+
+
+def test_a_raised_budget_has_its_price() -> None:
+    assert raised(RenewalConfig()) == raised(RenewalConfig(budget=3)) == ""
+    assert raised(RenewalConfig(budget=None)) == ""
+    text = raised(RenewalConfig(budget=17))
+    assert "17 presentations" in text
+    assert "above the default of 16" in text
+    assert price(17) in text
+
+
+def test_a_spent_budget_has_its_price() -> None:
+    facts: dict[str, Any] = {"client": 0, "clients": 2, "round_": 3, "last": 2}
+    note = judge(RenewalConfig(budget=100), spent=61, ahead=240, **facts).note
+    assert note == ""  # a round over the budget by itself is said once, before the first
+    assert price(240) in excess(RenewalConfig(budget=100), 240)
+    note = judge(RenewalConfig(budget=100), spent=61, ahead=40, **facts).note
+    assert price(101) in note
+
+
+def test_a_run_says_it_before_its_first_round(tmp_path: Path) -> None:
+    def notes(folder: str, **renewal: Any) -> list[str]:
+        wanted = config(
+            "pad",
+            renewal=renewal,
+            federation={"rounds": 1, "join_steps": 2},
+            data={"samples": 64},
+            training={"local_steps": 1, "batch_size": 16},
+        )
+        found: list[Event] = []
+        run(wanted, tmp_path / folder, bundle=digits(), on_event=found.append)
+        return [event.message for event in found if event.kind == "note"]
+
+    assert notes("usual") == []
+    assert notes("raised", budget=64) == [raised(RenewalConfig(budget=64))]
+    (both,) = notes("spent", budget=15)
+    assert price(16) in both
