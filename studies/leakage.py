@@ -2,9 +2,10 @@
 
 The leakage table of the key-lock paper at our scale, and the attackers that the paper did not try.
 Every figure comes out of `fedkl.audit.run_audit`, which attacks updates that the federation's own
-client code made: batch 1, one step, the worst case. Controls run in every audit: undefended, the
-ordinary norm (norm), that norm private and keyless (fedbn), the holder of the key, and the floor,
-which is the mean public image of the leaked label. Verdicts are the audit's.
+client code made: batch 1, one step, the worst case, and in rows called *batch* and *steps* batches
+of 16, one step or ten. Controls run in every audit: undefended, the ordinary norm (norm), that norm
+private and keyless (fedbn), the holder of the key, and the floor, which is the mean public image of
+the leaked label. Verdicts are the audit's.
 
 Three models on Fashion-MNIST, 3 clients IID. LeNet, 1x32x32, 3 x 6,000 images, weights uniform in
 ±0.5 as in "Deep Leakage from Gradients" (without them LeNet without norms does not learn in so few
@@ -85,6 +86,7 @@ PUBLISHED = {
 class Audit:
     """One audit per arm; the cells of the controls are shared by all arms of a row here.
 
+    ``images`` counts victims, whose updates are of ``batch`` images in each of ``steps``;
     ``seconds`` is what a cell takes on one idle core, about.
     """
 
@@ -95,6 +97,8 @@ class Audit:
     images: int
     arms: dict[str, tuple[str, ...]]
     seconds: float
+    batch: int = 1
+    steps: int = 1
 
     @property
     def cells(self) -> int:
@@ -129,6 +133,15 @@ AUDITS: dict[str, Audit] = {
     "lenet-final-replay": Audit("lenet", "final", REPLAY, "standard", 2000, {**LOCKS, **PAD}, 60),
     "resnet20-final-replay": Audit(
         "resnet20", "final", REPLAY, "standard", 2000, {**CHANNEL, **PAD}, 200
+    ),
+    "lenet-batch-replay": Audit(
+        "lenet", "final", REPLAY, "standard", 125, {**CHANNEL, **PAD}, 150, batch=16
+    ),
+    "lenet-steps-replay": Audit(
+        "lenet", "final", REPLAY, "standard", 30, {**CHANNEL, **PAD}, 200, batch=16, steps=10
+    ),
+    "resnet20-batch-replay": Audit(
+        "resnet20", "final", REPLAY, "standard", 125, {**CHANNEL, **PAD}, 400, batch=16
     ),
 }
 
@@ -185,6 +198,8 @@ def audited(name: str, arm: str, scratch: Path) -> dict[str, Any]:
         threats=plan.arms[arm],
         stage=plan.stage,
         images=plan.images,
+        batch_size=plan.batch,
+        local_steps=plan.steps,
         effort=plan.effort,
     )
     for other in plan.arms:
@@ -194,7 +209,7 @@ def audited(name: str, arm: str, scratch: Path) -> dict[str, Any]:
         if event.kind in ("cell", "note"):
             say(f"  {event.text}")
 
-    say(f"{name}, {arm}: {plan.images} images, {', '.join(plan.attacks)}, {plan.effort}")
+    say(f"{name}, {arm}: {plan.images} victims, {', '.join(plan.attacks)}, {plan.effort}")
     started = time.process_time()
     sources = {d: trained(plan.model, d, scratch) for d in CONTROLS}
     sources[defense] = trained(plan.model, arm, scratch)

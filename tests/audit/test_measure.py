@@ -235,8 +235,9 @@ def test_an_attack_that_looks_at_everybodys_candidates_is_asked_once_for_all() -
     truth = truth_of_noise(torch.Generator().manual_seed(0))
     asked: list[int] = []
 
-    def together(candidates: Sequence[Tensor]) -> list[Tensor]:
+    def together(candidates: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
         asked.append(len(candidates))
+        assert classes.equal(truth.labels)
         # Every other victim's truth is known.
         return [
             (x == truth.images[i]).flatten(1).all(dim=1).float() * (-1) ** i
@@ -263,5 +264,5 @@ def test_scores_that_are_no_numbers_are_no_miss() -> None:
     with pytest.raises(AttackError, match="for all victims"):
         picked([bad] * (COUNT - 1) + [one], truth)
     batch = replace(bad, images=torch.zeros(1, 2, 1, 6, 6))
-    with pytest.raises(AttackError, match="of one image"):
+    with pytest.raises(AttackError, match="of one image each"):
         picked([batch] * (COUNT // 2), truth)

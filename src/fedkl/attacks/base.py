@@ -18,6 +18,9 @@ Found = TypeVar("Found")
 Progress = Callable[[int, int, float], None]
 """Called with (iterations done, iterations in all, mean of the best losses so far)."""
 
+Together = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
+"""Called with the candidates of every image, each (K, C, H, W), and their classes, int64 (N,)."""
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -35,9 +38,11 @@ class Reconstruction:
         score: Called with the number of an update and candidates (K, C, H, W) in [0, 1], all of the
             label found, says how well each fits that update, (K,), the higher the better. None:
             whoever has candidates compares them with ``images``.
-        together: The same for all updates of all victims of the call at once, in their order: from
-            the candidates of each, the scores of each. An attack that learns from everybody's
-            candidates finds more so; None: it does not. All victims have the same.
+        together: The same for all images of all updates of all victims of the call at once, in
+            their order: from the candidates of each, and the class these are of, the scores of
+            each. An attack that learns from everybody's candidates finds more so, and of updates
+            of several images there is no other way to ask. None: it does not. All victims have the
+            same.
     """
 
     images: Tensor = field(repr=False)
@@ -49,7 +54,7 @@ class Reconstruction:
     restarts: int = 0
     notes: tuple[str, ...] = ()
     score: Callable[[int, Tensor], Tensor] | None = field(default=None, repr=False)
-    together: Callable[[Sequence[Tensor]], list[Tensor]] | None = field(default=None, repr=False)
+    together: Together | None = field(default=None, repr=False)
 
 
 class Attack(ABC):

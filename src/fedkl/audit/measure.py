@@ -219,17 +219,20 @@ def identified_in_batches(images: Tensor, truth: Truth, size: int) -> Tensor:
 def picked(found: Sequence[Reconstruction], truth: Truth) -> Tensor:
     """For which of N images the attack's own score of the truth is above that of all decoys.
 
-    For attacks on updates of one image. It is given the candidates in an order that tells nothing.
+    It is given the candidates in an order that tells nothing, and their class: one that the update
+    holds. Of an update of several images, decoys are no image of it.
 
     Returns:
         bool (N,).
 
     Raises:
-        AttackError: Updates of several images, a victim without a score, or a score that is no
-            number.
+        AttackError: A victim without a score, updates of several images that an attack cannot be
+            asked about, or a score that is no number.
     """
-    if any(one.score is None or one.images.shape[1] != 1 for one in found):
-        raise AttackError("scores of candidates are for updates of one image, and for all victims.")
+    if any(
+        one.together is None and (one.score is None or one.images.shape[1] != 1) for one in found
+    ):
+        raise AttackError("scores of candidates are for all victims, of one image each, or none.")
     orders = [
         torch.randperm(len(decoys) + 1, generator=derive(i, "order of candidates"))
         for i, decoys in enumerate(truth.decoys)
@@ -254,7 +257,7 @@ def _scores(
 
     together = found[0].together
     if together is not None:
-        yield from together([candidates(i) for i in range(len(orders))])
+        yield from together([candidates(i) for i in range(len(orders))], truth.labels)
         return
     for i in range(len(orders)):
         victim, update = divmod(i, len(truth.rows) // len(found))
@@ -283,7 +286,7 @@ def rows_of(
     """
     figures = measured(images, truth, found[0].images.shape[1])
     per_victim = len(images) // len(found)
-    if found[0].score is not None:
+    if found[0].score is not None or found[0].together is not None:
         figures["identified"] = picked(found, truth).double()
     numbers = range(len(found)) if victims is None else victims
     rows = []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from fedkl.attacks.adaptive.sketch import Sketch
+from fedkl.attacks.adaptive.sketch import LinearSketch, Sketch
 from fedkl.rng import derive
 
 
@@ -67,3 +68,27 @@ def test_a_linear_layer_whose_bias_is_noise_does_not_drown_the_others() -> None:
     given["f.bias"] = 1e-9 * given["f.bias"].roll(1, dims=1)
     made = Sketch({n: v[0] for n, v in given.items()}, 100, derive(0))(given)
     torch.testing.assert_close(made[:, :16].norm(dim=1), torch.ones(2))
+
+
+def test_a_linear_sketch_of_a_sum_is_the_sum_of_the_sketches() -> None:
+    generator = derive(0)
+    shared = {"f.weight": torch.zeros(30, 40), "f.bias": torch.zeros(30), "c.bias": torch.zeros(8)}
+
+    def drawn(count: int) -> dict[str, Tensor]:
+        size = {"f.weight": 5.0, "f.bias": 0.2, "c.bias": 1e-9}
+        return {
+            n: size[n] * torch.randn(count, *v.shape, generator=generator)
+            for n, v in shared.items()
+        }
+
+    seen = [drawn(20), drawn(30)]
+    sketch = LinearSketch(shared, 512, generator, seen)
+    a, b = drawn(3), drawn(3)
+    both = sketch({n: 2 * a[n] + b[n] for n in shared})
+    torch.testing.assert_close(both, 2 * sketch(a) + sketch(b))
+    # The weight and its bias count alike, rounding noise not at all.
+    only = {n: {m: v if m == n else 0 * v for m, v in seen[0].items()} for n in shared}
+    norms = {n: float(sketch(one).square().sum(dim=1).mean()) for n, one in only.items()}
+    assert norms["f.weight"] == pytest.approx(1, abs=0.2)
+    assert norms["f.bias"] == pytest.approx(1, abs=0.3)
+    assert norms["c.bias"] == 0

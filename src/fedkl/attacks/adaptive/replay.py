@@ -11,15 +11,23 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fedkl.attacks.adaptive.matched import Matched, Pool, rotated
+from fedkl.attacks.adaptive.mixture import parts
 from fedkl.attacks.adaptive.retrieval import Gallery, Retrieval
-from fedkl.attacks.adaptive.shadow import Side, given_away
+from fedkl.attacks.adaptive.shadow import Side, given_away, holds_all
 from fedkl.attacks.adaptive.shadow_decoder import RESTANDARDIZATIONS
+from fedkl.attacks.adaptive.sketch import LinearSketch, gradients_of
 from fedkl.attacks.adaptive.within import Within
+from fedkl.attacks.base import Progress, Reconstruction, Together
+from fedkl.attacks.network import Network
 from fedkl.errors import AttackError
 from fedkl.observation import Observation
 
 RIDGE: Final = 1.0
 """Of the directions in which gradients are compared (:class:`Within`)."""
+BATCH_RIDGE: Final = 0.03
+"""The same for updates of several images. There all directions are needed to tell these apart."""
+BATCH_SKETCH: Final = 2
+"""For the same reason their sketches are so many times as long."""
 
 
 class Replay(Retrieval):
@@ -33,6 +41,10 @@ class Replay(Retrieval):
 
     Where the coordinates differ altogether (pads), ``matched`` finds rotations from many victims
     under one lock (:class:`~fedkl.attacks.adaptive.matched.Matched`).
+
+    An update of several images or steps is taken for the sum of their gradients at the weights
+    before it, of which those of all candidates of all its images are to explain as much as they
+    can with weights of 0 or more (:func:`~fedkl.attacks.adaptive.mixture.parts`).
 
     Args:
         images: Public images (M, C, H, W) in [0, 1].
@@ -71,6 +83,94 @@ class Replay(Retrieval):
         )
         del self.settings["epochs"]
 
+    def reconstruct(
+        self,
+        observations: Sequence[Observation],
+        *,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+    ) -> list[Reconstruction]:
+        """As :meth:`Shadow.reconstruct`, and of updates of several images or steps of one client.
+
+        Of these the pictures are the public images that fit best, and the labels theirs.
+
+        Raises:
+            AttackError: As there; or updates of several images are to be ``matched``, or of
+                several clients.
+        """
+        if not observations or observations[0].training.presentations == 1:
+            return super().reconstruct(observations, generator=generator, progress=progress)
+        first, network = self._check_batches(observations)
+        gradients = [gradients_of(one, network) for one in observations]
+        length = BATCH_SKETCH * self.sketch
+        sketch = LinearSketch(network.shared, length, generator, gradients)
+        seen = torch.cat([sketch(one) for one in gradients])
+        learned, read = [], []
+        count = 1 if holds_all(first, network) else self.shadows
+        for number in range(count):
+            client = self._client(first, network, generator, (seen, None), sketch)
+            side = self._side(client, sketch)
+            one = Replayed.of(side, self.public.labels, BATCH_RIDGE)
+            learned.append(one)
+            read.append(one.within.whole(side.coordinates.enter(seen)))
+            self._teller(number, count, progress)(float("nan"))
+        return self._of_batches(learned, torch.cat(read, dim=1), first)
+
+    def _check_batches(self, observations: Sequence[Observation]) -> tuple[Observation, Network]:
+        first = observations[0]
+        if self.restandardize is not None:
+            raise AttackError(
+                f"got updates of {first.training.images} images; rotations and statistics of "
+                "victims are fitted to updates of one image. Use 'replay', or audit with "
+                "batch_size 1 and local_steps 1."
+            )
+        if first.training.clients > 1:
+            raise AttackError(
+                f"got updates of {first.training.clients} clients, whose secrets differ; replay "
+                "is for those of one client."
+            )
+        self.public.check(first)
+        return first, Network.of(observations)
+
+    def _of_batches(
+        self, learned: Sequence[Replayed], read: Tensor, first: Observation
+    ) -> list[Reconstruction]:
+        """One per victim, from its updates as the shadows read them (victims x T, k)."""
+
+        def see(images: Tensor, label: int) -> Tensor:
+            return torch.cat([one.whole(images, label) for one in learned], dim=1)
+
+        gallery = _Replays(see, len(learned))
+        read = gallery.beside(read)
+        count, updates = first.training.images, len(first.changes)
+
+        def together(candidates: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
+            scores = []
+            for number, update in enumerate(read):
+                mine = range(number * count, (number + 1) * count)
+                names = [gallery.names(candidates[i], int(classes[i])) for i in mine]
+                places = {
+                    n: i for i, n in enumerate(dict.fromkeys(n for some in names for n in some))
+                }
+                rows = gallery.beside(torch.stack([gallery.known[name] for name in places]))
+                found = parts(rows, update)
+                scores += [found[[places[name] for name in some]] for some in names]
+            return scores
+
+        own = gallery.beside(torch.cat([one.every for one in learned], dim=1))
+        best = torch.stack([parts(own, one).topk(min(count, len(own))).indices for one in read])
+        best = best[:, torch.arange(count) % best.shape[1]]
+        note = f"replay of {count} images an update, taken for the sum of their gradients"
+        return [
+            Reconstruction(
+                images=self.public.images[rows],
+                labels=self.public.labels[rows],
+                notes=(note, "pictures are the public images that fit best"),
+                together=together,
+            )
+            for rows in torch.split(best, updates)
+        ]
+
     def _how(self, labels: Tensor) -> str | None:
         how = super()._how(labels)
         return "global" if how == "matched" and not rotated(labels) else how
@@ -101,12 +201,12 @@ class Replay(Retrieval):
 
     def _together(
         self, learned: Sequence[Any], moved: Sequence[Tensor], labels: Tensor, gallery: Gallery
-    ) -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
+    ) -> Together | None:
         assert isinstance(gallery, _Replays)
         if self._how(labels) != "matched":
             return None
 
-        def together(candidates: Sequence[Tensor]) -> list[Tensor]:
+        def together(candidates: Sequence[Tensor], _: Tensor) -> list[Tensor]:
             pairs = zip(candidates, labels.tolist(), strict=True)
             names = [gallery.names(images, label) for images, label in pairs]
             every = dict.fromkeys(name for mine in names for name in mine)
@@ -169,14 +269,14 @@ class Replayed:
     public: Tensor
 
     @classmethod
-    def of(cls, side: Side, labels: Tensor) -> Replayed:
+    def of(cls, side: Side, labels: Tensor, ridge: float = RIDGE) -> Replayed:
         """From what the shadow gives away of public images with ``labels`` (M,).
 
         Raises:
             AttackError: These do not differ within any class, so that there is no direction.
         """
         x, classes = side.coordinates.enter(side.inputs), len(side.coordinates.class_means)
-        within = Within(x, labels, classes, x.shape[1], RIDGE)
+        within = Within(x, labels, classes, x.shape[1], ridge)
         if not bool(within.whiten.any()):
             raise AttackError(
                 f"got {len(labels)} public images, of which no two different images of one class "
@@ -186,6 +286,18 @@ class Replayed:
 
     def see(self, images: Tensor, label: int) -> Tensor:
         """(M, size) of images (M, C, H, W), as if their label were ``label``."""
+        return self.within(self._entered(images, label), torch.full((len(images),), label))
+
+    def whole(self, images: Tensor, label: int) -> Tensor:
+        """The same with the class mean, for sums over images of several classes."""
+        return self.within.whole(self._entered(images, label))
+
+    @property
+    def every(self) -> Tensor:
+        """The public images (M, size) with their class means."""
+        return self.within.whole(self.side.coordinates.enter(self.side.inputs))
+
+    def _entered(self, images: Tensor, label: int) -> Tensor:
         labels = torch.full((len(images),), label)
         x = given_away(self.side.client, images, labels, self.side.sketch)
-        return self.within(self.side.coordinates.enter(x), labels)
+        return self.side.coordinates.enter(x)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedkl.attacks.adaptive.dual_encoder import DualEncoder
 from fedkl.attacks.adaptive.shadow import Shadow, Side
-from fedkl.attacks.base import Reconstruction
+from fedkl.attacks.base import Reconstruction, Together
 from fedkl.observation import Observation
 
 
@@ -119,7 +119,7 @@ class Retrieval(Shadow):
 
     def _together(
         self, learned: Sequence[Any], moved: Sequence[Tensor], labels: Tensor, gallery: Gallery
-    ) -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
+    ) -> Together | None:
         """``Reconstruction.together``, where candidates of all tell more than those of one."""
         return None
 

@@ -224,10 +224,13 @@ class Shadow(Attack):
         observation: Observation,
         network: Network,
         generator: torch.Generator,
-        victims: tuple[Tensor, Tensor],
+        victims: tuple[Tensor, Tensor | None],
         sketch: Sketch | None,
     ) -> ShadowClient:
-        """The victim itself if its secrets are granted, else the closest of several trained."""
+        """The victim itself if its secrets are granted, else the closest of several trained.
+
+        ``victims``: what they gave away and their labels, None where updates have several.
+        """
         classes = observation.num_classes
         if holds_all(observation, network):
             held = {name: observation.known[name] for name in network.secrets}
@@ -246,7 +249,12 @@ class Shadow(Attack):
             if self.candidates == 1:
                 return client
             mine = given_away(client, images, labels, sketch)
-            far = distance_of_means(mine, labels, *victims, classes)
+            seen, found = victims
+            if found is None:
+                found, whole = torch.zeros(len(seen), dtype=torch.int64), torch.zeros_like(labels)
+                far = distance_of_means(mine, whole, seen, found, 1)
+            else:
+                far = distance_of_means(mine, labels, seen, found, classes)
             if best is None or far < least:
                 best, least = client, far
         assert best is not None

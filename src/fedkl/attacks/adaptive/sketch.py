@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
@@ -49,6 +49,9 @@ class Sketch:
         scale = 1 / torch.maximum(norms, largest * self.SMALL).clamp_min(1e-30)
         scale = torch.where(norms > largest * self.NOISE, scale, 0.0)
         flat = torch.cat([row * s[:, None] for row, s in zip(rows, scale, strict=True)], dim=1)
+        return self._added_up(flat)
+
+    def _added_up(self, flat: Tensor) -> Tensor:
         if self.length == 0:
             return flat
         out = flat.new_zeros(len(flat), self.length)
@@ -63,6 +66,39 @@ class Sketch:
                 value = torch.einsum("nij,ni->nj", value, missed)  # as long as the gradient was
             found.append(value.flatten(1))
         return found
+
+
+class LinearSketch(Sketch):
+    """Gradients made short so that the sketch of a sum is the sum of the sketches.
+
+    For updates of several images. Every tensor has one scale for all, at which the updates seen
+    have norm 1 on average, and nothing else is done to it.
+
+    Args:
+        shared, length, generator: As of :class:`Sketch`.
+        seen: What the updates of all victims tell of their gradients, each name (T, *shape).
+    """
+
+    def __init__(
+        self,
+        shared: Tensors,
+        length: int,
+        generator: torch.Generator,
+        seen: Sequence[Tensors],
+    ) -> None:
+        super().__init__(shared, length, generator)
+        rows = [torch.cat(parts) for parts in zip(*map(self._flat, seen), strict=True)]
+        norms = torch.stack([row.norm(dim=1).square().mean().sqrt() for row in rows])
+        scales = 1 / torch.maximum(norms, norms.amax() * self.SMALL).clamp_min(1e-30)
+        scales = torch.where(norms > norms.amax() * self.NOISE, scales, 0.0)
+        self.scales = torch.cat([s.expand(x.shape[1]) for x, s in zip(rows, scales, strict=True)])
+
+    def __call__(self, gradients: Tensors) -> Tensor:
+        """(N, length) of gradients by name, each (N, *shape)."""
+        return self._added_up(torch.cat(self._flat(gradients), dim=1) * self.scales)
+
+    def _flat(self, gradients: Tensors) -> list[Tensor]:
+        return [gradients[name].flatten(1) for name in self.names]
 
 
 def gradients_of(observation: Observation, network: Network) -> dict[str, Tensor]:

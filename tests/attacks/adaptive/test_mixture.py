@@ -1,0 +1,46 @@
+"""What an update is the sum of."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch.nn.functional import normalize
+
+from fedkl.attacks.adaptive.mixture import nonnegative, parts
+from fedkl.rng import derive
+
+
+def test_weights_are_those_of_an_active_set_solver() -> None:
+    generator = derive(0)
+    atoms = torch.rand(20, 60, generator=generator, dtype=torch.float64)
+    target = torch.rand(60, generator=generator, dtype=torch.float64)
+    want, _ = nnls(atoms.T.numpy(), target.numpy())
+    got = nonnegative(atoms, target, 20_000)
+    assert (want == 0).any()
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-6)
+
+
+def test_parts_of_a_sum_stand_out_and_the_scale_of_the_sum_does_not_count() -> None:
+    generator = derive(1)
+    atoms = normalize(
+        torch.randn(400, 200, generator=generator) + 0.5, dim=1
+    )  # more than equations
+    true = torch.randperm(400, generator=generator)[:8]
+    target = (atoms[true] * torch.linspace(0.3, 1, 8)[:, None]).sum(dim=0)
+    found = parts(atoms, target)
+    assert set(found.topk(8).indices.tolist()) == set(true.tolist())
+    torch.testing.assert_close(parts(atoms, 1e6 * target), found, atol=1e-4, rtol=1e-3)
+    # Inner products alone do not tell them.
+    assert set((atoms @ target).topk(8).indices.tolist()) != set(true.tolist())
+
+
+def test_atoms_of_no_length_and_an_empty_sum_weigh_nothing() -> None:
+    assert parts(torch.zeros(3, 4), torch.ones(4)).eq(0).all()
+    assert parts(torch.ones(3, 4), torch.zeros(4)).eq(0).all()
+
+
+def test_among_atoms_without_a_weight_the_inner_product_decides() -> None:
+    atoms = torch.tensor([[1.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.0, -0.5, 0.9]])
+    found = parts(atoms, torch.tensor([1.0, 0.5, 0.1]))
+    assert found.argsort(descending=True).tolist() == [0, 2, 1]
