@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import nnls
 from torch.nn.functional import normalize
 
-from fedkl.attacks.adaptive.mixture import nonnegative, parts
+from fedkl.attacks.adaptive.mixture import best, nonnegative, parts
 from fedkl.rng import derive
 
 
@@ -16,9 +16,14 @@ def test_weights_are_those_of_an_active_set_solver() -> None:
     atoms = torch.rand(20, 60, generator=generator, dtype=torch.float64)
     target = torch.rand(60, generator=generator, dtype=torch.float64)
     want, _ = nnls(atoms.T.numpy(), target.numpy())
-    got = nonnegative(atoms, target, 20_000)
     assert (want == 0).any()
-    np.testing.assert_allclose(got.numpy(), want, atol=1e-6)
+    np.testing.assert_allclose(nonnegative(atoms, target, 20_000).numpy(), want, atol=1e-6)
+    # More atoms than entries: other weights may explain as much, but not more.
+    many = torch.rand(80, 60, generator=generator, dtype=torch.float64)
+    want, left = nnls(many.T.numpy(), target.numpy())
+    weights = nonnegative(many, target, 20_000)
+    assert (weights >= 0).all()
+    assert float((weights @ many - target).norm()) <= left + 1e-3
 
 
 def test_parts_of_a_sum_stand_out_and_the_scale_of_the_sum_does_not_count() -> None:
@@ -44,3 +49,10 @@ def test_among_atoms_without_a_weight_the_inner_product_decides() -> None:
     atoms = torch.tensor([[1.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.0, -0.5, 0.9]])
     found = parts(atoms, torch.tensor([1.0, 0.5, 0.1]))
     assert found.argsort(descending=True).tolist() == [0, 2, 1]
+
+
+def test_the_greatest_parts_come_first_and_few_come_again() -> None:
+    atoms = torch.eye(4)
+    target = torch.tensor([0.1, 0.9, 0.0, 0.5])
+    assert best(atoms, target, 2).tolist() == [1, 3]
+    assert best(atoms[:2], target, 3).tolist() == [1, 0, 1]

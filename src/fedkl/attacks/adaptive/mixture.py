@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
 from torch import Tensor
 
 ITERATIONS: Final = 300
+SHORTLIST: Final = 500
 _POWERS: Final = 30
 _TIE: Final = 1e-6
 
@@ -28,10 +30,16 @@ def nonnegative(atoms: Tensor, target: Tensor, iterations: int = ITERATIONS) -> 
         (M,).
     """
     weights = ahead = torch.zeros(len(atoms), dtype=atoms.dtype)
-    step = 1 / _largest(atoms).clamp_min(1e-30)
+    wanted = atoms @ target
+    products = atoms @ atoms.T if len(atoms) < atoms.shape[1] else None  # whichever is smaller
+
+    def explained(w: Tensor) -> Tensor:
+        return atoms @ (w @ atoms) if products is None else products @ w
+
+    step = 1 / _largest(explained, torch.ones_like(weights)).clamp_min(1e-30)
     momentum = 1.0
     for _ in range(iterations):
-        slope = atoms @ (target - ahead @ atoms)
+        slope = wanted - explained(ahead)
         new = (ahead + step * slope).clamp_min(0)
         grown = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = new + (momentum - 1) / grown * (new - weights)
@@ -39,13 +47,11 @@ def nonnegative(atoms: Tensor, target: Tensor, iterations: int = ITERATIONS) -> 
     return weights
 
 
-def _largest(atoms: Tensor) -> Tensor:
-    """A little more than the largest eigenvalue of atoms·atomsᵀ, by power iteration."""
-    vector = torch.ones(len(atoms), dtype=atoms.dtype)
+def _largest(apply: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
+    """A little more than the largest eigenvalue, by power iteration from ``vector``."""
     value = vector.new_zeros(())
     for _ in range(_POWERS):
-        vector = vector / vector.norm().clamp_min(1e-30)
-        vector = atoms @ (vector @ atoms)
+        vector = apply(vector / vector.norm().clamp_min(1e-30))
         value = vector.norm()
     return 1.1 * value
 
@@ -60,3 +66,17 @@ def parts(atoms: Tensor, target: Tensor) -> Tensor:
     target = target / target.norm().clamp_min(1e-30)
     # Most weights are zero; among those the inner product decides.
     return nonnegative(atoms, target) + _TIE * (atoms @ target)
+
+
+def best(atoms: Tensor, target: Tensor, count: int) -> Tensor:
+    """The ``count`` gradients that are the greatest parts, int64; of few, some more than once.
+
+    Sought among the :data:`SHORTLIST` that alone fit best.
+
+    Args:
+        atoms, target: As of :func:`parts`.
+        count: How many.
+    """
+    likely = (atoms @ target).topk(min(SHORTLIST, len(atoms))).indices
+    order = parts(atoms[likely], target).argsort(descending=True, stable=True)
+    return likely[order][torch.arange(count) % len(likely)]

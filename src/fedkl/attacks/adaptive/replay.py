@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fedkl.attacks.adaptive.matched import Matched, Pool, rotated
-from fedkl.attacks.adaptive.mixture import parts
+from fedkl.attacks.adaptive.mixture import best, parts
 from fedkl.attacks.adaptive.retrieval import Gallery, Retrieval
 from fedkl.attacks.adaptive.shadow import Side, given_away, holds_all
 from fedkl.attacks.adaptive.shadow_decoder import RESTANDARDIZATIONS
@@ -158,8 +158,7 @@ class Replay(Retrieval):
             return scores
 
         own = gallery.beside(torch.cat([one.every for one in learned], dim=1))
-        best = torch.stack([parts(own, one).topk(min(count, len(own))).indices for one in read])
-        best = best[:, torch.arange(count) % best.shape[1]]
+        shown = torch.stack([best(own, update, count) for update in read])
         note = f"replay of {count} images an update, taken for the sum of their gradients"
         return [
             Reconstruction(
@@ -168,7 +167,7 @@ class Replay(Retrieval):
                 notes=(note, "pictures are the public images that fit best"),
                 together=together,
             )
-            for rows in torch.split(best, updates)
+            for rows in torch.split(shown, updates)
         ]
 
     def _how(self, labels: Tensor) -> str | None:
