@@ -80,10 +80,11 @@ class Cell:
         return f"{self.part}_{self.arm.replace(' ', '-').replace(',', '')}_seed{self.seed}"
 
 
-def cells_of(part: str) -> list[Cell]:
-    """The runs of a part."""
-    arms, seeds = PARTS[part].arms, PARTS[part].seeds
-    return [Cell(part, arm, seed) for seed in range(seeds) for arm in arms]
+def cells_of(part: str, arms: str | None = None) -> list[Cell]:
+    """The runs of a part, or those of ``arms``, which are separated by semicolons."""
+    names = arms.split(";") if arms else PARTS[part].arms
+    seeds = range(PARTS[part].seeds)
+    return [Cell(part, arm, seed) for seed in seeds for arm in PARTS[part].arms if arm in names]
 
 
 def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
@@ -255,6 +256,7 @@ def markdown(document: dict[str, Any]) -> str:
     """The tables of results/thief.md."""
     about = [
         f"- {part}: `{block['command']}` at commit {block['commit']}, {block['date']}"
+        f"{block.get('note', '')}"
         for part, block in document.items()
     ]
     parts = [
@@ -290,21 +292,26 @@ def over(figures: dict[str, Any], scratch: dict[str, Any], k: str) -> str:
     return text if text.startswith("-") else f"+{text}"
 
 
+def _said(arms: str | None) -> str:
+    return f' --arms "{arms}"' if arms else ""
+
+
 def main() -> None:
     """Runs what is missing and writes results/thief.json and .md after every part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--arms", help="separated by semicolons; others stay as they are")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "thief")
     args = parser.parse_args()
     names = args.parts.split(",")
-    cost = sum(PARTS[name].cost * len(cells_of(name)) for name in names)
+    cost = sum(PARTS[name].cost * len(cells_of(name, args.arms)) for name in names)
     say(f"cost: about {cost / 60 / args.processes:.0f} minutes on {args.processes} idle cores")
     path = args.out / "thief.json"
     document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for part in names:
-        cells = cells_of(part)
+        cells = cells_of(part, args.arms)
         found = run_cells(
             {c.name: (c, str(args.scratch)) for c in cells},
             work,
@@ -312,8 +319,13 @@ def main() -> None:
             processes=args.processes,
             costs={c.name: PARTS[part].cost for c in cells},
         )
-        made = provenance(f"python studies/thieves.py --parts {part}")
-        document[part] = {**made, "arms": summarize(list(found.values()))}
+        made = provenance(f"python studies/thieves.py --parts {part}" + _said(args.arms))
+        arms = summarize(list(found.values()))
+        if args.arms and part in document:
+            arms = {**document[part]["arms"], **arms}
+            made = {**document[part], "note": f"; again `{made['command']}` at {made['commit']}"}
+        ordered = {arm: arms[arm] for arm in PARTS[part].arms if arm in arms}
+        document[part] = {**made, "arms": ordered}
         document = {name: document[name] for name in PARTS if name in document}
         write(path, document)
         (args.out / "thief.md").write_text(markdown(document))
