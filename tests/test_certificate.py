@@ -22,7 +22,7 @@ from fedkl.errors import AttackError, ConfigError
 from fedkl.key import Key
 from fedkl.locking import lock, lock_spec
 from fedkl.locking.rebuild import held_secrets
-from fedkl.rng import derive
+from fedkl.rng import borrowed, derive
 
 SHAPE = (1, 3, 3)
 PAD = ("0.beta", "0.gamma")
@@ -297,6 +297,29 @@ def test_what_does_not_fit_is_refused(change: dict, error: type, message: str) -
     assert certify(SEEN, **right)
     with pytest.raises(error, match=message):
         certify(SEEN, **{**right, **change})
+
+
+class Casting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+def test_a_model_that_casts_is_told_why_it_is_refused() -> None:
+    model = nn.Sequential(Casting(), nn.Flatten(), nn.Linear(9, CLASSES))
+    seen = observed(model, X, Y)
+    prior = Prior(pixel=1.0, noise=0.01, secrets={})
+    with pytest.raises(AttackError, match=r"computes in float64.*without casts") as caught:
+        certify(seen, X, Y, {}, prior=prior)
+    assert "parallel" not in str(caught.value)  # an option that certify does not have
+
+
+def test_a_model_that_drops_is_told_why_it_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(9, CLASSES)).double()
+    with borrowed(derive(0, "drop")):
+        seen = observed(model, X, Y)
+    prior = Prior(pixel=1.0, noise=0.01, secrets={})
+    with pytest.raises(AttackError, match=r"drops \(dropout\) cannot be certified"):
+        certify(seen, X, Y, {}, prior=prior)
 
 
 def test_an_update_without_information_is_refused() -> None:

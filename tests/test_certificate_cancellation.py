@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import batch_norm, conv2d, cross_entropy
 
 from fedkl.certificate import Cancellation, cancellation, certify, prior_of
 from fedkl.errors import AttackError
@@ -167,6 +167,26 @@ def test_price_of_a_cancellation_falls_with_the_spread() -> None:
 def test_a_channel_lock_has_nothing_to_cancel_with() -> None:
     with pytest.raises(AttackError, match="only a pad has a shift per position"):
         checked(plain(), scheme="channel")
+
+
+def test_nats_are_the_difference_of_log_densities() -> None:
+    model = plain()
+    observation, held = seen(model, X, Y, scheme="pad", spread=3.0)
+    spec = lock_spec(lock(model, KEY, scheme="pad", spread=3.0, example=torch.rand(4, 1, 6, 6)))
+    prior = prior_of(spec, held)
+    found = cancellation(observation, X, Y, held, OTHER, prior=prior, generator=derive(0, "d"))
+    # The first lock by hand: what its norm puts out for either picture, and the shift between.
+    weight, bias = held["0.weight"].double(), held["0.bias"].double()
+
+    def normed(x: Tensor) -> Tensor:
+        out = conv2d(x.double(), weight, bias, padding=1)
+        return batch_norm(out, None, None, training=True, eps=model[1].eps)[0]
+
+    gamma, beta = held["1.keylock.gamma"].double(), held["1.keylock.beta"].double()
+    moved = beta + gamma * (normed(X[0]) - normed(OTHER[None]))
+    law = torch.distributions.Normal(0.0, 3.0)
+    expected = float((law.log_prob(beta) - law.log_prob(moved)).sum())
+    assert found.nats == pytest.approx(expected, rel=1e-9)
 
 
 def test_one_shift_does_not_cancel_for_two_images() -> None:

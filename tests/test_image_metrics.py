@@ -194,6 +194,13 @@ def test_identification_agrees_with_a_loop(generator: torch.Generator) -> None:
     assert not all(expected)
 
 
+def test_a_double_of_the_truth_is_a_tie_at_any_distance() -> None:
+    truths = pictures(3, 2, 1, 4, 4)
+    guesses = (truths + 0.05).clamp(0, 1)
+    decoys = torch.tensor([[0], [1]])
+    assert metrics.identified(guesses, truths, truths.clone(), decoys).tolist() == [False, False]
+
+
 def test_a_tie_is_not_identified() -> None:
     truths = pictures(3, 2, 3, 8, 8)
     far = 1 - truths

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fedkl.audit.verdicts import EXIT_CODES, overall, summarize
+from fedkl.metrics import mean_interval
 
 BASE = {
     "attack": "a", "stage": "final", "batch": 1, "steps": 1, "observations": 1, "aggregated": 1,
@@ -69,6 +70,27 @@ def test_rule(
     assert entry["verdict"] == verdict
     assert reason in entry["reason"]
     assert overall(entries, ["channel"])["overall"] == verdict
+
+
+@pytest.mark.parametrize("victims, verdict", [(99, "inconclusive"), (100, "holds")])
+def test_the_wide_bound_is_for_a_hundred_victims_or_more(victims: int, verdict: str) -> None:
+    found = [*WORKING, *rows("channel", "adaptive", victims, -0.1, 0)]  # up to 3.7 %
+    assert overall(summarize(found, judged=["channel"]), ["channel"])["overall"] == verdict
+
+
+def test_a_victim_left_out_counts_as_given_away_in_advantage_too() -> None:
+    mine = rows("channel", "adaptive", 300, 0.015)
+    found = summarize([*WORKING, *mine], judged=["channel"])
+    assert overall(found, ["channel"])["overall"] == "holds"
+    mine[0] |= {"left_out": "its gradient is zero", "advantage": 0.0}
+    entries = summarize([*WORKING, *mine], judged=["channel"])
+    entry = next(e for e in entries if e["role"] == "defense")
+    values = [0.6, *(row["advantage"] for row in mine[1:])]  # 1 less the floor's aligned SSIM
+    mean, half = mean_interval(values)
+    assert entry["ceiling"]["advantage"] == pytest.approx(mean + half)
+    assert mean + half > 0.02
+    assert entry["ceiling"]["identified"] < 0.02
+    assert entry["verdict"] == "inconclusive"
 
 
 def test_cheap_attacks_need_the_narrow_bound() -> None:

@@ -186,6 +186,34 @@ def test_files_in_any_mode_become_color_or_grey(tmp_path: Path) -> None:
     assert luma[0, 0, 0, 0].item() * 255 == pytest.approx(0.299 * 200 + 58.7 + 5.7, abs=0.6)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_of_16_bits_is_scaled_to_8(tmp_path: Path, suffix: str, channels: int) -> None:
+    deep = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / f"deep.{suffix}")
+    samples = [(tmp_path / f"deep.{suffix}", 0)]
+    x, _ = FolderImages(samples, channels=channels, image_size=8).batch(torch.tensor([0]))
+    expected = torch.from_numpy(deep / 65535).expand(1, channels, 8, 8)
+    torch.testing.assert_close(x.double(), expected, atol=0.5 / 255 + 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_images_without_a_known_range_are_refused(tmp_path: Path, dtype: type) -> None:
+    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "wide.tif")
+    images = FolderImages([(tmp_path / "wide.tif", 0)], image_size=8)
+    with pytest.raises(DataError, match=r"wide\.tif cannot be read .*8 or 16 bits"):
+        images.batch(torch.tensor([0]))
+
+
+def test_images_too_large_for_pillow_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    with pytest.raises(DataError, match=r"huge\.png cannot be read"):
+        FolderImages([(tmp_path / "huge.png", 0)], image_size=8).batch(torch.tensor([0]))
+
+
 def test_a_damaged_file_is_named_when_it_is_read(tmp_path: Path) -> None:
     good = save(tmp_path / "good.png", np.zeros((8, 8), np.uint8))
     (tmp_path / "bad.png").write_bytes(Path(good).read_bytes()[:40])

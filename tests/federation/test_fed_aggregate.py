@@ -59,6 +59,12 @@ def test_a_mean_of_one_is_that_one_and_a_copy() -> None:
     assert_same(only.tensors, updates(1, torch.float64)[0].tensors)
 
 
+def test_of_integers_the_largest_wins_in_any_order() -> None:
+    given = [Update(c, 1, "state", {"n": torch.tensor([c, -c])}, 1) for c in (1, 3, 2)]
+    assert aggregate(given)["n"].tolist() == [3, -1]
+    assert given[0].tensors["n"].tolist() == [1, -1]  # the update is the caller's
+
+
 def test_weights_matter() -> None:
     one, two = torch.tensor([0.0]), torch.tensor([1.0])
     given = [Update(0, 1, "state", {"a": one}, 1), Update(1, 1, "state", {"a": two}, 3)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from fedhelp import assert_same, config, digits, snapshot, task, workspace
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedkl.errors import FederationError, FedKLError, LockError, UpdateError
+from fedkl.errors import ConfigError, FederationError, FedKLError, LockError, UpdateError
 from fedkl.federation import Event, TrainingConfig, aggregate, client_update, run
+from fedkl.federation.engine import sample
 from fedkl.federation.pool import ProcessPool
+from fedkl.federation.preflight import preflight
 from fedkl.federation.session import Job, Result, Session
 from fedkl.key import Key
 from fedkl.rng import derive
@@ -116,6 +119,24 @@ def test_nobody_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everyone = config(federation={"dropout": 1.0})
     with pytest.raises(FederationError, match=r"left of 0 asked \(3 dropped out, 0 refused\)"):
         run(everyone, tmp_path / "b", bundle=digits())
+
+
+def test_a_round_of_which_too_many_drop_out_is_known_before_the_first(tmp_path: Path) -> None:
+    wanted = config(federation={"dropout": 0.5, "rounds": 40}, seed=1)
+    with pytest.raises(ConfigError, match=r"drop out of round \d+") as caught:
+        preflight(wanted, tmp_path / "run", bundle=digits())
+    found = re.search(r"(\d) of 3 clients .* round (\d+),", str(caught.value))
+    assert found is not None
+    assert found[1] == "3"
+    fatal = int(found[2])
+    assert sample(wanted, 3, fatal) == ([], [0, 1, 2])
+    fewer = config(federation={"dropout": 0.5, "rounds": fatal - 1}, seed=1)
+    assert fatal > 1
+    preflight(fewer, tmp_path / "run", bundle=digits())
+    strict = config(federation={"dropout": 0.5, "rounds": 3, "min_clients": 3}, seed=1)
+    with pytest.raises(ConfigError, match=r"fewer than min_clients \(3\)"):
+        preflight(strict, tmp_path / "run", bundle=digits())
+    assert not (tmp_path / "run").exists()
 
 
 def test_dropouts_are_counted(tmp_path: Path) -> None:

@@ -129,12 +129,27 @@ def test_unwritable_folder(tmp_path: Path) -> None:
         ([NORM, row("l", "channel", 0.85, 0.1, p95=0.4, outsider=0.1)], "does not hold", "95th"),
         ([NORM, row("l", "channel", 0.85, 0.1, outsider=0.79)], "does not hold", "a thief"),
         ([NORM, LOCKED], "holds", "Insiders are not kept out"),
+        # Nothing is kept from anybody where nothing was learned.
+        (
+            [row("p", "norm", 0.1), row("l", "pad", 0.1, 0.1, outsider=0.1, no_lock=0.1)],
+            "open",
+            "learned too little",
+        ),
+        ([row("p", "norm", 0.35), row("l", "pad", 0.35, 0.1, outsider=0.1)], "open", "too little"),
+        ([row("p", "norm", 0.36), row("l", "pad", 0.36, 0.1, outsider=0.1)], "holds", "cannot use"),
+        ([NORM, row("l", "pad", 0.1, 0.3, outsider=0.1)], "does not hold", "wrong keys get"),
     ],
 )
 def test_verdict_follows_the_figures(rows: list[dict[str, Any]], word: str, said: str) -> None:
     found = verdict(rows)
     assert found.word == word
     assert said in " ".join(found.paragraphs)
+
+
+def test_what_outsiders_get_is_not_said_of_insiders() -> None:
+    found = verdict([NORM, row("l", "channel", 0.85, 0.1, outsider=0.79, no_lock=0.79)])
+    assert "a thief without a key gets" in found.paragraphs[0]
+    assert "Insiders" not in found.paragraphs[0]
 
 
 def test_norm_of_another_method_is_no_comparison() -> None:

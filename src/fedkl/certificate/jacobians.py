@@ -40,9 +40,10 @@ class Presented:
         secrets: True values of the private parameters, by name.
 
     Raises:
-        AttackError: Number or shape does not fit, a secret is missing, the model does not give the
-            observed gradient at these images, labels and secrets, or a buffer was sent that tells
-            of the images and cannot be derived by them.
+        AttackError: Number or shape does not fit, a secret is missing, the model does not run in
+            float64 or does not give the observed gradient at these images, labels and secrets
+            (dropout, say), or a buffer was sent that tells of the images and cannot be derived by
+            them.
     """
 
     def __init__(
@@ -102,7 +103,14 @@ class Presented:
 
     def _told_unit(self) -> float:
         """What statistics are multiplied with to be as large as the gradient; 1 without any."""
-        first = self.seen(0, self.images[0], self.secrets)
+        try:
+            first = self.seen(0, self.images[0], self.secrets)
+        except AttackError as error:
+            raise AttackError(
+                "a certificate computes in float64, and the model does not run there "
+                f"({error.__cause__ or error}). Let its forward keep the dtype of its input, "
+                "without casts such as x.float()."
+            ) from error
         gradient, told = first[: self._gradients], first[self._gradients :]
         if not (bool(gradient.any()) and bool(told.any())):
             return 1.0
@@ -133,7 +141,9 @@ class Presented:
             if not apart <= _AGREEMENT:
                 raise AttackError(
                     f"update {t} differs by {apart:.1%} from what the model gives at the images, "
-                    "labels and secrets that were passed; pass the true ones, in order."
+                    "labels and secrets that were passed; pass the true ones, in order. If they "
+                    "are, the model is random in training: one that drops (dropout) cannot be "
+                    "certified, so set its rates to 0."
                 )
 
 

@@ -127,7 +127,7 @@ class FolderImages(Images):
     """Images read from files when they are asked for.
 
     The shorter side is resized to ``image_size`` (bilinear, antialias), the center cut out, pixel
-    for pixel as ``Resize`` and ``CenterCrop`` of torchvision do.
+    for pixel as ``Resize`` and ``CenterCrop`` of torchvision do. Grey of 16 bits is scaled to 8.
 
     Args:
         samples: path and label of each image, as ``torchvision.datasets.ImageFolder.samples``.
@@ -161,8 +161,9 @@ class FolderImages(Images):
         channels, size, _ = self.image_shape
         try:
             with Image.open(path) as file:
-                image = file.convert("L" if channels == 1 else "RGB")
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three
+                image = _of_8_bits(file).convert("L" if channels == 1 else "RGB")
+        # Pillow raises all four; the last is of images too large to be honest.
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(
                 f"image {path} cannot be read ({error}). Mend the file or take it out."
             ) from error
@@ -172,6 +173,24 @@ class FolderImages(Images):
         left, top = round((width - size) / 2), round((height - size) / 2)
         image = image.crop((left, top, left + size, top + size))
         return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """``image`` with 16 bits scaled to 8; Pillow's ``convert`` would cut all above 255 off.
+
+    Raises:
+        ValueError: its values have no range that anybody knows.
+    """
+    # Pillow before 10.3 opens grey PNG of 16 bits in 32.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        wide = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.rint(wide / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are 32-bit numbers (mode {image.mode}), whose black and white no file "
+            "states; save it with 8 or 16 bits"
+        )
+    return image
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:

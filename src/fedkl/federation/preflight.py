@@ -6,7 +6,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fedkl.data import DataBundle
+from fedkl.errors import ConfigError
 from fedkl.federation.config import RunConfig
+from fedkl.federation.engine import sample
 from fedkl.federation.folder import check_folder
 from fedkl.federation.remains import check_resumable
 from fedkl.federation.session import Session, check_device, load_data
@@ -40,11 +42,35 @@ def preflight(
     data = load_data(config) if bundle is None else bundle
     with TemporaryDirectory() as scratch:
         session = Session(config, Path(scratch), data)
+        check_dropouts(config, len(session.parts))
         if not resume:  # a run that goes on has spent a part, which only its clients know
             session.check_budget()
         if session.store.keyed:
             _check_keys(session, folder)
     return data
+
+
+def check_dropouts(config: RunConfig, clients: int) -> None:
+    """Raises if in some round too few of the clients will answer.
+
+    Who drops out follows from the seed, and a run that stops there could not go on: resuming takes
+    the same settings.
+
+    Raises:
+        ConfigError: Names the first such round.
+    """
+    federation = config.federation
+    if not federation.dropout:
+        return
+    for number in range(1, federation.rounds + 1):
+        answering, dropped = sample(config, clients, number)
+        if len(answering) < federation.min_clients:
+            raise ConfigError(
+                f"with dropout {federation.dropout:g} and seed {config.seed} {len(dropped)} of "
+                f"{len(answering) + len(dropped)} clients that are asked drop out of round "
+                f"{number}, and fewer than min_clients ({federation.min_clients}) answer. Lower "
+                "dropout, ask more clients a round or for fewer rounds, or take another seed."
+            )
 
 
 def _check_keys(session: Session, folder: Path) -> None:

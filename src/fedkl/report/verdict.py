@@ -11,6 +11,8 @@ WRONG_KEY_MEAN: Final = 0.20
 WRONG_KEY_P95: Final = 0.35
 NO_LOCK: Final = 0.20
 COST: Final = 0.01  # accuracy that a lock may cost
+# Of a model that is right less often with its own key there is nothing that a lock could keep.
+LEARNED: Final = WRONG_KEY_P95
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     Returns:
         ``holds`` if outsiders are kept out at no more than ``COST`` against the same network with
         an ordinary norm; ``does not hold`` if they are not; ``open`` if there is nothing to
-        compare or the cost is higher. Of several locks the worst word.
+        compare, the cost is higher or the locked model has learned little. Of several locks the
+        worst word.
     """
     locks = [row for row in rows if row["accuracy"]["wrong_key"] is not None]
     if not locks:
@@ -50,9 +53,15 @@ def _judge(locked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Verd
         f"{_percent(found['wrong_key_p95'])}); the best thief who has the "
         f"global model alone gets {_percent(found['outsider'])}."
     ]
-    outside = _outsiders(found)
-    sentences.append(outside or "Whoever has neither key nor lock cannot use the model.")
-    if found["no_lock"] > NO_LOCK:
+    outside, learned = _outsiders(found), found["own_key"] > LEARNED
+    if outside or learned:
+        sentences.append(outside or "Whoever has neither key nor lock cannot use the model.")
+    else:
+        sentences.append(
+            f"That is not more than {100 * LEARNED:.0f} % with the key either: the model has "
+            "learned too little to say what the lock keeps from others. Train it for more rounds."
+        )
+    if found["no_lock"] > max(NO_LOCK, found["outsider"]):
         sentences.append(
             f"Insiders are not kept out: with the other clients' mean lock a thief gets "
             f"{_percent(found['no_lock'])}."
@@ -61,7 +70,8 @@ def _judge(locked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Verd
     sentences.append(sentence)
     if outside:
         return Verdict("does not hold", (" ".join(sentences),))
-    return Verdict("open" if cost is None or cost > COST else "holds", (" ".join(sentences),))
+    holds = learned and cost is not None and cost <= COST
+    return Verdict("holds" if holds else "open", (" ".join(sentences),))
 
 
 def _outsiders(found: Mapping[str, Any]) -> str:
