@@ -45,24 +45,25 @@ def locked(threat: str, updates: int = 1) -> list[Observation]:
     ]
 
 
-def unlocked(model: nn.Module) -> list[Observation]:
-    """The same batches without a lock, the gradients those of ``model``."""
+def unlocked(model: nn.Module, batch: int = BATCH) -> list[Observation]:
+    """The same images without a lock, the gradients those of ``model``."""
     x, y = digits()
     return [
         replace(
             open_victims(1)[0],
-            changes=(gradients(model, x[rows(i)], y[rows(i)]),),
-            training=Training(batch_size=BATCH),
+            changes=(gradients(model, x[i : i + batch], y[i : i + batch]),),
+            training=Training(batch_size=batch),
         )
-        for i in range(VICTIMS)
+        for i in range(0, VICTIMS * BATCH, batch)
     ]
 
 
 def rate(found: list[Reconstruction]) -> float:
     """How often the truth scores above 29 others of its class: chance is 3 %."""
     x, y = digits()
-    count = sum(one.images.shape[0] * one.images.shape[1] for one in found)
-    own = torch.arange(count).view(-1, BATCH).repeat_interleave(BATCH, dim=0)
+    batch = found[0].images.shape[1]
+    count = sum(one.images.shape[0] * batch for one in found)
+    own = torch.arange(count).view(-1, batch).repeat_interleave(batch, dim=0)
     decoys = draw_decoys(y[:count], y, generator=derive(0, "decoys"), own=own, count=29)
     given = [torch.cat([x[i : i + 1], x[decoys[i]]]) for i in range(count)]
     assert found[0].together is not None
@@ -74,6 +75,7 @@ def rate(found: list[Reconstruction]) -> float:
 def test_images_of_a_batch_are_found_without_a_lock_and_with_the_key() -> None:
     assert rate(run(replay(), unlocked(network_of("model")))) > 0.95
     assert rate(run(replay(), locked("key-shared"))) > 0.3  # norms make the images of a batch one
+    assert rate(run(replay(), unlocked(network_of("model"), 36))) > 0.95
 
 
 def test_of_another_model_it_finds_what_a_guesser_finds() -> None:
