@@ -83,6 +83,8 @@ class Cell:
 def cells_of(part: str, arms: str | None = None) -> list[Cell]:
     """The runs of a part, or those of ``arms``, which are separated by semicolons."""
     names = arms.split(";") if arms else PARTS[part].arms
+    if strange := [name for name in names if name not in PARTS[part].arms]:
+        raise SystemExit(f"{part} has no arms {strange}; expected some of {PARTS[part].arms}.")
     seeds = range(PARTS[part].seeds)
     return [Cell(part, arm, seed) for seed in seeds for arm in PARTS[part].arms if arm in names]
 

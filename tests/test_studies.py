@@ -140,6 +140,15 @@ def test_the_advantage_of_a_thief_is_paired_with_scratch_by_seed() -> None:
     assert thieves.over(arms["pad"], arms["from scratch"], "1") == "+10.0 ± 0.0"
 
 
+def test_arms_of_thieves_that_do_not_exist_are_refused() -> None:
+    """A slip of the pen would run nothing and note in the results that it had been run again."""
+    import thieves
+
+    assert {cell.arm for cell in thieves.cells_of("lenet", "pad;norm")} == {"pad", "norm"}
+    with pytest.raises(SystemExit, match="pads"):
+        thieves.cells_of("lenet", "norm;pads")
+
+
 def test_a_thief_tries_every_rate_on_the_first_draw_only() -> None:
     from types import SimpleNamespace
 

@@ -259,6 +259,9 @@ def test_pictures_of_who_recognizes_are_said_to_be_public(attack: str, tmp_path:
     (tmp_path / "audit.json").write_text(text, encoding="utf-8")
     page = write_audit_page(tmp_path).read_text(encoding="utf-8")
     assert ("This attack draws nothing" in page) == words.recognizes(attack)
+    # What the order within a batch owes to the truth, and what the attack is told.
+    assert "in the order that fits the true images best" in page
+    assert "told the class of each" in page
     assert ("public image<br>that fits best" in page) == words.recognizes(attack)
     assert words.recognizes("retrieval+fishing")
     assert words.recognizes("replay")

@@ -17,13 +17,36 @@ def test_weights_are_those_of_an_active_set_solver() -> None:
     target = torch.rand(60, generator=generator, dtype=torch.float64)
     want, _ = nnls(atoms.T.numpy(), target.numpy())
     assert (want == 0).any()
-    np.testing.assert_allclose(nonnegative(atoms, target, 20_000).numpy(), want, atol=1e-6)
+    np.testing.assert_allclose(nonnegative(atoms, target).numpy(), want, atol=1e-5)
     # More atoms than entries: other weights may explain as much, but not more.
     many = torch.rand(80, 60, generator=generator, dtype=torch.float64)
     want, left = nnls(many.T.numpy(), target.numpy())
-    weights = nonnegative(many, target, 20_000)
+    weights = nonnegative(many, target)
     assert (weights >= 0).all()
     assert float((weights @ many - target).norm()) <= left + 1e-3
+
+
+def test_atoms_that_are_much_alike_are_told_apart() -> None:
+    """As gradients of one class are; steps along the gradient spread the weights over all."""
+    generator = derive(2)
+    common = torch.randn(300, generator=generator)
+    atoms = normalize(common + 0.1 * torch.randn(200, 300, generator=generator), dim=1)
+    want = torch.zeros(200)
+    want[:12] = 1 / 12
+    torch.testing.assert_close(nonnegative(atoms, want @ atoms), want, atol=2e-3, rtol=0)
+
+
+def test_atoms_that_cancel_each_other_are_weighed() -> None:
+    """As those of two images do when their mean is taken out."""
+    found = nonnegative(torch.tensor([[0.6, 0.8], [-0.6, -0.8]]), torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(found, torch.tensor([0.6, 0.0]), atol=1e-5, rtol=0)
+
+
+def test_equal_atoms_share_their_weight_and_what_is_no_number_has_none() -> None:
+    atoms = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    found = nonnegative(atoms, torch.tensor([1.0, -1.0]))
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.5, 0.0]), atol=1e-5, rtol=0)
+    assert nonnegative(atoms, torch.tensor([torch.nan, 0.0])).isnan().all()
 
 
 def test_parts_of_a_sum_stand_out_and_the_scale_of_the_sum_does_not_count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from fedkl.attacks import Reconstruction
 from fedkl.attacks.adaptive import Replay
+from fedkl.attacks.adaptive.sketch import gradients_of
 from fedkl.errors import AttackError
 from fedkl.metrics import draw_decoys
 from fedkl.observation import Observation, Training
@@ -45,24 +47,25 @@ def locked(threat: str, updates: int = 1) -> list[Observation]:
     ]
 
 
-def unlocked(model: nn.Module) -> list[Observation]:
-    """The same batches without a lock, the gradients those of ``model``."""
+def unlocked(model: nn.Module, batch: int = BATCH) -> list[Observation]:
+    """The same images without a lock, the gradients those of ``model``."""
     x, y = digits()
     return [
         replace(
             open_victims(1)[0],
-            changes=(gradients(model, x[rows(i)], y[rows(i)]),),
-            training=Training(batch_size=BATCH),
+            changes=(gradients(model, x[i : i + batch], y[i : i + batch]),),
+            training=Training(batch_size=batch),
         )
-        for i in range(VICTIMS)
+        for i in range(0, VICTIMS * BATCH, batch)
     ]
 
 
 def rate(found: list[Reconstruction]) -> float:
     """How often the truth scores above 29 others of its class: chance is 3 %."""
     x, y = digits()
-    count = sum(one.images.shape[0] * one.images.shape[1] for one in found)
-    own = torch.arange(count).view(-1, BATCH).repeat_interleave(BATCH, dim=0)
+    batch = found[0].images.shape[1]
+    count = sum(one.images.shape[0] * batch for one in found)
+    own = torch.arange(count).view(-1, batch).repeat_interleave(batch, dim=0)
     decoys = draw_decoys(y[:count], y, generator=derive(0, "decoys"), own=own, count=29)
     given = [torch.cat([x[i : i + 1], x[decoys[i]]]) for i in range(count)]
     assert found[0].together is not None
@@ -74,6 +77,7 @@ def rate(found: list[Reconstruction]) -> float:
 def test_images_of_a_batch_are_found_without_a_lock_and_with_the_key() -> None:
     assert rate(run(replay(), unlocked(network_of("model")))) > 0.95
     assert rate(run(replay(), locked("key-shared"))) > 0.3  # norms make the images of a batch one
+    assert rate(run(replay(), unlocked(network_of("model"), 36))) > 0.95
 
 
 def test_of_another_model_it_finds_what_a_guesser_finds() -> None:
@@ -153,6 +157,53 @@ def test_what_cannot_be_replayed_is_refused(
     seen = replace(locked("adaptive")[0], training=training)
     with pytest.raises(AttackError, match=message):
         run(replay(**settings), [seen])
+
+
+def test_clients_without_secrets_may_be_several() -> None:
+    training = Training(batch_size=2, clients=3)
+    seen = [replace(one, training=training) for one in unlocked(network_of("model"))]
+    assert rate(run(replay(), seen)) > 0.95
+
+
+def test_candidates_may_be_of_another_precision() -> None:
+    x, y = digits()
+    (one,) = run(replay(), unlocked(network_of("model"))[:1])
+    assert one.together is not None
+    given = [x[i : i + 3] for i in range(BATCH)]
+    found = one.together([some.double() for some in given], y[:BATCH])
+    torch.testing.assert_close(found, one.together(given, y[:BATCH]))
+
+
+def test_a_rate_of_zero_is_refused_in_words_that_help() -> None:
+    seen = [replace(one, kind="update") for one in unlocked(network_of("model"))]
+    with pytest.raises(AttackError, match="learning rate"):
+        run(replay(), seen)
+
+
+def test_one_huge_update_costs_only_itself() -> None:
+    seen = unlocked(network_of("model"))
+    huge = {name: 1e25 * value for name, value in seen[-1].changes[0].items()}
+    assert rate(run(replay(), [*seen[:-1], replace(seen[-1], changes=(huge,))])) > 0.85
+
+
+def test_gradients_are_held_one_update_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large networks all of them at once would not fit into memory a second time."""
+    from fedkl.attacks.adaptive import replay as module
+
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def counted(*args: Any) -> dict[str, torch.Tensor]:
+        nonlocal most
+        made = gradients_of(*args)
+        alive.append(weakref.ref(next(iter(made.values()))))
+        most = max(most, sum(one() is not None for one in alive))
+        return made
+
+    monkeypatch.setattr(module, "gradients_of", counted)
+    run(replay(), unlocked(network_of("model")))
+    assert len(alive) >= VICTIMS
+    assert most <= 2
 
 
 def test_public_images_of_another_shape_are_refused_here_too() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedkl.attacks.adaptive.sketch import LinearSketch, Sketch
+from fedkl.errors import AttackError
 from fedkl.rng import derive
 
 
@@ -92,3 +93,27 @@ def test_a_linear_sketch_of_a_sum_is_the_sum_of_the_sketches() -> None:
     assert norms["f.weight"] == pytest.approx(1, abs=0.2)
     assert norms["f.bias"] == pytest.approx(1, abs=0.3)
     assert norms["c.bias"] == 0
+
+
+def test_one_update_beyond_all_measure_does_not_drown_the_others() -> None:
+    given = layers(1.0)
+    shared = {n: v[0] for n, v in given.items()}
+    huge = {n: 1e25 * (v if n == "f.bias" else 0 * v) for n, v in given.items()}
+    alone = LinearSketch(shared, 512, derive(0), [given])(given)
+    beside = LinearSketch(shared, 512, derive(0), iter([given, given, huge]))(given)
+    assert 0.1 < float(beside.norm() / alone.norm()) < 10
+    assert float(torch.cosine_similarity(beside, alone).min()) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("seen", "message"),
+    [
+        ({"b": torch.zeros(2, 3)}, "zero"),
+        ({"b": torch.full((2, 3), torch.inf)}, "learning rate"),
+        ({}, "no parameter"),
+    ],
+)
+def test_updates_that_tell_nothing_are_refused(seen: dict[str, Tensor], message: str) -> None:
+    shared = {n: v[0] for n, v in seen.items()}
+    with pytest.raises(AttackError, match=message):
+        LinearSketch(shared, 512, derive(0), [seen])

@@ -90,21 +90,22 @@ class Replay(Retrieval):
         generator: torch.Generator,
         progress: Progress | None = None,
     ) -> list[Reconstruction]:
-        """As :meth:`Shadow.reconstruct`, and of updates of several images or steps of one client.
+        """As :meth:`Shadow.reconstruct`, and of updates of several images or steps.
 
         Of these the pictures are the public images that fit best, and the labels theirs.
 
         Raises:
-            AttackError: As there; or updates of several images are to be ``matched``, or of
-                several clients.
+            AttackError: As there; or updates of several images are to be ``matched``, or
+                are of several clients with secrets.
         """
         if not observations or observations[0].training.presentations == 1:
             return super().reconstruct(observations, generator=generator, progress=progress)
         first, network = self._check_batches(observations)
-        gradients = [gradients_of(one, network) for one in observations]
         length = BATCH_SKETCH * self.sketch
+        # One after the other, and twice: of large networks all of them would fill the memory.
+        gradients = (gradients_of(one, network) for one in observations)
         sketch = LinearSketch(network.shared, length, generator, gradients)
-        seen = torch.cat([sketch(one) for one in gradients])
+        seen = torch.cat([sketch(gradients_of(one, network)) for one in observations])
         learned, read = [], []
         count = 1 if holds_all(first, network) else self.shadows
         for number in range(count):
@@ -124,13 +125,14 @@ class Replay(Retrieval):
                 "victims are fitted to updates of one image. Use 'replay', or audit with "
                 "batch_size 1 and local_steps 1."
             )
-        if first.training.clients > 1:
+        network = Network.of(observations)
+        if first.training.clients > 1 and network.secrets:
             raise AttackError(
                 f"got updates of {first.training.clients} clients, whose secrets differ; replay "
                 "is for those of one client."
             )
         self.public.check(first)
-        return first, Network.of(observations)
+        return first, network
 
     def _of_batches(
         self, learned: Sequence[Replayed], read: Tensor, first: Observation
@@ -298,5 +300,6 @@ class Replayed:
 
     def _entered(self, images: Tensor, label: int) -> Tensor:
         labels = torch.full((len(images),), label)
+        images = images.to(self.side.inputs.dtype)
         x = given_away(self.side.client, images, labels, self.side.sketch)
         return self.side.coordinates.enter(x)

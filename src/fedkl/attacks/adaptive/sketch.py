@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from fedkl.attacks.network import Network
+from fedkl.errors import AttackError
 from fedkl.observation import Observation
 
 Tensors = Mapping[str, Tensor]
@@ -76,7 +77,11 @@ class LinearSketch(Sketch):
 
     Args:
         shared, length, generator: As of :class:`Sketch`.
-        seen: What the updates of all victims tell of their gradients, each name (T, *shape).
+        seen: What the updates of all victims tell of their gradients, each name (T, *shape). Every
+            one of them counts alike, however large it is.
+
+    Raises:
+        AttackError: There is nothing in them, or they are not finite.
     """
 
     def __init__(
@@ -84,14 +89,25 @@ class LinearSketch(Sketch):
         shared: Tensors,
         length: int,
         generator: torch.Generator,
-        seen: Sequence[Tensors],
+        seen: Iterable[Tensors],
     ) -> None:
         super().__init__(shared, length, generator)
-        rows = [torch.cat(parts) for parts in zip(*map(self._flat, seen), strict=True)]
-        norms = torch.stack([row.norm(dim=1).square().mean().sqrt() for row in rows])
-        scales = 1 / torch.maximum(norms, norms.amax() * self.SMALL).clamp_min(1e-30)
-        scales = torch.where(norms > norms.amax() * self.NOISE, scales, 0.0)
-        self.scales = torch.cat([s.expand(x.shape[1]) for x, s in zip(rows, scales, strict=True)])
+        if not shared:
+            raise AttackError("the model shares no parameter; without a gradient nothing is told.")
+        norms = torch.cat([self._norms(one) for one in seen], dim=1)
+        whole = norms.norm(dim=0)
+        _check(whole)
+        parts = (norms / whole.clamp_min(1e-300)).square().mean(dim=1).sqrt()
+        scales = 1 / torch.maximum(parts, parts.amax() * self.SMALL)
+        scales = torch.where(parts > parts.amax() * self.NOISE, scales, 0.0)
+        scales = scales / whole[whole > 0].median()
+        rows = zip(scales.tolist(), shared.values(), strict=True)
+        self.scales = torch.cat([torch.full((value.numel(),), scale) for scale, value in rows])
+
+    def _norms(self, gradients: Tensors) -> Tensor:
+        """(names, N), in double precision, where squares do not overflow."""
+        rows = self._flat(gradients)
+        return torch.stack([torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in rows])
 
     def __call__(self, gradients: Tensors) -> Tensor:
         """(N, length) of gradients by name, each (N, *shape)."""
@@ -99,6 +115,16 @@ class LinearSketch(Sketch):
 
     def _flat(self, gradients: Tensors) -> list[Tensor]:
         return [gradients[name].flatten(1) for name in self.names]
+
+
+def _check(norms: Tensor) -> None:
+    if not bool(norms.isfinite().all()):
+        raise AttackError(
+            "the gradients behind the updates are not finite; an update is divided by the learning "
+            "rate and the steps it was made with, so give that learning rate."
+        )
+    if not bool(norms.any()):
+        raise AttackError("the updates are all zero; there is nothing in them to compare.")
 
 
 def gradients_of(observation: Observation, network: Network) -> dict[str, Tensor]:
