@@ -138,7 +138,7 @@ AUDITS: dict[str, Audit] = {
         "lenet", "final", REPLAY, "standard", 125, {**CHANNEL, **PAD}, 150, batch=16
     ),
     "lenet-steps-replay": Audit(
-        "lenet", "final", REPLAY, "standard", 30, {**CHANNEL, **PAD}, 200, batch=16, steps=10
+        "lenet", "final", REPLAY, "standard", 12, {**CHANNEL, **PAD}, 200, batch=16, steps=10
     ),
     "resnet20-batch-replay": Audit(
         "resnet20", "final", REPLAY, "standard", 125, {**CHANNEL, **PAD}, 400, batch=16
@@ -304,7 +304,9 @@ def _section(document: dict[str, Any], name: str, plan: Audit) -> str:
     ]
     repr_ = sorted({text for one in found.values() for text in one["attacks"].values()})
     plain = [r for r in repr_ if not r.startswith("Adaptive")]
-    lines.append(f"{plan.images} images, `{'`, `'.join(plain)}`.\n")
+    one = plan.batch * plan.steps == 1
+    what = "images" if one else f"updates of {plan.steps} step(s) on {plan.batch} images"
+    lines.append(f"{plan.images} {what}, `{'`, `'.join(plain)}`.\n")
     accuracy = {**next(iter(found.values()))["accuracy"]}
     accuracy = {a: v for a, v in accuracy.items() if a in CONTROLS}
     accuracy |= {arm: one["accuracy"][ARMS[arm]["name"]] for arm, one in found.items()}
