@@ -268,7 +268,9 @@ def markdown(document: dict[str, Any]) -> str:
         "outsider with the global model, the lock spec and so many labelled images a class, who "
         "trains secrets of its own, everything, or the one and then the other, at the best of "
         f"several rates. *Over scratch*: points more than {SCRATCH} on the same images, paired by "
-        "seed: what the stolen model is worth. *As it is*: without labels, batch statistics.\n",
+        "seed: what the stolen model is worth. *As it is*: without labels, batch statistics. Way "
+        "and rate are the best on the first draw of labels, by the same test images: of up to ten "
+        "tries for the thief and three from scratch, which favours the thief.\n",
     ]
     for part, block in document.items():
         scratch = block["arms"].get(SCRATCH)
