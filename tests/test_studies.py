@@ -197,3 +197,11 @@ def test_pictures_show_the_committed_figures() -> None:
     best = [max(replay[f"lenet, pad, seed {seed}"]["shadow"]["2000"].values()) for seed in range(3)]
     assert line.get_xdata()[-1] == 2000
     assert line.get_ydata()[-1] == pytest.approx(statistics.fmean(best))
+
+
+def test_an_attacker_of_many_images_may_take_each_by_itself() -> None:
+    import figures
+
+    one = {"shadow": {"16": {"matched": 0.1, "candidates": 0.2}, "1": {"plain": 0.5},
+                      "64": {"matched": 0.7, "candidates": 0.6}}}  # fmt: skip
+    assert figures.curve([one, one], "shadow") == {1: [0.5] * 2, 16: [0.5] * 2, 64: [0.7] * 2}

@@ -233,6 +233,7 @@ def test_place_among_the_candidates_tells_nothing(first: bool) -> None:
 
 def test_an_attack_that_looks_at_everybodys_candidates_is_asked_once_for_all() -> None:
     truth = truth_of_noise(torch.Generator().manual_seed(0))
+    truth = replace(truth, labels=torch.arange(COUNT))
     asked: list[int] = []
 
     def together(candidates: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
