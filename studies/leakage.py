@@ -140,9 +140,6 @@ AUDITS: dict[str, Audit] = {
     "lenet-steps-replay": Audit(
         "lenet", "final", REPLAY, "standard", 12, {**CHANNEL, **PAD}, 200, batch=16, steps=10
     ),
-    "resnet20-batch-replay": Audit(
-        "resnet20", "final", REPLAY, "standard", 125, {**CHANNEL, **PAD}, 400, batch=16
-    ),
 }
 
 
