@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import commit, provenance, say, write
-from leakagetables import rows_table
+from cells import commit, provenance, run_cells, say, write
+from leakagetables import CONTROLS, contact_sheet, minutes, rows_table
 
 from fedkl.audit import AuditConfig, run_audit
 from fedkl.data import DataBundle
@@ -40,7 +40,6 @@ from fedkl.models import build
 from fedkl.rng import derive
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTROLS = ("none", "norm", "fedbn")
 
 ARMS: dict[str, dict[str, Any]] = {
     "none": {"name": "none"},
@@ -116,26 +115,26 @@ PAPER = {"paper-sigmoid": SETTINGS, "paper": ("key-unknown", "adaptive")}
 FEW = {"paper-sigmoid": ("key-unknown", "adaptive")}
 LOCKS = {**CHANNEL, "paper-sigmoid": ADAPTIVE}
 AUDITS: dict[str, Audit] = {
-    "lenet-initial": Audit("lenet", "initial", DLG, "quick", 20, {**CHANNEL, **PAPER, **PAD}, 30),
+    "lenet-initial": Audit("lenet", "initial", DLG, "quick", 20, {**CHANNEL, **PAPER, **PAD}, 45),
     "lenet-initial-grnn": Audit("lenet", "initial", GRNN, "standard", 5, FEW, 90),
-    "lenet-initial-paper-effort": Audit("lenet", "initial", DLG, "paper", 1, FEW, 40),
+    "lenet-initial-paper-effort": Audit("lenet", "initial", DLG, "paper", 1, FEW, 85),
     "lenet-final": Audit("lenet", "final", IG, "standard", 20, {**CHANNEL, **PAPER, **PAD}, 50),
     "lenet-final-shadow": Audit("lenet", "final", SHADOW, "quick", 200, {**LOCKS, **PAD}, 8),
-    "lenet-final-retrieval": Audit("lenet", "final", PICK, "standard", 2000, {**LOCKS, **PAD}, 80),
+    "lenet-final-retrieval": Audit("lenet", "final", PICK, "standard", 2000, {**LOCKS, **PAD}, 45),
     "lenet-16-final-peel": Audit("lenet-16", "final", ("peel",), "quick", 5, {**LOCKS, **PAD}, 20),
     "resnet20-final": Audit("resnet20", "final", GGL, "quick", 20, {**LOCKS, **PAD}, 80),
-    "resnet20-final-shadow": Audit("resnet20", "final", SHADOW, "quick", 200, {**LOCKS, **PAD}, 60),
+    "resnet20-final-shadow": Audit("resnet20", "final", SHADOW, "quick", 200, {**LOCKS, **PAD}, 30),
     "resnet20-final-retrieval": Audit(
-        "resnet20", "final", PICK, "standard", 2000, {**CHANNEL, **PAD}, 150
+        "resnet20", "final", PICK, "standard", 2000, {**CHANNEL, **PAD}, 65
     ),
-    "vit-final-retrieval": Audit("vit", "final", PICK, "standard", 2000, {**CHANNEL, **PAD}, 100),
-    "vit-deep-final-retrieval": Audit("vit-deep", "final", PICK, "standard", 2000, PAD, 100),
-    "lenet-final-replay": Audit("lenet", "final", REPLAY, "standard", 2000, {**LOCKS, **PAD}, 60),
+    "vit-final-retrieval": Audit("vit", "final", PICK, "standard", 2000, {**CHANNEL, **PAD}, 40),
+    "vit-deep-final-retrieval": Audit("vit-deep", "final", PICK, "standard", 2000, PAD, 60),
+    "lenet-final-replay": Audit("lenet", "final", REPLAY, "standard", 2000, {**LOCKS, **PAD}, 45),
     "resnet20-final-replay": Audit(
         "resnet20", "final", REPLAY, "standard", 2000, {**CHANNEL, **PAD}, 200
     ),
     "lenet-batch-replay": Audit(
-        "lenet", "final", REPLAY, "standard", 125, {**CHANNEL, **PAD}, 150, batch=16
+        "lenet", "final", REPLAY, "standard", 125, {**CHANNEL, **PAD}, 90, batch=16
     ),
     "lenet-steps-replay": Audit(
         "lenet", "final", REPLAY, "standard", 12, {**CHANNEL, **PAD}, 200, batch=16, steps=10
@@ -186,7 +185,8 @@ def trained(model: str, arm: str, scratch: Path) -> Path:
 def audited(name: str, arm: str, scratch: Path) -> dict[str, Any]:
     """The audit of one arm; cells of controls that another arm's audit has done are taken over."""
     plan = AUDITS[name]
-    folder = scratch / "audits" / f"{name}-{arm}"
+    folders = folders_of(name, scratch)
+    folder = folders[arm]
     defense = ARMS[arm]["name"]
     config = AuditConfig(
         run=settings_of(plan.model, arm, scratch),
@@ -199,8 +199,8 @@ def audited(name: str, arm: str, scratch: Path) -> dict[str, Any]:
         local_steps=plan.steps,
         effort=plan.effort,
     )
-    for other in plan.arms:
-        _take_over(scratch / "audits" / f"{name}-{other}", folder, plan.stage)
+    for other in folders.values():
+        _take_over(other, folder, plan.stage)
 
     def listen(event: Any) -> None:
         if event.kind in ("cell", "note"):
@@ -220,6 +220,11 @@ def audited(name: str, arm: str, scratch: Path) -> dict[str, Any]:
     before = json.loads(spent.read_text()) if spent.exists() else 0.0
     write(spent, round(before + time.process_time() - started, 1))
     return {**found, "attacks": attacks, "seconds": json.loads(spent.read_text())}
+
+
+def folders_of(name: str, scratch: Path) -> dict[str, Path]:
+    """Where the audits of a row are, by what its own defense is called in its pictures."""
+    return {arm: scratch / "audits" / f"{name}-{arm}" for arm in AUDITS[name].arms}
 
 
 def _take_over(there: Path, here: Path, stage: str) -> None:
@@ -268,7 +273,7 @@ def markdown(document: dict[str, Any], reading: str = "") -> str:
     parts = [
         "# What an update leaks\n",
         reading,
-        f"`{document['command']}`, {document['date']}; {_minutes(document):.0f} minutes of one "
+        f"`{document['command']}`, {document['date']}; {minutes(document):.0f} minutes of one "
         "core, training included.\n",
         *(" ".join(text.split()) + "\n" for text in about[1:]),
         "*Advantage*: aligned SSIM minus that of the floor. *Identified*: the true image is the "
@@ -283,11 +288,6 @@ def markdown(document: dict[str, Any], reading: str = "") -> str:
         if name in document["audits"]:
             parts.append(_section(document, name, plan))
     return "\n".join(parts)
-
-
-def _minutes(document: dict[str, Any]) -> float:
-    audits = (one for row in document["audits"].values() for one in row.values())
-    return sum(one["seconds"] for one in audits) / 60
 
 
 def _section(document: dict[str, Any], name: str, plan: Audit) -> str:
@@ -318,37 +318,6 @@ def _section(document: dict[str, Any], name: str, plan: Audit) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(name: str, scratch: Path, path: Path) -> None:
-    """Truth, floor, and every cell's reconstructions of the first victims, with their names."""
-    from PIL import Image, ImageDraw
-
-    pictures: dict[str, list[str]] = {}
-    for arm in AUDITS[name].arms:
-        folder = scratch / "audits" / f"{name}-{arm}"
-        audit = folder / "audit.json"
-        for p in json.loads(audit.read_text())["pictures"] if audit.exists() else []:
-            label = arm if p["defense"] not in CONTROLS else p["defense"]
-            for row, what in (
-                ("truth", "truth"),
-                ("floor", "floor"),
-                (f"{p['attack']}: {label}, {p['threat']}", "reconstruction"),
-            ):
-                files = pictures.setdefault(row, [])
-                # The same picture lies in the folder of every arm.
-                known = {Path(file).name for file in files}
-                if len(files) < 6 and Path(p[what]).name not in known:
-                    files.append(str(folder / p[what]))
-    size, margin = 48, 300
-    sheet = Image.new("RGB", (margin + 6 * (size + 2), len(pictures) * (size + 2)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (row, files) in enumerate(pictures.items()):
-        draw.text((4, i * (size + 2) + size // 2 - 5), row, fill="black")
-        for j, file in enumerate(files):
-            tile = Image.open(file).convert("RGB").resize((size, size), Image.Resampling.NEAREST)
-            sheet.paste(tile, (margin + j * (size + 2), i * (size + 2)))
-    sheet.save(path, optimize=True)
-
-
 def conclude(out: Path) -> None:
     """Writes leakage.md from leakage.json and leakage-reading.md, what someone made of it."""
     reading = out / "leakage-reading.md"
@@ -356,34 +325,73 @@ def conclude(out: Path) -> None:
     (out / "leakage.md").write_text(markdown(json.loads((out / "leakage.json").read_text()), words))
 
 
+@dataclass(frozen=True)
+class Job:
+    """What one process does: train the federations of some arms, or audit a row of them."""
+
+    model: str
+    row: str | None
+    arms: tuple[str, ...]
+    scratch: str
+    cost: float
+
+
+def planned(only: str, arms: str, scratch: Path) -> tuple[dict[str, Job], dict[str, Job]]:
+    """Federations and, once they are there, rows of audits: jobs of :func:`work` by name."""
+    names, wanted = only.split(","), arms.split(",")
+    if strange := [n for n in names if n not in AUDITS] + [a for a in wanted if a not in ARMS]:
+        raise SystemExit(f"got {strange}; audits are {list(AUDITS)}, arms {list(ARMS)}.")
+    federations, rows = {}, {}
+    for name in names:
+        plan = AUDITS[name]
+        mine = tuple(arm for arm in plan.arms if arm in wanted)
+        for arm in (*CONTROLS, *mine):
+            federations[f"{plan.model}-{arm}"] = Job(plan.model, None, (arm,), str(scratch), 40)
+        own = name if mine == tuple(plan.arms) else f"{name}_{'+'.join(mine)}"
+        cost = plan.cells * plan.seconds * len(mine) / len(plan.arms)
+        rows[own] = Job(plan.model, name, mine, str(scratch), cost)
+    return federations, rows
+
+
+def work(name: str, job: Job) -> dict[str, Any]:
+    """Does one job in a process of its own."""
+    torch.set_num_threads(1)
+    scratch = Path(job.scratch)
+    if job.row is None:
+        return {arm: trained(job.model, arm, scratch).name for arm in job.arms}
+    return {arm: condensed(arm, audited(job.row, arm, scratch)) for arm in job.arms}
+
+
 def main() -> None:
     """Runs what is missing; writes results/leakage.json, .md and a picture per row of audits."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default=",".join(AUDITS), help="audits, in that order")
+    parser.add_argument("--only", default=",".join(AUDITS), help="audits, separated by commas")
     parser.add_argument("--arms", default=",".join(ARMS), help="of these; others stay as they are")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "leakage")
     args = parser.parse_args()
-    asked = args.only.split(",")
-    chosen = sorted((name for name in AUDITS if name in asked), key=asked.index)
-    cost = sum(AUDITS[n].cells * AUDITS[n].seconds for n in chosen) / 60 + 5
-    say(f"cost: about {cost:.0f} minutes on one idle core")
-    torch.set_num_threads(1)
+    federations, rows = planned(args.only, args.arms, args.scratch)
+    cost = sum(job.cost for job in (*federations.values(), *rows.values())) / 60 / args.processes
+    say(f"cost: about {cost:.0f} minutes on {args.processes} idle cores")
     path = args.out / "leakage.json"
     audits = json.loads(path.read_text())["audits"] if path.exists() else {}
-    for name in chosen:
-        found = audits.get(name, {})
-        for arm in (arm for arm in AUDITS[name].arms if arm in args.arms.split(",")):
-            found[arm] = condensed(arm, audited(name, arm, args.scratch))
-        audits[name] = {arm: found[arm] for arm in AUDITS[name].arms if arm in found}
-        document = {
-            **provenance(f"python studies/leakage.py --only {','.join(audits)}"),
-            "audits": {n: audits[n] for n in AUDITS if n in audits},
-        }
-        write(path, document)
-        conclude(args.out)
-        contact_sheet(name, args.scratch, args.out / f"leakage-{name}.png")
-        say(f"{name}: wrote {args.out / 'leakage.md'}")
+    for jobs in (federations, rows):
+        costs = {name: job.cost for name, job in jobs.items()}
+        place = args.scratch / "jobs"
+        found = run_cells(jobs, work, place, processes=args.processes, costs=costs)
+    for name, job in rows.items():
+        assert job.row is not None
+        arms = {**audits.get(job.row, {}), **found[name]}
+        audits[job.row] = {arm: arms[arm] for arm in AUDITS[job.row].arms if arm in arms}
+        contact_sheet(folders_of(job.row, args.scratch), args.out / f"leakage-{job.row}.png")
+    document = {
+        **provenance(f"python studies/leakage.py --only {','.join(audits)}"),
+        "audits": {n: audits[n] for n in AUDITS if n in audits},
+    }
+    write(path, document)
+    conclude(args.out)
+    say(f"wrote {args.out / 'leakage.md'}")
 
 
 if __name__ == "__main__":

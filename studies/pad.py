@@ -36,7 +36,6 @@ import argparse
 import dataclasses
 import json
 import shutil
-import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ from typing import Any
 
 from cells import provenance, run_cells, say, write
 from ownmix import alone, on_own_mix
-from padtables import markdown
+from padtables import joined, markdown, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED = 1000
@@ -352,36 +351,10 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
     return found
 
 
-def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of one arm over its seeds."""
-    accuracies = [r["accuracy"] for r in results]
-    wrong = [w for a in accuracies for w in a["wrong_keys"]]
-    return {
-        "own_key": [a["own_key"] for a in accuracies],
-        "own_mix": [statistics.fmean(r["mixes"]) for r in results],
-        "wrong_key": [a["wrong_key"] for a in accuracies if a["wrong_key"] is not None],
-        "wrong_key_p95": statistics.quantiles(wrong, n=20)[-1] if len(wrong) > 1 else None,
-        "outsider": [a["outsider"] for a in accuracies],
-        "no_lock": [a["no_lock"] for a in accuracies],
-        "validation": [r["validation"] for r in results],
-        "settings": results[0]["cell"]["settings"],
-        "seconds": [r["seconds"] for r in results],
-    }
-
-
 def asked(block: str, seeds: int, arms: str | None) -> list[Cell]:
     """The runs of a block, or those of ``arms``."""
     names = arms.split(",") if arms else None
     return [c for c in cells_of(block, seeds) if not names or c.arm.partition(",")[0] in names]
-
-
-def joined(before: dict[str, Any] | None, now: dict[str, Any], order: list[str]) -> dict[str, Any]:
-    """A block some of whose arms were run again, the others as they were; arms in ``order``."""
-    arms = {**(before or {}).get("arms", {}), **now["arms"]}
-    if before is not None:
-        again = f"; again `{now['command']}` at {now['commit']}, {now['date']}"
-        now = {**before, "note": before.get("note", "") + again}
-    return {**now, "arms": {arm: arms[arm] for arm in dict.fromkeys(order) if arm in arms}}
 
 
 def main() -> None:

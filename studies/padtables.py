@@ -1,11 +1,38 @@
-"""The tables of results/pad.md."""
+"""The figures and tables of results/pad.md."""
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from accuracy import interval, paired
 from cells import table
+
+
+def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of one arm over its seeds."""
+    accuracies = [r["accuracy"] for r in results]
+    wrong = [w for a in accuracies for w in a["wrong_keys"]]
+    return {
+        "own_key": [a["own_key"] for a in accuracies],
+        "own_mix": [statistics.fmean(r["mixes"]) for r in results],
+        "wrong_key": [a["wrong_key"] for a in accuracies if a["wrong_key"] is not None],
+        "wrong_key_p95": statistics.quantiles(wrong, n=20)[-1] if len(wrong) > 1 else None,
+        "outsider": [a["outsider"] for a in accuracies],
+        "no_lock": [a["no_lock"] for a in accuracies],
+        "validation": [r["validation"] for r in results],
+        "settings": results[0]["cell"]["settings"],
+        "seconds": [r["seconds"] for r in results],
+    }
+
+
+def joined(before: dict[str, Any] | None, now: dict[str, Any], order: list[str]) -> dict[str, Any]:
+    """A block some of whose arms were run again, the others as they were; arms in ``order``."""
+    arms = {**(before or {}).get("arms", {}), **now["arms"]}
+    if before is not None:
+        again = f"; again `{now['command']}` at {now['commit']}, {now['date']}"
+        now = {**before, "note": before.get("note", "") + again}
+    return {**now, "arms": {arm: arms[arm] for arm in dict.fromkeys(order) if arm in arms}}
 
 
 def markdown(document: dict[str, Any]) -> str:

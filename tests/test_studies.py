@@ -48,6 +48,27 @@ def test_every_planned_audit_is_one(tmp_path: Path) -> None:
             assert "adaptive" in threats  # else the cells of fedbn could not be shared
 
 
+def test_the_study_of_leaks_fits_two_cores_and_says_what_it_does_not_know(tmp_path: Path) -> None:
+    import leakage
+
+    every = ",".join(leakage.ARMS)
+    federations, rows = leakage.planned(",".join(leakage.AUDITS), every, tmp_path)
+    assert list(rows) == list(leakage.AUDITS)
+    cost = sum(job.cost for job in (*federations.values(), *rows.values()))
+    assert cost / 2 <= 2.5 * 3600
+    assert max(job.cost for job in rows.values()) <= cost / 4  # else one process waits
+    # Every federation that a row audits is trained once, before two rows could both train it.
+    trained = {(job.model, arm) for job in federations.values() for arm in job.arms}
+    assert trained >= {(job.model, arm) for job in rows.values() for arm in job.arms}
+    assert len(trained) == len(federations)
+
+    _, part = leakage.planned("lenet-final", "pad", tmp_path)  # is no result of the whole row
+    assert [(name, job.arms) for name, job in part.items()] == [("lenet-final_pad", ("pad",))]
+    for only, arms in (("lenet-fnal", every), ("lenet-final", "pda")):
+        with pytest.raises(SystemExit, match="got "):
+            leakage.planned(only, arms, tmp_path)
+
+
 def test_controls_that_audits_share_appear_once_and_verdicts_as_given() -> None:
     import leakage
 
