@@ -12,7 +12,7 @@ from fedkl.federation import Accuracy, Event
 
 
 def measured(own: float) -> Accuracy:
-    return Accuracy(own, 0.125, 0.25, own, 0.1, 0.7, (own,), (0.1,), (0.125,), {})
+    return Accuracy(own, 0.125, 0.25, own, 0.1, 0.7, (own,), (0.1,), (0.125,), 0.1, {})
 
 
 EVENTS = [

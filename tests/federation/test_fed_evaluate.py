@@ -45,6 +45,11 @@ def exam(rows: int = 101, wrong: int = 60, keys: int = 3) -> Exam:
     return Exam(digits().test, order, order[:wrong], digits().public, torch.arange(120), keys)
 
 
+def most_frequent(seen: Exam) -> float:
+    labels = seen.images.labels[seen.wrong_rows].tolist()
+    return max(labels.count(label) for label in labels) / len(labels)
+
+
 def naive(net: nn.Module, rows: Tensor) -> float:
     """One image at a time."""
     net.eval()
@@ -99,7 +104,9 @@ def test_the_model_is_as_it_was(defense: str, layers: str) -> None:
     with torch.no_grad():
         assert torch.equal(space.model(x), output)
     if defense in ("none", "norm"):
-        assert found == ClientAccuracy(naive(space.model, exam().rows), (), None, {})
+        assert found == ClientAccuracy(
+            naive(space.model, exam().rows), (), None, {}, most_frequent(exam())
+        )
 
 
 @pytest.mark.parametrize("defense", ["fedbn", "channel", "pad"])
@@ -234,8 +241,8 @@ def test_a_thief_with_the_group_key_starts_where_all_locks_started() -> None:
 
 
 def test_combined() -> None:
-    a = ClientAccuracy(0.9, (0.1, 0.2), 0.3, {"neutral": 0.4, "others_mean": 0.6})
-    b = ClientAccuracy(0.7, (0.0, 0.3), None, {"neutral": 0.5})  # nobody else has a lock yet
+    a = ClientAccuracy(0.9, (0.1, 0.2), 0.3, {"neutral": 0.4, "others_mean": 0.6}, 0.2)
+    b = ClientAccuracy(0.7, (0.0, 0.3), None, {"neutral": 0.5}, 0.2)  # nobody else has a lock yet
     got = combine([b, a])
     assert got == Accuracy(
         own_key=pytest.approx(0.8),
@@ -247,9 +254,10 @@ def test_combined() -> None:
         own_per_client=(0.7, 0.9),
         no_lock_per_client=(0.5, 0.6),
         wrong_keys=(0.0, 0.1, 0.2, 0.3),
+        guess=pytest.approx(0.2),
         thief={"neutral": pytest.approx(0.45), "others_mean": 0.6},
     )
-    plain = combine([ClientAccuracy(0.6, (), None, {})])
+    plain = combine([ClientAccuracy(0.6, (), None, {}, 0.2)])
     assert (plain.own_key, plain.no_lock, plain.outsider) == (0.6, 0.6, 0.6)
     assert (plain.wrong_key, plain.wrong_key_p95, plain.other_client) == (None, None, None)
 

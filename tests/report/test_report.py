@@ -30,6 +30,8 @@ def row(
         "outsider": more.pop("outsider", own),
         "no_lock": more.pop("no_lock", own),
     }
+    if "guess" in more:
+        accuracy["guess"] = more.pop("guess")
     line = {"round": 1, "loss": 0.5, "accuracy": accuracy}
     return {
         "name": name,
@@ -144,6 +146,25 @@ def test_verdict_follows_the_figures(rows: list[dict[str, Any]], word: str, said
     found = verdict(rows)
     assert found.word == word
     assert said in " ".join(found.paragraphs)
+
+
+@pytest.mark.parametrize(
+    "guess, kept, out, learned",
+    # With two classes alike a thief who guesses is right on half; with a hundred on one in 100.
+    [(0.5, 0.55, 0.56, 0.64), (0.01, 0.119, 0.121, 0.286), (0.9, 0.911, 0.912, 0.928)],
+)
+def test_bounds_go_with_what_guessing_gets(
+    guess: float, kept: float, out: float, learned: float
+) -> None:
+    def said(own: float, others: float) -> Any:
+        norm = row("p", "norm", own, guess=guess)
+        return verdict([norm, row("l", "pad", own, others, outsider=others, guess=guess)])
+
+    assert said(0.99, kept).word == "holds"
+    assert said(0.99, out).word == "does not hold"
+    assert f"gets {100 * guess:.1f} %" in said(0.99, out).paragraphs[0]
+    assert said(learned + 0.002, guess).word == "holds"
+    assert said(learned - 0.002, guess).word == "open"
 
 
 def test_what_outsiders_get_is_not_said_of_insiders() -> None:

@@ -47,6 +47,8 @@ class Accuracy:
             key: the outsider's figure, or an insider's, whichever is higher.
         own_per_client, no_lock_per_client: The figures behind the means.
         wrong_keys: Every single wrong key, all clients.
+        guess: What whoever always says the most frequent class gets: the share of that class in
+            the images that wrong keys and thieves are tried on.
         thief: Mean accuracy of every variant of the thief.
     """
 
@@ -59,6 +61,7 @@ class Accuracy:
     own_per_client: tuple[float, ...]
     no_lock_per_client: tuple[float, ...]
     wrong_keys: tuple[float, ...]
+    guess: float
     thief: Mapping[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,6 +77,7 @@ class ClientAccuracy:
     wrong: tuple[float, ...]
     other: float | None
     thief: Mapping[str, float]
+    guess: float
 
 
 def correct_share(model: nn.Module, images: Images, rows: Tensor, device: torch.device) -> float:
@@ -135,8 +139,9 @@ def examine(
     before = {n: t.clone() for n, t in workspace.shared.items()}
     reestimate(workspace, workspace.images, own_rows, every_norm=False)
     own = correct_share(model, exam.images, exam.rows, device)
+    guess = int(exam.images.labels[exam.wrong_rows].bincount().max()) / len(exam.wrong_rows)
     if not sources_of(model):
-        return ClientAccuracy(own, (), None, {})
+        return ClientAccuracy(own, (), None, {}, guess)
     wrong: list[float] = []
     if key is not None:
         for wrong_key in _wrong_keys(model, key, exam.wrong_keys):
@@ -155,7 +160,7 @@ def examine(
     thief = _thief(workspace, exam, guesses, before, layers)
     _restore(workspace, before)
     _put(workspace, key, own_private)
-    return ClientAccuracy(own, tuple(wrong), other, thief)
+    return ClientAccuracy(own, tuple(wrong), other, thief, guess)
 
 
 def _wrong_keys(model: nn.Module, key: Key, count: int) -> Iterator[Key]:
@@ -275,5 +280,6 @@ def combine(found: Iterable[ClientAccuracy]) -> Accuracy:
         own_per_client=tuple(own),
         no_lock_per_client=tuple(thieves),
         wrong_keys=tuple(wrong),
+        guess=statistics.fmean(c.guess for c in clients),
         thief={n: statistics.fmean([c.thief[n] for c in clients if n in c.thief]) for n in names},
     )

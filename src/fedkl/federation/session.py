@@ -70,8 +70,7 @@ class Result:
 
     def accuracy(self) -> ClientAccuracy:
         """The figures of an ``examine`` job."""
-        facts = self.facts
-        return ClientAccuracy(facts["own"], tuple(facts["wrong"]), facts["other"], facts["thief"])
+        return ClientAccuracy(**{**self.facts, "wrong": tuple(self.facts["wrong"])})
 
 
 class Session:

@@ -178,7 +178,7 @@ def _last_look(place: Place, node: Node, tensors: dict[str, Tensor]) -> None:
 
 def _accuracy(result: Result) -> RecordDict:
     facts = result.facts
-    metrics: dict[str, Any] = {EXAMPLES: 1, "own": facts["own"]}
+    metrics: dict[str, Any] = {EXAMPLES: 1, "own": facts["own"], "guess": facts["guess"]}
     metrics |= {"wrong": [float(v) for v in facts["wrong"]]} if facts["wrong"] else {}
     metrics |= {} if facts["other"] is None else {"other": facts["other"]}
     metrics |= {f"thief.{name}": value for name, value in facts["thief"].items()}

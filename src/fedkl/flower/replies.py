@@ -86,9 +86,10 @@ def _accuracy(metrics: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in metrics.items()
         if name.startswith("thief.")
     }
-    own, wrong = float(metrics["own"]), [float(v) for v in metrics.get("wrong", [])]
-    shares = [own, *wrong, *thief.values(), *([] if other is None else [float(other)])]
+    own, guess = float(metrics["own"]), float(metrics["guess"])
+    wrong = [float(v) for v in metrics.get("wrong", [])]
+    shares = [own, guess, *wrong, *thief.values(), *([] if other is None else [float(other)])]
     if not all(0.0 <= share <= 1.0 for share in shares):
         raise UpdateError("it reports an accuracy outside [0, 1]")
     other = None if other is None else float(other)
-    return {"own": own, "wrong": wrong, "other": other, "thief": thief}
+    return {"own": own, "wrong": wrong, "other": other, "thief": thief, "guess": guess}

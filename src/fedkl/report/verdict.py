@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-# A lock keeps others out if neither a wrong key nor the best outsider gets beyond these.
+# A lock keeps others out if neither a wrong key nor the best outsider gets beyond these, where a
+# guesser is right once in ten. Where he is right more or less often, they are as far on the way
+# from what he gets to 1.
+GUESS: Final = 0.1
 WRONG_KEY_MEAN: Final = 0.20
 WRONG_KEY_P95: Final = 0.35
 NO_LOCK: Final = 0.20
@@ -27,7 +30,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     """What the rows say about the locked models among them, each by name.
 
     Args:
-        rows: Summaries with ``name``, ``defense``, ``method`` and ``accuracy``.
+        rows: Summaries with ``name``, ``defense``, ``method`` and ``accuracy``, whose ``guess`` is
+            taken for 0.1 where it is absent, as in runs of earlier versions.
 
     Returns:
         ``holds`` if outsiders are kept out at no more than ``COST`` against the same network with
@@ -53,15 +57,16 @@ def _judge(locked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Verd
         f"{_percent(found['wrong_key_p95'])}); the best thief who has the "
         f"global model alone gets {_percent(found['outsider'])}."
     ]
-    outside, learned = _outsiders(found), found["own_key"] > LEARNED
+    enough = _bound(LEARNED, found)
+    outside, learned = _outsiders(found), found["own_key"] > enough
     if outside or learned:
         sentences.append(outside or "Whoever has neither key nor lock cannot use the model.")
     else:
         sentences.append(
-            f"That is not more than {100 * LEARNED:.0f} % with the key either: the model has "
+            f"That is not more than {100 * enough:.0f} % with the key either: the model has "
             "learned too little to say what the lock keeps from others. Train it for more rounds."
         )
-    if found["no_lock"] > max(NO_LOCK, found["outsider"]):
+    if found["no_lock"] > max(_bound(NO_LOCK, found), found["outsider"]):
         sentences.append(
             f"Insiders are not kept out: with the other clients' mean lock a thief gets "
             f"{_percent(found['no_lock'])}."
@@ -74,20 +79,28 @@ def _judge(locked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Verd
     return Verdict("holds" if holds else "open", (" ".join(sentences),))
 
 
+def _bound(of_ten: float, found: Mapping[str, Any]) -> float:
+    """What ``of_ten`` is where a guesser is right as often as here."""
+    guess = found.get("guess", GUESS)
+    return float(guess + (of_ten - GUESS) / (1 - GUESS) * (1 - guess))
+
+
 def _outsiders(found: Mapping[str, Any]) -> str:
     """Why outsiders are not kept out; "" if they are."""
+    mean, high = _bound(WRONG_KEY_MEAN, found), _bound(WRONG_KEY_P95, found)
+    most = _bound(NO_LOCK, found)
     faults = []
-    if found["wrong_key"] > WRONG_KEY_MEAN or found["wrong_key_p95"] > WRONG_KEY_P95:
-        mean, high = 100 * WRONG_KEY_MEAN, 100 * WRONG_KEY_P95
+    if found["wrong_key"] > mean or found["wrong_key_p95"] > high:
         faults.append(
-            f"wrong keys get more than {mean:.0f} % on average or {high:.0f} % at the 95th "
-            "percentile"
+            f"wrong keys get more than {100 * mean:.0f} % on average or {100 * high:.0f} % at the "
+            "95th percentile"
         )
-    if found["outsider"] > NO_LOCK:
-        faults.append(f"a thief without a key gets more than {100 * NO_LOCK:.0f} %")
-    return f"The lock does not keep others from using the model: {'; '.join(faults)}." * bool(
-        faults
-    )
+    if found["outsider"] > most:
+        faults.append(f"a thief without a key gets more than {100 * most:.0f} %")
+    if not faults:
+        return ""
+    guess = f"whoever always says one class gets {_percent(found.get('guess', GUESS))}"
+    return f"The lock does not keep others from using the model: {'; '.join(faults)} ({guess})."
 
 
 def _cost(locked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:
