@@ -56,6 +56,8 @@ class Bench:
             image that is compared with them.
     """
 
+    kind: type[Sketch] = Sketch
+
     def __init__(
         self,
         config: Any,
@@ -80,7 +82,7 @@ class Bench:
         self.first = self._observed(rows[:1])[0]
         self.network = Network(self.first)
         self.sketch = (
-            None if sketch is None else Sketch(self.network.shared, sketch, derive(0, "sketch"))
+            None if sketch is None else self.kind(self.network.shared, sketch, derive(0, "sketch"))
         )
         self.seen, self.held = self._given_away(rows), owner.held()
         self.public = Public(*self.bundle.public.batch(torch.arange(public)))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fedkl.attacks.adaptive.matched import Matched, Pool
+from fedkl.attacks.adaptive.relations import Relations, SizedSketch
 from fedkl.attacks.adaptive.replay import Replayed
 from fedkl.attacks.adaptive.shadow import Side, given_away
 from fedkl.attacks.adaptive.shadow_client import ShadowClient
@@ -117,3 +118,58 @@ class ReplayBench(Bench):
             self._images = Pool([c.pool for c in clients], self.bundle.test.labels)
             self._for = clients
         return self._matched, self._images
+
+
+class RelationBench(Bench):
+    """Victims, and how often their sizes and relations alone tell them (`replay-relations`).
+
+    ``1`` is by the size of one gradient. Of more under one pad, ``pairs`` is by relations alone,
+    as if the client sent gradients of one size, and ``both`` by both.
+    """
+
+    kind = SizedSketch
+
+    def sides(self, secrets: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What a client with these secrets gives away of public images, and of all candidates."""
+        client = ShadowClient(self.network, secrets, CLASSES)
+        tests = self.bundle.test.labels
+        return (
+            given_away(client, self.public.images, self.public.labels, self.sketch),
+            given_away(client, self.pool, tests, self.sketch),
+        )
+
+    def rates(
+        self, clients: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int]
+    ) -> dict[str, Any]:
+        """Identification by number of victims under one pad; one client is the victim itself."""
+        same = len(clients) == 1
+        relations = Relations([c[0] for c in clients], self.public.labels, CLASSES, same=same)
+        rows = torch.stack([c[1] for c in clients], dim=1)
+        asked = torch.cat([self.rows.reshape(-1, 1), self.decoys], dim=1)
+        everyone = torch.arange(len(self.seen))
+        alone = [
+            relations.by_size(self.seen[p], self.labels[p], rows[asked[p]])
+            for p in torch.split(everyone, 16)
+        ]
+        found: dict[str, Any] = {"1": {"size": _first(torch.cat(alone))}}
+        for count in counts:
+            parts = torch.split(everyone, count)
+            found[str(count)] = {}
+            for way, sized in (("pairs", False), ("both", True)):
+                scores = [self._together(relations, rows, asked, p, sized) for p in parts]
+                found[str(count)][way] = _first(torch.cat(scores))
+        return found
+
+    def _together(
+        self, relations: Relations, rows: Tensor, asked: Tensor, who: Tensor, sized: bool
+    ) -> Tensor:
+        seen, candidates = self.seen[who].clone(), [rows[asked[i]] for i in who.tolist()]
+        if not sized:
+            seen[:, 0] = 0.0
+            candidates = [torch.cat([c[..., :1] * 0, c[..., 1:]], dim=2) for c in candidates]
+        return torch.stack(relations.together(seen, self.labels[who], candidates))
+
+
+def _first(scores: Tensor) -> float:
+    """How often the first of the candidates (N, K) scores above all others."""
+    return float((scores[:, 0] > scores[:, 1:].amax(dim=1)).double().mean())

@@ -9,6 +9,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from fedkl.attacks.adaptive.replay import Replay
+from fedkl.attacks.adaptive.replay_relations import ReplayRelations
 from fedkl.attacks.adaptive.retrieval import Retrieval
 from fedkl.attacks.adaptive.shadow import Shadow
 from fedkl.attacks.base import Attack
@@ -154,6 +155,11 @@ ATTACKS: Final[Mapping[str, Mapping[str, Callable[[Resources], Attack]]]] = {
     "retrieval-transport": _retrieval(restandardize="transport"),
     "replay": _replay(),
     "replay-matched": _replay(restandardize="matched"),
+    "replay-relations": {
+        "quick": lambda given: given.shadow(2_000, ReplayRelations, shadows=2),
+        "standard": lambda given: given.shadow(4_000, ReplayRelations),
+        "paper": lambda given: given.shadow(10_000, ReplayRelations, shadows=8, secret_epochs=10),
+    },
 }
 
 RECOGNIZING: Final = tuple(n for n in ATTACKS if n.startswith(("retrieval", "replay")))

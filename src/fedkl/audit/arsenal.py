@@ -39,6 +39,7 @@ from fedkl.rng import derive
 FEED_FORWARD: Final = (
     "closed-form", "peel", "shadow", "shadow-global", "shadow-label", "shadow-gradient",
     "retrieval", "retrieval-label", "retrieval-transport", "replay", "replay-matched",
+    "replay-relations",
 )  # fmt: skip
 TARGET: Final = 0  # the class that a crafting server fishes for
 COUNTED: Final = 1000  # public images by which the labels of batches are counted

@@ -52,6 +52,7 @@ ATTACKS: Final = (
     "dlg", "idlg", "inverting-gradients", "grnn", "ggl", "closed-form", "peel",
     "shadow", "shadow-global", "shadow-label", "shadow-gradient",
     "retrieval", "retrieval-label", "retrieval-transport", "replay", "replay-matched",
+    "replay-relations",
 )  # fmt: skip
 THREATS: Final = (
     "key-unknown", "key-regressed", "key-shared", "lock-gradient", "adaptive", "block-ignored",

@@ -3,6 +3,7 @@
 from fedkl.attacks.adaptive.crafting import Fishing, catch, craft
 from fedkl.attacks.adaptive.keys import GuessedKey, LockGradientKey, RegressedKey, read_key
 from fedkl.attacks.adaptive.replay import Replay
+from fedkl.attacks.adaptive.replay_relations import ReplayRelations
 from fedkl.attacks.adaptive.retrieval import Retrieval
 from fedkl.attacks.adaptive.shadow import Shadow
 from fedkl.attacks.adaptive.shadow_client import Public, train_secrets
@@ -22,6 +23,7 @@ __all__ = [
     "Public",
     "RegressedKey",
     "Replay",
+    "ReplayRelations",
     "Retrieval",
     "Shadow",
     "Start",

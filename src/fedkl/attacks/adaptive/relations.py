@@ -1,0 +1,210 @@
+"""What secrets cannot scramble: how large a gradient is, and how it lies to other gradients.
+
+However a client's secrets turn its features, an image that the model gets wrong has a large
+gradient, and two images that are wrong in the same way have gradients that point alike. Both are
+much the same for every client of the federation, a shadow included, so they need no rotation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, pad
+
+from fedkl.attacks.adaptive.sketch import Sketch, Tensors
+
+SAME: Final = 0.999
+"""How far a victim is taken to agree with a client that has its secrets."""
+_LIMIT: Final = 6.0  # deviations; what is farther off counts no more
+_FEW: Final = 100  # pairs of two classes; with fewer, all pairs like them are taken together
+_SUBSET: Final = 600  # public images whose pairs are looked at
+_TURNS: Final = 30
+_DAMPING: Final = 0.5
+_WEIGHT: Final = 0.3  # of one pair: pairs that share an image do not tell as much as their number
+_SMALLEST: Final = 1e-30
+
+
+class SizedSketch(Sketch):
+    """A sketch of unit length, with the logarithm of the gradient's size in front of it."""
+
+    def __call__(self, gradients: Tensors) -> Tensor:
+        """(N, 1 + length) of gradients by name, each (N, *shape)."""
+        parts = [gradients[name].flatten(1).double().norm(dim=1) for name in self.names]
+        size = torch.stack(parts).norm(dim=0).clamp_min(_SMALLEST).log()
+        sketch = super().__call__(gradients)
+        return torch.cat([size[:, None].to(sketch.dtype), normalize(sketch, dim=1)], dim=1)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a quantity is distributed, and how far a victim's follows the mean of the shadows'.
+
+    Attributes:
+        mean, deviation: Of one client's.
+        spread: Deviation of the mean over the shadows.
+        follows: Correlation of a victim's with that mean, above 0 and below 1.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    spread: Tensor
+    follows: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, *, same: bool) -> Agreement:
+        """From the same things as every shadow sees them, (shadows, n).
+
+        With one shadow nothing tells how far two clients agree; it has the victim's secrets
+        (``same``), or a correlation of one half is assumed.
+        """
+        deviation = values.std(dim=1).mean().clamp_min(_SMALLEST)
+        mean = values.mean()
+        together = values.mean(dim=0)
+        if same or len(values) == 1:
+            follows = values.new_tensor(SAME if same else 0.5)
+        else:
+            count = len(values)
+            pairwise = (torch.corrcoef(values).sum() - count) / (count * (count - 1))
+            one = pairwise.nan_to_num(0.0).clamp(0.01, SAME)
+            follows = one * (count / (1 + (count - 1) * one)).sqrt()  # Spearman and Brown
+        return cls(mean, deviation, together.std().clamp_min(_SMALLEST), follows.clamp(max=SAME))
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Agreement]) -> Agreement:
+        """Several at once, (len(parts),)."""
+        names = ("mean", "deviation", "spread", "follows")
+        return cls(*(torch.stack([getattr(one, name) for one in parts]) for name in names))
+
+    def __getitem__(self, index: tuple[Tensor, ...] | Tensor) -> Agreement:
+        return Agreement(
+            self.mean[index], self.deviation[index], self.spread[index], self.follows[index]
+        )
+
+    def likelihood(self, seen: Tensor, expected: Tensor) -> Tensor:
+        """Logarithm, up to a constant, of seeing ``seen`` where the shadows have ``expected``.
+
+        Bivariate normal; attributes, ``seen`` and ``expected`` broadcast.
+        """
+        z = ((seen - self.mean) / self.deviation).clamp(-_LIMIT, _LIMIT)
+        wanted = ((expected - self.mean) / self.spread).clamp(-_LIMIT, _LIMIT)
+        return -(z - self.follows * wanted).square() / (2 * (1 - self.follows.square()))
+
+
+class Relations:
+    """What several shadows expect of sizes and pairs, and which candidates explain the victims.
+
+    Args:
+        sides: Of every shadow, what it gives away of the public images, (M, 1 + k), as
+            :class:`SizedSketch` gives it.
+        labels: Of these (M,).
+        num_classes: Number of labels.
+        same: Whether the only shadow has the victim's secrets.
+    """
+
+    def __init__(
+        self, sides: Sequence[Tensor], labels: Tensor, num_classes: int, *, same: bool
+    ) -> None:
+        sizes = torch.stack([side[:, 0] for side in sides])
+        classes = [(labels == k).nonzero().flatten() for k in range(num_classes)]
+        every = Agreement.of(sizes, same=same)
+        self.sizes = Agreement.stacked(
+            [Agreement.of(sizes[:, own], same=same) if len(own) > 4 else every for own in classes]
+        )
+        few = max(2, _SUBSET // max(1, sum(len(own) > 0 for own in classes)))
+        rows = torch.cat([own[:few] for own in classes])
+        self.pairs = self._pairs(
+            torch.stack([side[rows, 1:] for side in sides]), labels[rows], same
+        )
+
+    def _pairs(self, sides: Tensor, labels: Tensor, same: bool) -> dict[str, Agreement]:
+        """For pairs of one class and of two, by class: of cosines between public images."""
+        cosines = sides @ sides.transpose(1, 2)
+        apart = ~torch.eye(len(labels), dtype=torch.bool)
+        alike = labels[:, None] == labels[None]
+        return {
+            "one": self._by_class(cosines, labels, apart & alike, same),
+            "two": self._by_class(cosines, labels, apart & ~alike, same),
+        }
+
+    def _by_class(self, cosines: Tensor, labels: Tensor, among: Tensor, same: bool) -> Agreement:
+        count = int(labels.max()) + 1
+        if int(among.sum()) < 3:
+            nothing = cosines.new_tensor(0.0)
+            none = Agreement(nothing, nothing + 1, nothing + 1, nothing + 0.01)
+            return Agreement.stacked([none] * count * count)
+        every = Agreement.of(cosines[:, among], same=same)
+        found = []
+        for first in range(count):
+            for second in range(count):
+                here = among & (labels == first)[:, None] & (labels == second)[None]
+                enough = int(here.sum()) >= _FEW
+                found.append(Agreement.of(cosines[:, here], same=same) if enough else every)
+        return Agreement.stacked(found)
+
+    def by_size(self, seen: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
+        """How likely each candidate is by the size of the victim's gradient: (T, K).
+
+        Args:
+            seen: What the victims gave away, (T, 1 + k).
+            labels: Theirs (T,).
+            candidates: The same of their candidates by every shadow, (T, K, shadows, 1 + k); of
+                one victim for all, (1, K, shadows, 1 + k).
+        """
+        expected = candidates[..., 0].mean(dim=2)
+        own = self.sizes[labels[:, None]]
+        return own.likelihood(seen[:, :1], expected)
+
+    def together(self, seen: Tensor, labels: Tensor, candidates: Sequence[Tensor]) -> list[Tensor]:
+        """The same by sizes and by pairs of victims under one lock, all candidates weighed at once.
+
+        Mean-field: everybody's candidates are probable by their size and by how they lie to
+        everybody else's, and that in turn is taken with how probable these are.
+
+        Args:
+            seen, labels: As of :meth:`by_size`, of victims under one lock.
+            candidates: Of each of them, (K, shadows, 1 + k), K its own.
+
+        Returns:
+            Of each, (K,).
+        """
+        sizes = [len(rows) for rows in candidates]
+        most = max(sizes)
+        rows = torch.stack([pad(x, (0, 0, 0, 0, 0, most - len(x))) for x in candidates])
+        there = torch.arange(most)[None] < torch.tensor(sizes)[:, None]
+        alone = self.by_size(seen, labels, rows).masked_fill(~there, -torch.inf)
+        belief = there.to(alone.dtype) / there.sum(dim=1, keepdim=True)
+        score = alone
+        if len(seen) > 1:
+            tells = self._tells(seen, labels, _cosines(rows[..., 1:]))
+            for _ in range(_TURNS):
+                score = alone + _WEIGHT * torch.einsum("iajb,jb->ia", tells, belief)
+                belief = _DAMPING * belief + (1 - _DAMPING) * score.softmax(dim=1)
+        return [one[:size] for one, size in zip(score, sizes, strict=True)]
+
+    def _tells(self, seen: Tensor, labels: Tensor, expected: Tensor) -> Tensor:
+        """Of every pair of candidates of two victims, how likely it is: (T, K, T, K)."""
+        own = seen[:, 1:] @ seen[:, 1:].T
+        alike = labels[:, None] == labels[None]
+        count = int(len(self.pairs["one"].mean) ** 0.5)
+        place = (labels[:, None] * count + labels[None]).clamp(max=count * count - 1)
+        one, two = self.pairs["one"][place], self.pairs["two"][place]
+        parts = zip(vars(one).values(), vars(two).values(), strict=True)
+        law = Agreement(*(torch.where(alike, a, b)[:, None, :, None] for a, b in parts))
+        tells = law.likelihood(own[:, None, :, None], expected)
+        everyone = torch.arange(len(seen))
+        tells[everyone, :, everyone, :] = 0.0
+        return tells
+
+
+def _cosines(rows: Tensor) -> Tensor:
+    """Of candidates (T, K, shadows, k) at unit length, over the shadows: (T, K, T, K)."""
+    count, each, shadows, _ = rows.shape
+    flat = rows.flatten(0, 1)
+    cosines = torch.zeros(len(flat), len(flat), dtype=rows.dtype)
+    for shadow in range(shadows):
+        cosines += flat[:, shadow] @ flat[:, shadow].T
+    return (cosines / shadows).view(count, each, count, each)
