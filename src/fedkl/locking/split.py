@@ -152,9 +152,9 @@ def _place(tensor: Tensor) -> tuple[int, tuple[int, int]] | None:
     if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.numel():
         return None
     size = tensor.element_size()
-    low = tensor.storage_offset() * size
+    low = int(tensor.storage_offset()) * size
     sides = zip(tensor.shape, tensor.stride(), strict=True)
-    high = low + (1 + sum((n - 1) * step for n, step in sides)) * size
+    high = low + (1 + sum((int(n) - 1) * int(step) for n, step in sides)) * size
     return tensor.untyped_storage().data_ptr(), (low, high)
 
 
