@@ -77,3 +77,20 @@ def test_other_iterations_than_those_of_the_effort_are_told() -> None:
     assert "'quick'" in line
     assert "5 iterations" in small_audit(iterations=5).cost
     assert "iterations" not in small_audit().cost
+
+
+@pytest.mark.parametrize(
+    "defenses, holding, said",
+    [
+        (("channel",), ("channel",), "channel: this is about outsiders"),
+        (("channel", "pad"), ("channel", "pad"), "channel: this is about outsiders"),
+        (("channel",), (), ""),  # a leak needs no insider
+        (("fedbn",), ("fedbn",), ""),
+    ],
+)
+def test_a_channel_lock_that_holds_does_so_against_outsiders(
+    defenses: tuple[str, ...], holding: tuple[str, ...], said: str
+) -> None:
+    found = caveats(small_audit(defenses=defenses, **HARD), {}, 10, holding=holding)
+    assert len(found) == bool(said)
+    assert said in "".join(found)

@@ -125,3 +125,13 @@ def test_refused(case: str) -> None:
 
 def test_a_good_update_passes() -> None:
     check_update(updates(1)[0], updates(1)[0].tensors)
+
+
+def test_complex_tensors_are_averaged_and_looked_at_for_nan() -> None:
+    values = [torch.tensor([1 + 2j]), torch.tensor([4 - 4j])]
+    found = aggregate(Update(i, 1, "state", {"w": v}, 1 + i) for i, v in enumerate(values))
+    assert found["w"].dtype == torch.complex64
+    assert torch.allclose(found["w"], torch.tensor([3 - 2j]))
+    odd = Update(0, 1, "state", {"w": torch.tensor([complex(0, float("nan"))])}, 1)
+    with pytest.raises(UpdateError, match="NaN"):
+        check_update(odd, {"w": values[0]})

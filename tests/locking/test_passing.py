@@ -52,6 +52,21 @@ class Ways(nn.Module):
         return out
 
 
+class Remembering(Ways):
+    """A layer that runs last keeps a mean of the input, of which the output hears nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Identity()
+        self.last.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        out: Tensor = self.last(super().forward(x))
+        if self.training:
+            self.last.seen.copy_(x.mean())
+        return out
+
+
 class Encoder(nn.Module):
     """Token ids have no derivative; the embedding in the stem has."""
 
@@ -117,6 +132,7 @@ BYTES = ((255 * X).byte(), torch.arange(4) % 3)
         (lambda: Ways("frozen"), X),  # no gradient, but the next layer's gets to see it
         (lambda: Ways("rounded"), X),
         (lambda: Ways("auxiliary"), X),  # in train mode alone
+        (Remembering, X),
         (lambda: Functional(), TOKENS),
         (lambda: Bytes("branch"), BYTES),
         (lambda: Encoder(norm_first=True), TOKENS),

@@ -212,6 +212,18 @@ def SGD(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
+def test_what_lies_in_the_memory_of_a_private_layer_is_not_sent() -> None:
+    model = locked()
+    model[3].bias.data = model[0].bias.data
+    with pytest.raises(StateError, match=r"3\.bias lies in the same memory"):
+        shared_state(model)
+    plain = cnn()
+    plain[0].weight.data = plain[3].weight.data[:, :3]
+    with pytest.raises(StateError, match=r"3\.weight lies in the same memory"):
+        lock(plain, KEY, scheme="pad", example=X, inplace=True)
+    shared_state(lock(plain, KEY, scheme="pad", example=X))  # a copy has memory of its own
+
+
 def test_views_of_one_vector_are_sent_without_the_rest_of_it(tmp_path: Path) -> None:
     model = locked()
     vector_to_parameters(parameters_to_vector(model.parameters()), model.parameters())

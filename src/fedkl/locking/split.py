@@ -6,10 +6,11 @@ therefore carry a mark, and the split looks for the very tensors they hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -112,6 +113,12 @@ def _check(parts: Split, state: dict[str, Tensor], private: dict[int, Tensor]) -
             f"the model was changed since lock(): private tensors of shapes {missing[:4]} are not "
             f"in its state dict as they are. {_REMEDY}"
         )
+    if same := list(_overlapping(parts.shared, private.values())):
+        raise StateError(
+            f"{', '.join(same[:4])} lies in the same memory as something private (tied by .data or "
+            "by a view), so that it would be sent under that name. Give it memory of its own, or "
+            "make both one parameter, before lock()."
+        )
     if odd := [name for name in parts.shared if LOCK_NAME in name.split(".")]:
         raise StateError(
             f"the model was changed since lock(): {', '.join(odd[:4])} bears the name of a lock "
@@ -122,6 +129,33 @@ def _check(parts: Split, state: dict[str, Tensor], private: dict[int, Tensor]) -
             "two tensors of the model have the same name without its wrappers; wrap the whole "
             "model, or rename the layers before lock()."
         )
+
+
+def _overlapping(shared: Mapping[str, Tensor], private: Iterable[Tensor]) -> Iterator[str]:
+    """Names of shared tensors that lie in the memory of private ones.
+
+    Parts of one vector, as of ``vector_to_parameters``, do not.
+    """
+    taken: dict[int, list[tuple[int, int]]] = {}
+    for tensor in private:
+        if place := _place(tensor):
+            taken.setdefault(place[0], []).append(place[1])
+    for name, tensor in shared.items():
+        place = _place(tensor)
+        ends = taken.get(place[0], []) if place else []
+        if place and any(low < place[1][1] and place[1][0] < high for low, high in ends):
+            yield name
+
+
+def _place(tensor: Tensor) -> tuple[int, tuple[int, int]] | None:
+    """Address of the storage, and which bytes of it; None where there are none."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.numel():
+        return None
+    size = tensor.element_size()
+    low = int(tensor.storage_offset()) * size
+    sides = zip(tensor.shape, tensor.stride(), strict=True)
+    high = low + (1 + sum((int(n) - 1) * int(step) for n, step in sides)) * size
+    return tensor.untyped_storage().data_ptr(), (low, high)
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
