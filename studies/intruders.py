@@ -129,6 +129,15 @@ class Bench:
             seen.append(self._given_away(rows))
         return torch.cat(seen)
 
+    def shuffled(self) -> Tensor:
+        """What victims gave away, exchanged within classes: nobody can find anyone by it."""
+        seen, generator = self.seen.clone(), derive(0, "shuffled")
+        for label in range(self.first.num_classes):
+            rows = (self.labels == label).nonzero().flatten()
+            order = rows[torch.randperm(len(rows), generator=generator)]
+            seen[order] = self.seen[order.roll(1)]  # nobody's own
+        return seen
+
     def identified(self, images: Tensor) -> float:
         """Share of victims found among 100 of their class."""
         return _share(metrics.identified(images, self.truth, self.pool, self.decoys))

@@ -16,7 +16,6 @@ from fedkl.attacks.adaptive.replay import Replayed
 from fedkl.attacks.adaptive.shadow import Side, given_away
 from fedkl.attacks.adaptive.shadow_client import ShadowClient
 from fedkl.attacks.adaptive.shadow_decoder import Coordinates
-from fedkl.rng import derive
 
 WAYS = ("plain", "matched", "candidates")
 CLASSES = 10
@@ -72,15 +71,6 @@ class ReplayBench(Bench):
         everyone = torch.arange(len(seen))
         ways = {"plain": None, "matched": "matched", "candidates": "candidates"}
         return {name: self._rate(clients, seen, everyone, way) for name, way in ways.items()}
-
-    def shuffled(self) -> Tensor:
-        """What victims gave away, exchanged within classes: nobody can find anyone by it."""
-        seen, generator = self.seen.clone(), derive(0, "shuffled")
-        for label in range(CLASSES):
-            rows = (self.labels == label).nonzero().flatten()
-            order = rows[torch.randperm(len(rows), generator=generator)]
-            seen[order] = self.seen[order.roll(1)]  # nobody's own
-        return seen
 
     def _rate(
         self, clients: Sequence[Replayer], seen: Tensor, who: Tensor, way: str | None

@@ -1,0 +1,145 @@
+"""What a pad cannot hide: sizes of gradients and cosines among them: `python studies/relations.py`.
+
+Single images of one client, each in an update of its own, with `fedkl.attacks`' `replay-relations`:
+an attacker who trains four clients of its own, and asks which of 100 images of a class has a
+gradient of that size (*size*, one update), and lies so to those of the other victims under the same
+lock (*pairs*; *both*). Rows: a lock and a network; columns: how many images one lock has served.
+*Insider*: the attacker has another client's secrets besides. *Key*: it holds the victim's, the
+positive control. *Shuffled*: what victims gave away exchanged within their classes, so that there
+is nothing to find. *norm* has no secrets, *fedbn* and *open-pad* have private ones without a key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from accuracy import interval
+from breakpad import ROOT, Cell, trained
+from cells import provenance, run_cells, say, table, write
+
+FOUR = 4
+EPOCHS = 8
+COUNTS = (2, 4, 8, 16, 64)
+KINDS: dict[str, tuple[str, dict[str, Any], int, float]] = {  # network, lock, seeds, seconds
+    "lenet, pad": ("lenet", {"name": "pad"}, 3, 400.0),
+    "resnet20, pad": ("resnet20", {"name": "pad"}, 3, 800.0),
+    "lenet, channel": ("lenet", {"name": "channel"}, 1, 400.0),
+    "lenet, fedbn": ("lenet", {"name": "fedbn"}, 1, 400.0),
+    "lenet, open-pad": ("lenet", {"name": "open-pad", "head": True}, 1, 400.0),
+    "resnet20, pad behind stage 2": ("resnet20-deep", {"name": "pad"}, 1, 800.0),
+    "vit, pad": ("vit", {"name": "pad"}, 1, 800.0),
+    "lenet, norm": ("lenet", {"name": "norm"}, 1, 100.0),
+}
+
+
+def cells_of(arms: str | None, seeds: int | None, victims: int) -> dict[str, Cell]:
+    """One federation each, by name."""
+    names = arms.split(";") if arms else list(KINDS)
+    if strange := [name for name in names if name not in KINDS]:
+        raise SystemExit(f"got arms {strange}; expected some of {list(KINDS)}.")
+    cells = [
+        Cell("relations", name, lock, victims, seed, 4_000, FOUR, model)
+        for name, (model, lock, most, _) in KINDS.items()
+        if name in names
+        for seed in range(min(most, seeds or most))
+    ]
+    return {cell.name: cell for cell in cells}
+
+
+def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
+    """Attacks one federation in a process of its own."""
+    import torch
+    from replayers import RelationBench
+
+    torch.set_num_threads(1)
+    cell, scratch = job
+    started = time.process_time()
+    config, folder = trained(cell, Path(scratch))
+    bench = RelationBench(config, folder, cell.victims, public=cell.public, sketch=2048)
+    held = bench.sides(bench.held)
+    found: dict[str, Any] = {
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "victims": cell.victims,
+        "own_key": json.loads((folder / "summary.json").read_text())["accuracy"]["own_key"],
+        "key": bench.rates([held], (16,)),
+    }
+    if bench.network.secrets:
+        shadows = [bench.sides(bench.own(seed, EPOCHS)) for seed in range(cell.shadows)]
+        found["shadow"] = bench.rates(shadows, COUNTS)
+        found["insider"] = bench.rates([bench.sides(bench.inside()), *shadows], (16,))
+        bench.seen = bench.shuffled()
+        found["shuffled"] = bench.rates(shadows, (16,))
+    return {**found, "seconds": round(time.process_time() - started, 1)}
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The table."""
+    header = ["network, lock", "attacker", "1: size", "ways"]
+    header += [str(n) for n in COUNTS]
+    header += ["seeds"]
+    rows = []
+    for arm, cells in document["arms"].items():
+        for who in ("shadow", "insider", "key", "shuffled"):
+            mine = [cell[who] for cell in cells if who in cell]
+            for way in ("both", "pairs") if mine else ():
+                one = interval([m["1"]["size"] for m in mine]) if way == "both" else ""
+                many = [
+                    interval([m[str(n)][way] for m in mine]) if str(n) in mine[0] else "–"
+                    for n in COUNTS
+                ]
+                rows.append([arm, who, one, way, *many, str(len(mine))])
+    about = " ".join((__doc__ or "").split("\n\n")[1].split())
+    return "\n".join(
+        [
+            "# Sizes and relations: what a pad cannot hide\n",
+            f"`{document['command']}`, commit {document['commit']}, {document['date']}.\n",
+            about + "\n",
+            f"Percent of {document['victims']:,} images a federation, mean ± 95 % interval over "
+            "federations (Student's t). Chance: 1 %.\n",
+            table(header, rows) + "\n",
+        ]
+    )
+
+
+def main() -> None:
+    """Runs what is missing and writes results/relations.json and .md."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arms", help="separated by semicolons; others stay as they are")
+    parser.add_argument("--seeds", type=int, help="at most so many")
+    parser.add_argument("--victims", type=int, default=1000)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "relations")
+    args = parser.parse_args()
+    cells = cells_of(args.arms, args.seeds, args.victims)
+    costs = {name: KINDS[cell.arm][3] for name, cell in cells.items()}
+    cost = sum(costs.values()) / 60 / args.processes
+    say(f"cost: about {cost:.0f} minutes on {args.processes} idle cores")
+    found = run_cells(
+        {name: (cell, str(args.scratch)) for name, cell in cells.items()},
+        work,
+        args.scratch / "cells",
+        processes=args.processes,
+        costs=costs,
+    )
+    path = args.out / "relations.json"
+    arms = json.loads(path.read_text())["arms"] if path.exists() else {}
+    for arm in {cell.arm for cell in cells.values()}:
+        arms[arm] = [one for one in found.values() if one["arm"] == arm]
+    document = {
+        **provenance(f"python studies/relations.py --victims {args.victims}"),
+        "victims": args.victims,
+        "arms": {arm: arms[arm] for arm in KINDS if arm in arms},
+    }
+    write(path, document)
+    (args.out / "relations.md").write_text(markdown(document))
+    say(f"wrote {args.out / 'relations.md'}")
+
+
+if __name__ == "__main__":
+    main()
