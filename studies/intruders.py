@@ -132,7 +132,7 @@ class Bench:
     def shuffled(self) -> Tensor:
         """What victims gave away, exchanged within classes: nobody can find anyone by it."""
         seen, generator = self.seen.clone(), derive(0, "shuffled")
-        for label in range(self.first.num_classes):
+        for label in self.labels.unique().tolist():
             rows = (self.labels == label).nonzero().flatten()
             order = rows[torch.randperm(len(rows), generator=generator)]
             seen[order] = self.seen[order.roll(1)]  # nobody's own

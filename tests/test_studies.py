@@ -226,3 +226,24 @@ def test_an_attacker_of_many_images_may_take_each_by_itself() -> None:
     one = {"shadow": {"16": {"matched": 0.1, "candidates": 0.2}, "1": {"plain": 0.5},
                       "64": {"matched": 0.7, "candidates": 0.6}}}  # fmt: skip
     assert figures.curve([one, one], "shadow") == {1: [0.5] * 2, 16: [0.5] * 2, 64: [0.7] * 2}
+
+
+def test_sizes_and_relations_are_tabled_by_way_and_controls_are_planned() -> None:
+    import relations
+
+    assert {cell.arm for cell in relations.cells_of(None, None, 10).values()} == set(
+        relations.KINDS
+    )
+    assert len(relations.cells_of("lenet, pad", 2, 10)) == 2
+    with pytest.raises(SystemExit, match="got arms"):
+        relations.cells_of("lenet", None, 10)
+    rates = {"1": {"size": 0.02}, "16": {"pairs": 0.05, "both": 0.08}}
+    cells = [{"key": rates, "shadow": rates, "insider": rates, "shuffled": rates}] * 2
+    document = {
+        "command": "c", "commit": "a", "date": "d", "victims": 10, "arms": {"lenet, pad": cells},
+    }  # fmt: skip
+    text = relations.markdown(document)
+    assert (
+        "| lenet, pad | shadow | 2.0 ± 0.0 | both | – | – | – | 8.0 ± 0.0 | – | 2 |" in text
+        and "| lenet, pad | shadow |  | pairs | – | – | – | 5.0 ± 0.0 | – | 2 |" in text
+    )
