@@ -29,7 +29,11 @@ def test_nothing_is_said_of_what_was_not_trained(accuracy: dict[str, None]) -> N
     assert caveats(small_audit(), accuracy, 10) == []
 
 
-HARD = {"attacks": ("dlg", "replay-matched"), "images": 1000, "effort": "standard"}
+HARD = {
+    "attacks": ("dlg", "replay-matched", "replay-relations"),
+    "images": 1000,
+    "effort": "standard",
+}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,8 @@ HARD = {"attacks": ("dlg", "replay-matched"), "images": 1000, "effort": "standar
         ({"defenses": ("pad",), **HARD, "images": 999}, "hardest"),
         ({"defenses": ("pad",), **HARD, "effort": "quick"}, "--effort standard"),
         ({"defenses": ("pad",), **HARD, "attacks": ("retrieval-transport",)}, "--images 1000"),
+        ({"defenses": ("pad",), **HARD, "attacks": ("replay-matched",)}, "replay-relations on few"),
+        ({"defenses": ("pad",), **HARD, "attacks": ("replay-relations",)}, "half of 1000"),
         ({"defenses": ("pad",), **HARD, "threats": ("crafting",)}, "hardest"),
         ({"defenses": ("pad",), "batch_size": 8}, "these are of 8"),
         ({"defenses": ("channel",)}, ""),
@@ -57,6 +63,7 @@ def test_a_pad_that_was_not_tested_the_hardest_way_is_said_so(
 @pytest.mark.parametrize(
     "attack, threat, said",
     [("replay-matched", "adaptive", True), ("replay-matched", "key-shared", False),
+     ("replay-relations", "adaptive", True),
      ("dlg", "adaptive", False)],
 )  # fmt: skip
 def test_hardest_test_that_could_not_be_mounted_is_none(

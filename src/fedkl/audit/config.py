@@ -50,7 +50,12 @@ class AuditConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     defenses: tuple[str, ...] = ("none", "norm", "fedbn", "channel", "pad")
-    attacks: tuple[str, ...] = ("inverting-gradients", "shadow-label", "replay")
+    attacks: tuple[str, ...] = (
+        "inverting-gradients",
+        "shadow-label",
+        "replay",
+        "replay-relations",
+    )
     threats: tuple[str, ...] = ("adaptive",)
     stage: str = "final"
     images: int = 20

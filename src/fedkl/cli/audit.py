@@ -49,7 +49,7 @@ def audit(
     ] = DEFENDED,
     attacks: Annotated[
         str, typer.Option(help=f"With commas, or all, of: {', '.join(ATTACKS)}.")
-    ] = "inverting-gradients,shadow-label,replay",
+    ] = "inverting-gradients,shadow-label,replay,replay-relations",
     threats: Annotated[
         str, typer.Option(help=f"With commas, or all, of: {', '.join(THREATS)}.")
     ] = "adaptive",

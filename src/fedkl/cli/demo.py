@@ -172,7 +172,7 @@ def _arm(name: str, config: RunConfig, folder: Path, bundle: DataBundle) -> dict
 
 
 def _audit(configs: Mapping[str, RunConfig], folder: Path, *, quick: bool) -> dict[str, Any]:
-    """What these updates leak: to a search, a shadow client and a replay, with all controls."""
+    """What these updates leak: to a search, a shadow client and two replays, with all controls."""
     from fedkl.audit import AuditConfig, run_audit
     from fedkl.report import write_audit_page
 
@@ -180,7 +180,7 @@ def _audit(configs: Mapping[str, RunConfig], folder: Path, *, quick: bool) -> di
     config = AuditConfig(
         run=configs[arms["pad"]],
         defenses=tuple(arms),
-        attacks=("inverting-gradients", "shadow-label", "replay"),
+        attacks=("inverting-gradients", "shadow-label", "replay", "replay-relations"),
         images=QUICK_VICTIMS if quick else VICTIMS,
         effort="quick",
         candidates=100 if configs[arms["pad"]].data.dataset == "fashion-mnist" else 10,
