@@ -3,7 +3,7 @@
 Single images of one client, each in an update of its own, with `fedkl.attacks`' `replay-relations`:
 an attacker who trains four clients of its own, and asks which of 100 images of a class has a
 gradient of that size (*size*, one update), and lies so to those of the other victims under the same
-lock (*pairs*; *both*). Rows: a lock and a network; columns: how many images one lock has served.
+lock (*pairs*; *both*). Rows: a lock and a network; columns: how many images one lock has served (64: the first half of the images).
 *Insider*: the attacker has another client's secrets besides. *Key*: it holds the victim's, the
 positive control. *Shuffled*: what victims gave away exchanged within their classes, so that there
 is nothing to find. *norm* has no secrets, *fedbn* and *open-pad* have private ones without a key.
@@ -23,7 +23,7 @@ from cells import provenance, run_cells, say, table, write
 
 FOUR = 4
 EPOCHS = 8
-COUNTS = (2, 4, 8, 16, 64)
+COUNTS = (2, 4, 16, 64)
 KINDS: dict[str, tuple[str, dict[str, Any], int, float]] = {  # network, lock, seeds, seconds
     "lenet, pad": ("lenet", {"name": "pad"}, 3, 400.0),
     "resnet20, pad": ("resnet20", {"name": "pad"}, 3, 800.0),
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arms", help="separated by semicolons; others stay as they are")
     parser.add_argument("--seeds", type=int, help="at most so many")
-    parser.add_argument("--victims", type=int, default=1000)
+    parser.add_argument("--victims", type=int, default=640)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "relations")

@@ -243,5 +243,5 @@ def test_sizes_and_relations_are_tabled_by_way_and_controls_are_planned() -> Non
         "command": "c", "commit": "a", "date": "d", "victims": 10, "arms": {"lenet, pad": cells},
     }  # fmt: skip
     text = relations.markdown(document)
-    assert "| lenet, pad | shadow | 2.0 ± 0.0 | both | – | – | – | 8.0 ± 0.0 | – | 2 |" in text
-    assert "| lenet, pad | shadow |  | pairs | – | – | – | 5.0 ± 0.0 | – | 2 |" in text
+    assert "| lenet, pad | shadow | 2.0 ± 0.0 | both | – | – | 8.0 ± 0.0 | – | 2 |" in text
+    assert "| lenet, pad | shadow |  | pairs | – | – | 5.0 ± 0.0 | – | 2 |" in text

@@ -161,8 +161,7 @@ class Relations:
     def together(self, seen: Tensor, labels: Tensor, candidates: Sequence[Tensor]) -> list[Tensor]:
         """The same by sizes and by pairs of victims under one lock, all candidates weighed at once.
 
-        Mean-field: everybody's candidates are probable by their size and by how they lie to
-        everybody else's, and that in turn is taken with how probable these are.
+        By :func:`settled`.
 
         Args:
             seen, labels: As of :meth:`by_size`, of victims under one lock.
@@ -175,18 +174,17 @@ class Relations:
         most = max(sizes)
         rows = torch.stack([pad(x, (0, 0, 0, 0, 0, most - len(x))) for x in candidates])
         there = torch.arange(most)[None] < torch.tensor(sizes)[:, None]
-        alone = self.by_size(seen, labels, rows).masked_fill(~there, -torch.inf)
-        belief = there.to(alone.dtype) / there.sum(dim=1, keepdim=True)
-        score = alone
+        score = self.by_size(seen, labels, rows).masked_fill(~there, -torch.inf)
         if len(seen) > 1:
-            tells = self._tells(seen, labels, _cosines(rows[..., 1:]))
-            for _ in range(_TURNS):
-                score = alone + _WEIGHT * torch.einsum("iajb,jb->ia", tells, belief)
-                belief = _DAMPING * belief + (1 - _DAMPING) * score.softmax(dim=1)
+            score = settled(score, self.by_pairs(seen, labels, rows))
         return [one[:size] for one, size in zip(score, sizes, strict=True)]
 
-    def _tells(self, seen: Tensor, labels: Tensor, expected: Tensor) -> Tensor:
-        """Of every pair of candidates of two victims, how likely it is: (T, K, T, K)."""
+    def by_pairs(self, seen: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
+        """How likely each pair of candidates is by the cosine of two gradients: (T, K, T, K).
+
+        0 for two candidates of one victim. Arguments as of :meth:`by_size`.
+        """
+        expected = _cosines(candidates[..., 1:])
         own = seen[:, 1:] @ seen[:, 1:].T
         alike = labels[:, None] == labels[None]
         count = int(len(self.pairs["one"].mean) ** 0.5)
@@ -198,6 +196,20 @@ class Relations:
         everyone = torch.arange(len(seen))
         tells[everyone, :, everyone, :] = 0.0
         return tells
+
+
+def settled(alone: Tensor, pairs: Tensor) -> Tensor:
+    """What is left of ``alone`` (T, K) when everybody's candidates are weighed by ``pairs``.
+
+    Mean-field: how probable a candidate is is taken with how probable the others' are.
+    ``pairs`` (T, K, T, K); -inf in ``alone`` is no candidate.
+    """
+    score, belief = alone, alone.isfinite().to(alone.dtype)
+    belief = belief / belief.sum(dim=1, keepdim=True)
+    for _ in range(_TURNS):
+        score = alone + _WEIGHT * torch.einsum("iajb,jb->ia", pairs, belief)
+        belief = _DAMPING * belief + (1 - _DAMPING) * score.softmax(dim=1)
+    return score
 
 
 def _cosines(rows: Tensor) -> Tensor:
