@@ -3,10 +3,11 @@
 Single images of one client, each in an update of its own, with `fedkl.attacks`' `replay-relations`:
 an attacker who trains four clients of its own, and asks which of 100 images of a class has a
 gradient of that size (*size*, one update), and lies so to those of the other victims under the same
-lock (*pairs*; *both*). Rows: a lock and a network; columns: how many images one lock has served (64: the first half of the images).
-*Insider*: the attacker has another client's secrets besides. *Key*: it holds the victim's, the
-positive control. *Shuffled*: what victims gave away exchanged within their classes, so that there
-is nothing to find. *norm* has no secrets, *fedbn* and *open-pad* have private ones without a key.
+lock (*pairs*; *both*). Rows: a lock and a network; columns: how many images one lock has served
+(64: the first half of the images). *Insider*: the attacker has another client's secrets besides.
+*Key*: it holds the victim's, the positive control. *Shuffled*: what victims gave away exchanged
+within their classes, so that there is nothing to find. *norm* has no secrets, *fedbn* and
+*open-pad* have private ones without a key.
 """
 
 from __future__ import annotations

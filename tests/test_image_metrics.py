@@ -342,6 +342,12 @@ REFUSALS: list[tuple[str, Callable[[], object]]] = [
     (r"within \[-1, 1\]", lambda: metrics.success(torch.tensor([math.nan]))),
     (r"within \[-1, 1\]", lambda: metrics.success(torch.tensor([60.0]))),
     (r"expected \(N,\)", lambda: metrics.success(torch.tensor(0.5))),
+    ("as ndarray; expected a torch.Tensor", lambda: metrics.ssim(GOOD.numpy(), GOOD)),  # type: ignore[arg-type]
+    ("targets as list", lambda: metrics.mse(GOOD, GOOD.tolist())),  # type: ignore[arg-type]
+    ("SSIM values as list", lambda: metrics.success([0.5])),  # type: ignore[arg-type]
+    ("a floor as list", lambda: metrics.advantage(torch.zeros(2), [0.0, 0.0])),  # type: ignore[arg-type]
+    ("labels as list", lambda: metrics.class_mean_floor(GOOD, LABELS, [1])),  # type: ignore[arg-type]
+    ("decoys as list", lambda: metrics.identified(GOOD, GOOD, GOOD, [[1], [0]])),  # type: ignore[arg-type]
     ("threshold", lambda: metrics.success(torch.tensor([0.5]), 60)),
     ("label 3", lambda: metrics.class_mean_floor(GOOD, LABELS, torch.tensor([1, 3]))),
     (r"\(2,\)", lambda: metrics.class_mean_floor(GOOD, LABELS[:1], LABELS)),

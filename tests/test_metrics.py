@@ -37,6 +37,11 @@ def test_shapes_that_would_broadcast_are_refused(shape: tuple[int, ...]) -> None
         count_correct(torch.zeros(2, 3), torch.zeros(shape, dtype=torch.int64))
 
 
+def test_arrays_are_refused_by_name() -> None:
+    with pytest.raises(DataError, match="logits as ndarray"):
+        accuracy(np.zeros((2, 3)), np.zeros(2))  # type: ignore[arg-type]
+
+
 def test_accuracy_of_nothing_is_refused() -> None:
     with pytest.raises(DataError, match="no examples"):
         accuracy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))

@@ -8,6 +8,7 @@ expected and what to do next; the command line prints it on one line and exits w
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Final
 
@@ -85,7 +86,30 @@ class OutputError(FedKLError, OSError):
     """A folder or file cannot be written."""
 
 
+LARGEST: Final = 1e30
+"""Rates and scales end here: float32 ends at 3e38, and torch raises on scalars beyond it."""
 _LISTED: Final = 100
+
+
+def check_positive(what: str, value: float) -> None:
+    """Refuses a rate or scale that float32 arithmetic could do nothing with.
+
+    Raises:
+        ConfigError: ``value`` is not a positive number of at most 1e30.
+    """
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{what} must be a positive number, got {value}.")
+    check_size(what, value)
+
+
+def check_size(what: str, value: float) -> None:
+    """Refuses a number that is too large for float32 arithmetic.
+
+    Raises:
+        ConfigError: ``value`` is above 1e30.
+    """
+    if value > LARGEST:
+        raise ConfigError(f"{what} must be a number of at most {LARGEST:g}, got {value}.")
 
 
 def unknown(kind: str, got: str, choices: Iterable[str]) -> str:

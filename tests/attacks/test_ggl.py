@@ -191,6 +191,8 @@ def test_generators_that_do_not_fit(victims: tuple[list[Observation], Tensor, Te
         {"search": "random"},
         {"lr": 0.0},
         {"kl": -1.0},
+        {"kl": float("nan")},
+        {"lr": float("nan")},
         {"spread": 0.0},
         {"population": 2},
         {"secret_lr": 0.0},

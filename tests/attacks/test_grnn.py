@@ -195,6 +195,8 @@ def test_maps_double() -> None:
         {"lr": 0.0},
         {"secret_lr": -1.0},
         {"tv": -1.0},
+        {"tv": float("nan")},
+        {"lr": float("nan")},
         {"momentum": 1.0},
         {"width": 0},
         {"latent": 0},

@@ -11,7 +11,7 @@ from attackhelp import CLASSES, images, observe, tiny, uniform
 from torch import Tensor, nn
 
 from fedkl.attacks import Peel
-from fedkl.errors import AttackError
+from fedkl.errors import AttackError, ConfigError
 from fedkl.key import Key
 from fedkl.locking import lock, lock_spec, shared_state
 from fedkl.locking.rebuild import rebuild, secret_names
@@ -111,6 +111,12 @@ def test_lock_per_position_stops_it(victims: tuple[Tensor, Tensor]) -> None:
     found = Peel().reconstruct(observations, generator=derive(0, "a"))
     made = torch.cat([one.images[0] for one in found])
     assert float(ssim_aligned(made, x).max()) < 0.5
+
+
+@pytest.mark.parametrize("name", ["coarse", "fine"])
+def test_settings_out_of_range_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} 0.*expected 1 or more"):
+        Peel(**{name: 0})
 
 
 def test_equations_that_do_not_hold_are_said(victims: tuple[Tensor, Tensor]) -> None:

@@ -32,6 +32,12 @@ def test_lbfgs_gets_further_than_adam_on_the_same_loss_and_iterations() -> None:
     assert loss < loss_adam / 10
 
 
+@pytest.mark.parametrize("name", ["lr", "tv"])
+def test_settings_that_are_no_numbers_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} nan"):
+        InvertingGradients(**{name: float("nan")})  # type: ignore[arg-type]
+
+
 def test_optimizers_that_do_not_go_together() -> None:
     with pytest.raises(ConfigError, match=r"signed=False"):
         InvertingGradients(optimizer="l-bfgs")

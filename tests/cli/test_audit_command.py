@@ -129,6 +129,7 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("update: zero", with_(UPDATE, "--config", "{tmp}/zero.toml"), ["batch_size", "at least 1"]),
     ("update: labels", with_(UPDATE, "--config", "{tmp}/labels.toml"), ["2 labels", "1 images"]),
     ("update: class", with_(UPDATE, "--config", "{tmp}/class.toml"), ["labels [4]", "0 … 3"]),
+    ("update: rate", with_(UPDATE, "--config", "{tmp}/huge.toml"), ["lr must be a number of at"]),
     ("update: momentum", with_(UPDATE, "--config", "{tmp}/momentum.toml"), ["momentum must be 0"]),
     ("update: nesterov", with_(UPDATE, "--config", "{tmp}/nesterov.toml"),
      ["nesterov needs a momentum above 0", "nesterov = false"]),

@@ -39,6 +39,7 @@ def write_update_files(tmp_path: Path) -> Path:
     (tmp_path / "labels.toml").write_text(STEPS + "labels = [1, 2]\n")
     (tmp_path / "class.toml").write_text(STEPS + "labels = [4]\n")
     (tmp_path / "momentum.toml").write_text(STEPS + "momentum = -0.5\n")
+    (tmp_path / "huge.toml").write_text(STEPS.replace("= 0.1", "= 1e40"))
     (tmp_path / "nesterov.toml").write_text(STEPS + "nesterov = true\n")
     save_file({"images": 255 * x}, tmp_path / "bright.safetensors")
     save_file({"images": x.repeat(2, 1, 1, 1)}, tmp_path / "two.safetensors")

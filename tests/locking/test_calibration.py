@@ -48,6 +48,7 @@ def test_a_loader_of_inputs_and_labels_gives_the_inputs() -> None:
         ([IMAGE, IMAGE / 0.0], "NaN or infinity"),
         ([IMAGE * 1e38], "statistics on these batches"),
         ([IMAGE, "x"], "tensor, a dict of them, or"),
+        ([{"nothing": IMAGE}], r"does not take a batch.*unexpected keyword.*given it. Pass"),
         ([()], "tensor, a dict of them, or"),
         (IMAGE, r"pass a list of them \(\[x\] for one\)"),
         (None, "got NoneType"),
@@ -61,6 +62,24 @@ def test_what_is_no_use_changes_nothing(batches: Iterable[Any], message: str) ->
         calibrate(model, batches)
     assert all(torch.equal(t, before[n]) for n, t in model.named_buffers())
     assert model.training
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SMALL["batch"][0]()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = self.net(x * mask)
+        return out
+
+
+def test_a_model_of_several_inputs_is_told_to_take_them_by_name() -> None:
+    mask = torch.ones_like(IMAGE)
+    model = lock(Masked(), KEY, example=(IMAGE, mask))
+    with pytest.raises(DataError, match=r"mask.*first part of a tuple.*dict by argument name"):
+        calibrate(model, [(IMAGE, mask)])
+    calibrate(model, [{"x": IMAGE, "mask": mask}])
 
 
 def test_a_model_without_a_lock_is_an_error_but_for_the_engine() -> None:

@@ -298,6 +298,8 @@ def test_to_moves_the_key_along(dtype: torch.dtype) -> None:
         ({"gain": 0.0}, "gain must be a positive number, got 0.0"),
         ({"shift_spread": -0.1}, "shift_spread must be a number from 0, got -0.1"),
         ({"spread": float("nan")}, "positive number"),
+        ({"gain": 1e40}, "gain must be a number of at most"),
+        ({"shift_spread": 1e40}, "shift_spread must be a number of at most"),
         ({"sprad": 1.0}, "Did you mean 'spread'"),
         ({"scheme": "chanel"}, "Did you mean 'channel'"),
         ({"norm": "bach", "layers": "0"}, "Did you mean 'batch'"),

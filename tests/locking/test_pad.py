@@ -516,6 +516,7 @@ def test_another_input_size_is_an_error() -> None:
         ({"learned": "positions"}, "position"),
         ({"spread": 0.0}, "positive"),
         ({"spread": math.inf}, "positive"),
+        ({"spread": 1e40}, "spread must be a number of at most"),
         ({"max_length": 0}, "at least 1"),
         ({"spred": 1.0}, "spread"),
     ],

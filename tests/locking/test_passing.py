@@ -206,7 +206,8 @@ def test_renewal_drops_momentum_of_what_starts_again() -> None:
         model(X).square().sum().backward()
         optimizer.step()
     renew(model, KEY, 1, optimizer=optimizer)
-    optimizer.zero_grad(set_to_none=False)
+    for parameter in model.parameters():  # momentum alone moves them
+        parameter.grad = torch.zeros_like(parameter)
     kept = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
     moved = {
@@ -214,6 +215,16 @@ def test_renewal_drops_momentum_of_what_starts_again() -> None:
     }
     assert not any(m for n, m in moved.items() if "learned" in n)
     assert moved["fc.weight"]  # others go on
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_renewal_drops_accumulated_gradients_of_what_starts_again(keep: bool) -> None:
+    model = lock(Ways(), KEY, scheme="pad", example=X).train()
+    model(X).square().sum().backward()
+    renew(model, KEY, 1, keep_learned=keep)
+    left = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert any("learned" in n for n in left) is keep
+    assert "fc.weight" in left  # others go on
 
 
 class Beside(nn.Module):

@@ -84,7 +84,8 @@ class GGL(GradientMatching):
         )
         if search not in SEARCHES:
             raise ConfigError(unknown("search of ggl", search, SEARCHES))
-        if min(lr, spread, secret_lr) <= 0 or kl < 0 or (population or 4) < 4:
+        positive = lr > 0 and spread > 0 and secret_lr > 0  # NaN is not
+        if not (positive and kl >= 0) or (population or 4) < 4:
             raise ConfigError(
                 f"got lr {lr}, spread {spread}, secret_lr {secret_lr}, kl {kl}, population "
                 f"{population}; expected the first three > 0, kl >= 0, a population of 4 or more."

@@ -122,7 +122,7 @@ class GRNN(GradientMatching):
             width=width,
             secret_lr=secret_lr,
         )
-        if min(lr, secret_lr) <= 0 or tv < 0 or not 0 <= momentum < 1:
+        if not (lr > 0 and secret_lr > 0 and tv >= 0 and 0 <= momentum < 1):  # NaN is none of it
             raise ConfigError(
                 f"got lr {lr}, secret_lr {secret_lr}, tv {tv}, momentum {momentum}; "
                 "expected rates > 0, tv >= 0, momentum in [0, 1)."

@@ -33,7 +33,7 @@ from torch.nn.grad import conv2d_input
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.labels import classifier, infer_labels
 from fedkl.attacks.network import Network
-from fedkl.errors import AttackError
+from fedkl.errors import AttackError, ConfigError
 from fedkl.observation import Observation
 
 # In float64: the smallest singular value has to stand out of rounding.
@@ -88,14 +88,16 @@ class Peel(Attack):
     [0, 1].
 
     Args:
-        coarse: Lengths of a null vector that are tried before the best is refined.
-        fine: Evaluations of the refinement.
+        coarse: Lengths of a null vector that are tried before the best is refined, at least 1.
+        fine: Evaluations of the refinement, at least 1.
     """
 
     name: ClassVar[str] = "peel"
 
     def __init__(self, *, coarse: int = 16, fine: int = 16) -> None:
         super().__init__(coarse=coarse, fine=fine)
+        if min(coarse, fine) < 1:
+            raise ConfigError(f"got coarse {coarse}, fine {fine}; expected 1 or more of each.")
         self.coarse, self.fine = coarse, fine
 
     def reconstruct(

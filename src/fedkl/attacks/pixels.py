@@ -56,7 +56,7 @@ class PixelMatching(GradientMatching):
             deviation=deviation,
             box=box,
         )
-        if lr <= 0 or tv < 0 or deviation < 0:
+        if not (lr > 0 and tv >= 0 and deviation >= 0):  # NaN is none of it
             raise ConfigError(
                 f"got lr {lr}, tv {tv}, deviation {deviation}; expected lr > 0, the others >= 0."
             )

@@ -28,7 +28,7 @@ from fedkl.attacks.adaptive import adaptive_for
 from fedkl.audit.arsenal import Arsenal
 from fedkl.audit.measure import number
 from fedkl.audit.pictures import save_png
-from fedkl.errors import AttackError, ConfigError, StateError, unknown
+from fedkl.errors import LARGEST, AttackError, ConfigError, StateError, check_positive, unknown
 from fedkl.federation.config import check_nesterov
 from fedkl.files import make_folder, write_json
 from fedkl.locking import LockSpec, copy_state, shared_views, state_problems
@@ -69,16 +69,19 @@ class UpdateConfig:
         for name in ("num_classes", "channels", "image_size", "batch_size", "local_steps"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
-        if self.lr is not None and not 0 < self.lr < float("inf"):
-            raise ConfigError(f"lr must be a positive number, got {self.lr}.")
+        if self.lr is not None:
+            check_positive("lr", self.lr)
         if self.lr is None and (self.local_steps > 1 or self.momentum or self.weight_decay):
             raise ConfigError(
                 "lr is needed to repeat several steps, momentum or weight decay; set lr in the "
                 "file of steps."
             )
         for name in ("momentum", "weight_decay"):
-            if not 0 <= (rate := getattr(self, name)) < (1 if name == "momentum" else float("inf")):
-                raise ConfigError(f"{name} must be 0 or more (momentum below 1), got {rate}.")
+            if not 0 <= (rate := getattr(self, name)) < (1 if name == "momentum" else LARGEST):
+                raise ConfigError(
+                    f"{name} must be 0 or more (momentum below 1, weight decay below "
+                    f"{LARGEST:g}), got {rate}."
+                )
         check_nesterov(self.nesterov, self.momentum)
         if self.labels is not None and not all(0 <= i < self.num_classes for i in self.labels):
             raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 
 from fedkl.data import DATASETS, PARTITIONS
 from fedkl.defenses import DefenseConfig
-from fedkl.errors import ConfigError, unknown
+from fedkl.errors import ConfigError, check_positive, check_size, unknown
 from fedkl.federation.optim import OPTIMIZERS, SCHEDULES
 
 METHODS: Final = ("centralized", "fedavg", "fedsgd")
@@ -74,8 +74,7 @@ class DataConfig:
         _at_least("image_size", self.image_size, 1)
         _at_least("samples", self.samples, 1)
         _at_least("shards_per_client", self.shards_per_client, 1)
-        if not 0 < self.alpha < math.inf:
-            raise ConfigError(f"alpha must be a positive number, got {self.alpha}.")
+        check_positive("alpha", self.alpha)
         if self.channels not in (1, 3):
             raise ConfigError(f"channels must be 1 or 3, got {self.channels}.")
 
@@ -112,18 +111,27 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("schedule", self.schedule, SCHEDULES)
-        if not 0 < self.lr < math.inf:
-            raise ConfigError(f"lr must be a positive number, got {self.lr}.")
+        check_positive("lr", self.lr)
         _at_least("batch_size", self.batch_size, 1)
         _at_least("local_epochs", self.local_epochs, 1)
         _at_least("local_steps", self.local_steps, 1)
         _at_least("momentum", self.momentum, 0)
         _at_least("weight_decay", self.weight_decay, 0)
         _at_least("decay", self.decay, 0)
+        for name in ("momentum", "weight_decay", "decay"):
+            check_size(name, getattr(self, name))
         for milestone in self.milestones:
             _at_least("a milestone", milestone, 0)
+        if self.schedule == "step":
+            self._check_steps()
         if self.optimizer == "sgd":
             check_nesterov(self.nesterov, self.momentum)
+
+    def _check_steps(self) -> None:
+        rate = self.lr
+        for milestone in sorted(self.milestones):
+            rate *= self.decay
+            check_size(f"lr after milestone {milestone}", rate)
 
 
 @dataclass(frozen=True, kw_only=True)

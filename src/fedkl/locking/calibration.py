@@ -27,13 +27,15 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, every_norm: bool = Fa
     Args:
         model: A locked model; nothing happens if it has no private statistics.
         batches: Inputs of the model; every batch counts the same. A few hundred examples do. Of a
-            data loader's (inputs, labels) the inputs are taken.
+            data loader's (inputs, labels) the inputs are taken, so for a model of several inputs a
+            batch is a dict of its arguments by name.
         every_norm: Re-estimate shared norms as well.
 
     Raises:
         LockError: The model is not locked.
-        DataError: There is no batch, one holds NaN or infinity, or the statistics come out so. They
-            then stay as they were, as they do when the model fails on a batch.
+        DataError: There is no batch, one holds NaN or infinity or is not what the model takes, or
+            the statistics come out so. They then stay as they were, as they do when the model
+            fails on a batch.
         StateError: As :func:`fedkl.shared_state`.
     """
     lock_spec(model)
@@ -62,7 +64,7 @@ def estimate_statistics(
     with _gathering(root, norms), torch.no_grad():
         count = 0
         for batch in given:
-            call(root, _inputs(batch))
+            _show(root, batch)
             count += 1
         if count == 0:
             raise DataError(
@@ -73,6 +75,18 @@ def estimate_statistics(
                 "statistics on these batches are NaN or infinite; they stay as they were. The "
                 "model's weights or the inputs have values out of all proportion: look at them."
             )
+
+
+def _show(root: nn.Module, batch: Any) -> None:
+    inputs = _inputs(batch)
+    try:
+        call(root, inputs)
+    except TypeError as error:
+        got = f"the first part of a {type(batch).__name__}" if inputs is not batch else "it"
+        raise DataError(
+            f"the model does not take a batch to calibrate on ({error}); it was given {got}. Pass "
+            "a tensor, (inputs, labels), or for a model of several inputs a dict by argument name."
+        ) from error
 
 
 def _iterator(batches: Iterable[Any]) -> Iterator[Any]:

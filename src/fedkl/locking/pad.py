@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import ConfigError, LockError, SecretError, unknown
+from fedkl.errors import ConfigError, LockError, SecretError, check_positive, unknown
 from fedkl.key import Key, KeyStream
 from fedkl.locking.scheme import Scheme, Site
 from fedkl.locking.sources import LOST, PICKLE_REMEDY, AffineSource, PrivateAffine, Sealed, kept
@@ -218,8 +218,8 @@ class Pad(Scheme):
             raise ConfigError(unknown("learned part of a pad", self.learned, LEARNED))
         for name in ("spread", "inner_spread", "gain"):
             value = getattr(self, name)
-            if value is not None and not (0 < value < math.inf):
-                raise ConfigError(f"{name} must be a positive number, got {value}.")
+            if value is not None:
+                check_positive(name, value)
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length must be at least 1, got {self.max_length}.")
 

@@ -61,7 +61,8 @@ def renew(
 ) -> None:
     """Puts the pad of another epoch into a locked model (in place).
 
-    What was learned on top belongs to the old pad and starts again, unless ``keep_learned``.
+    What was learned on top belongs to the old pad and starts again, unless ``keep_learned``; so do
+    the gradients of it that no step has taken yet, as where they are accumulated.
     Private layers (stem, head) stay, the key as well: who has it can draw every epoch's pad.
 
     Args:
@@ -100,8 +101,11 @@ def renew(
     if optimizer is not None:
         _check_holds(optimizer, model)
     _redraw(model, scheme, key, epoch, keep_learned=keep_learned)
-    if optimizer is not None and not keep_learned:
-        for parameter in _learned(model):
+    if keep_learned:
+        return
+    for parameter in _learned(model):
+        parameter.grad = None
+        if optimizer is not None:
             optimizer.state.pop(parameter, None)
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import nn
 
-from fedkl.errors import ConfigError, LockError, unknown
+from fedkl.errors import ConfigError, LockError, check_positive, check_size, unknown
 from fedkl.key import MAX_VECTOR, Key, KeyStream
 from fedkl.locking.pad import OpenPad, Pad
 from fedkl.locking.scheme import Scheme, Site
@@ -88,17 +88,17 @@ class Channel(Scheme):
             raise ConfigError(f"key length must be at least 1, got {self.length}.")
         if self.length > MAX_VECTOR:
             raise ConfigError(f"key length must be at most {MAX_VECTOR}, got {self.length}.")
-        if not (0 < self.gain < math.inf):
-            raise ConfigError(f"gain must be a positive number, got {self.gain}.")
+        check_positive("gain", self.gain)
         if self.shift_spread is not None and not (0 <= self.shift_spread < math.inf):
             raise ConfigError(f"shift_spread must be a number from 0, got {self.shift_spread}.")
+        check_size("shift_spread", self.shift_spread or 0.0)
         if self.spread is None and self.shift_spread is not None:
             raise ConfigError(
                 "shift_spread needs a spread; without one both start as nn.Linear does. "
                 "Set shift_spread to None too."
             )
-        if self.spread is not None and not (0 < self.spread < math.inf):
-            raise ConfigError(f"spread must be a positive number, got {self.spread}.")
+        if self.spread is not None:
+            check_positive("spread", self.spread)
 
     def source(self, site: Site, key: Key | None) -> AffineSource:
         if key is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedkl.errors import DataError
+from fedkl.metrics.images import check_tensor
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> int:
@@ -13,8 +14,10 @@ def count_correct(logits: Tensor, labels: Tensor) -> int:
     A count, not a fraction: the last batch of an epoch may be smaller than the others.
 
     Raises:
-        DataError: the shapes do not belong together.
+        DataError: one is no tensor, or the shapes do not belong together.
     """
+    check_tensor("logits", logits)
+    check_tensor("labels", labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise DataError(
             f"got logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
@@ -27,7 +30,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Fraction in [0, 1] of the rows of ``logits`` (B, classes) that are largest at ``labels``.
 
     Raises:
-        DataError: the shapes do not belong together, or there is no row.
+        DataError: as :func:`count_correct`, or there is no row.
     """
     if len(labels) == 0:
         raise DataError("accuracy of no examples; give at least one row of logits.")

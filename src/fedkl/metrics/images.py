@@ -18,12 +18,26 @@ _C1, _C2 = 0.01**2, 0.03**2  # Wang et al. 2004 with data range 1
 _PEAK = 255.0
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Refuse an array of numpy, a list and whatever else is no tensor.
+
+    Raises:
+        DataError: that.
+    """
+    if not isinstance(value, Tensor):
+        raise DataError(
+            f"got {name} as {type(value).__name__}; expected a torch.Tensor (torch.as_tensor makes "
+            "one of an array or a list)."
+        )
+
+
 def check_images(name: str, images: Tensor, *, bounded: bool = True) -> None:
     """Refuse what is not a float batch (N, C, H, W) with N, C, H, W > 0 and finite values.
 
     Raises:
         DataError: that, or with ``bounded`` a value outside [0, 1].
     """
+    check_tensor(name, images)
     if images.ndim != 4 or images.numel() == 0 or not images.is_floating_point():
         raise DataError(
             f"got {name} {tuple(images.shape)} of {images.dtype}; expected a float tensor "

@@ -9,6 +9,7 @@ import scipy.stats
 from torch import Tensor
 
 from fedkl.errors import DataError
+from fedkl.metrics.images import check_tensor
 
 _LEVEL = 0.95
 
@@ -58,6 +59,8 @@ def advantage(attack: Tensor, floor: Tensor) -> tuple[float, float | None]:
         DataError: the shapes are not both (N,), N is 0, or a value is not finite (the PSNR of an
             exact reconstruction is not).
     """
+    check_tensor("values", attack)
+    check_tensor("a floor", floor)
     if attack.ndim != 1 or attack.shape != floor.shape:
         raise DataError(
             f"got values of shape {tuple(attack.shape)} and a floor of shape "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedkl.errors import DataError
-from fedkl.metrics.images import check_images, check_pair
+from fedkl.metrics.images import check_images, check_pair, check_tensor
 
 # Distances that differ by less than this fraction differ by rounding alone.
 _ROUNDING = 1e-9
@@ -22,6 +22,7 @@ def success(ssim: Tensor, threshold: float = 0.6) -> Tensor:
     Raises:
         DataError: not (N,), or a value or the threshold is not within [-1, 1].
     """
+    check_tensor("SSIM values", ssim)
     # The mean over pixels may exceed 1 by rounding.
     if ssim.ndim != 1 or not bool((ssim.abs() <= 1 + _ROUNDING).all()):
         raise DataError(
@@ -109,6 +110,7 @@ def identified(reconstructions: Tensor, truths: Tensor, pool: Tensor, decoys: Te
     """
     guess, truth = check_pair(reconstructions, truths)
     check_images("pool", pool)
+    check_tensor("decoys", decoys)
     if pool.shape[1:] != truth.shape[1:]:
         raise DataError(
             f"got a pool of {tuple(pool.shape[1:])} and truths of {tuple(truth.shape[1:])}; "
@@ -150,6 +152,7 @@ def _squared_distance(image: Tensor, others: Tensor) -> Tensor:
 
 
 def _check_labels(name: str, labels: Tensor, count: int | None = None) -> None:
+    check_tensor(name, labels)
     expected = f"({'N' if count is None else count},)"
     wrong = labels.ndim != 1 or len(labels) == 0 or (count is not None and len(labels) != count)
     if wrong or labels.is_floating_point() or labels.is_complex():
