@@ -93,7 +93,7 @@ MNIST_SHA256 := 8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed
 
 .PHONY: reproduce
 reproduce: reproduce-architectures reproduce-accuracy reproduce-leakage reproduce-pad \
-  reproduce-thief reproduce-breakpad reproduce-certificate figures ## every study
+  reproduce-thief reproduce-breakpad reproduce-relations reproduce-certificate figures ## every study
 
 .PHONY: reproduce-architectures
 reproduce-architectures: setup ## the study over architectures
@@ -127,6 +127,10 @@ reproduce-thief: setup ## the study of thieves with a few labelled images
 .PHONY: reproduce-breakpad
 reproduce-breakpad: setup ## the study of attempts to break the pad
 	@$(BIN)/python studies/breakpad.py
+
+.PHONY: reproduce-relations
+reproduce-relations: setup ## the study of sizes and relations, which pads do not hide
+	@$(BIN)/python studies/relations.py
 
 .PHONY: clean
 clean: ## remove caches and builds; .venv, .data and runs stay
