@@ -1,6 +1,7 @@
 """The pictures in README.md and docs/findings.md, drawn from results/: `python studies/figures.py`.
 
-wears-off.png: how many images an attacker finds, against the images under one pad, by replay.
+wears-off.png: how many images an attacker finds, against the images under one pad, by replay and,
+    dashed, by sizes and relations.
 frontier.png: what each lock costs ResNet-20 in accuracy, against what it leaves to find.
 """
 
@@ -16,7 +17,6 @@ from typing import Any
 from breakpadtables import by_seed
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = 16
 GUESSING = 0.01
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6E6E6E"
 BROWN = "#8C564B"
@@ -59,7 +59,7 @@ def curve(federations: list[dict[str, Any]], who: str) -> dict[int, list[float]]
     return shares
 
 
-def wears_off(replay: dict[str, Any]) -> Any:
+def wears_off(replay: dict[str, Any], related: dict[str, Any]) -> Any:
     """The figure of wears-off.png."""
     figure, axes = _axes(9.0, 5.0)
     federations = by_seed(replay)
@@ -74,10 +74,15 @@ def wears_off(replay: dict[str, Any]) -> Any:
         if len(federations[name]) > 1:
             low, high = ([end(shares[n]) for n in x] for end in (min, max))
             axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+    for _, color, name in LINES:
+        if name in related:
+            shares = curve(related[name], "shadow")
+            x = sorted(shares)
+            means = [statistics.fmean(shares[n]) for n in x]
+            axes.plot(x, means, color=color, lw=1.8, ls="--", marker="s", ms=4)
+    axes.plot([], [], color=GREY, lw=1.8, ls="--", marker="s", ms=4, label="by sizes and relations")
     axes.axhline(GUESSING, color=GREY, ls=":", lw=1.2)
     axes.text(1, GUESSING * 0.92, "guessing", color=GREY, fontsize=9, va="top")
-    axes.axvline(BUDGET, color=GREY, ls="--", lw=1)
-    axes.text(BUDGET * 1.06, 0.0055, "default budget", color=GREY, fontsize=9, va="bottom")
     axes.set_ylim(0.005, 1.3)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -85,7 +90,9 @@ def wears_off(replay: dict[str, Any]) -> Any:
     _percent(axes)
     axes.set_xlabel("images under one pad, one gradient each")
     axes.set_ylabel("images identified without the key (of 100 of their class)")
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0.0, 0.86))
+    axes.legend(
+        frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0.0, 0.86), handlelength=3
+    )
     return figure
 
 
@@ -161,7 +168,8 @@ def figures(results: Path) -> Iterable[tuple[str, Any]]:
     """Name and figure of every picture."""
     replay = json.loads((results / "breakpad.json").read_text())["parts"]["replay"]["arms"]
     blocks = json.loads((results / "pad.json").read_text())["blocks"]
-    yield "wears-off.png", wears_off(replay)
+    related = json.loads((results / "relations.json").read_text())["arms"]
+    yield "wears-off.png", wears_off(replay, related)
     yield "frontier.png", frontier(replay, blocks)
 
 

@@ -207,7 +207,7 @@ def test_a_round_over_the_budget_is_said_once_before_the_first(tmp_path: Path) -
     _, notes, _ = played(tmp_path, pads())
     assert len(notes) == 1
     assert (
-        "up to 64 presentations (images × steps) under one pad, 4 times its budget of 16"
+        "up to 64 presentations (images × steps) under one pad, 64 times its budget of 1."
         in notes[0]
     )
     quiet = config("norm", data={"samples": 64})

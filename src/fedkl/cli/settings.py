@@ -256,8 +256,8 @@ SETTINGS: Final = (
             needs=(STEPPING,)),
     Setting("training.keep_momentum", "--keep-momentum/--drop-momentum", bool, False,
             "Keep each client's optimizer state from round to round.", needs=(TOGETHER,)),
-    Setting("renewal.budget", "--budget", int, 16,
-            "Presentations (images times steps) that one pad may serve; of more than 16 the run "
+    Setting("renewal.budget", "--budget", int, 1,
+            "Presentations (images times steps) that one pad may serve; of more than 1 the run "
             "says how many images were found.", needs=(PAD, TOGETHER)),
     Setting("renewal.on_spent", "--on-spent", str, "warn",
             "What happens when a round would exceed the budget.", ON_SPENT,

@@ -19,8 +19,8 @@ from fedkl.federation.optim import OPTIMIZERS, SCHEDULES
 
 METHODS: Final = ("centralized", "fedavg", "fedsgd")
 ON_SPENT: Final = ("warn", "error", "renew")
-BUDGET: Final = 16
-"""Presentations under one pad that our attackers were found to be near guessing at."""
+BUDGET: Final = 1
+"""Presentations under one pad at which our attackers cross 2 %, where guessing finds 1 %."""
 
 
 def _choice(kind: str, value: str, choices: typing.Iterable[str]) -> None:

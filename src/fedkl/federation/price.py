@@ -8,12 +8,16 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Point:
-    """One measured point of ``results/breakpad.md`` (replay, shadow, candidates).
+    """One measured point.
+
+    Up to 64 images of ``results/relations.md`` (shadow, both), from 256 on of
+    ``results/breakpad.md`` (replay, shadow, candidates).
 
     Attributes:
         images: Images under one pad, each a gradient of its own.
-        lenet, resnet20: Percent of them that ``replay-matched`` picked from 100 images of their
-            class, under the default pad: the mean over three federations.
+        lenet, resnet20: Percent of them that the attack that does best there, ``replay-relations``
+            or ``replay-matched``, picked from 100 images of their class, under the default pad:
+            the mean over three federations.
     """
 
     images: int
@@ -22,9 +26,9 @@ class Point:
 
 
 FOUND: Final = (
-    Point(16, 1.2, 1.2),
-    Point(32, 2.0, 1.9),
-    Point(64, 3.5, 2.7),
+    Point(1, 2.1, 3.1),
+    Point(16, 6.7, 10.2),
+    Point(64, 9.5, 13.1),
     Point(256, 10.3, 8.6),
     Point(1_000, 49.3, 35.7),
     Point(2_000, 63.9, 68.0),
@@ -43,10 +47,11 @@ def price(presentations: int) -> str:
         aside = ", the next number that was measured,"
     elif point.images < presentations:
         aside = " already"
+    images = "one image" if point.images == 1 else f"{point.images:,} images"
     return (
-        f"Of {point.images:,} images under one pad{aside} replay-matched found "
+        f"Of {images} under one pad{aside} our best attack found "
         f"{_percent(point.lenet)} on LeNet and {_percent(point.resnet20)} on ResNet-20, where "
-        "guessing finds 1 % (results/breakpad.md)."
+        "guessing finds 1 % (docs/findings.md)."
     )
 
 

@@ -140,7 +140,7 @@ def excess(config: RenewalConfig, ahead: int) -> str:
         return ""
     times = math.ceil(ahead / config.budget)
     return (
-        f"this run is outside what the pad was tested for: a round shows up to {ahead} "
+        f"this run is beyond what a pad hides: a round shows up to {ahead} "
         f"presentations (images × steps) under one pad, {times} times its budget of "
         f"{config.budget}. {price(ahead)} That was one image at a time; how much updates of many "
         "give away is not known, so do not count on the pad to hide the images. Renewing does not "

@@ -92,8 +92,7 @@ def by_hand(relations: Relations, seen: Tensor, labels: Tensor, rows: list[Tenso
             for j in range(len(rows)):
                 if i == j:
                     continue
-                which = "one" if labels[i] == labels[j] else "two"
-                law = relations.pairs[which][labels[i] * 3 + labels[j]]
+                law = relations.pairs[labels[i], labels[j]]
                 for a in range(len(rows[i])):
                     for b in range(len(rows[j])):
                         expected = (rows[i][a, :, 1:] * rows[j][b, :, 1:]).sum(dim=1).mean()
@@ -145,6 +144,12 @@ def test_classes_of_few_images_or_none_are_taken_with_the_others() -> None:
     labels = torch.tensor([0] * 40 + [1] * 40 + [2] * 2)
     relations = Relations(sides(labels, 2, 0.2, "rare"), labels, 5, same=False)
     assert len(relations.sizes.mean) == 5
+    pairs = relations.pairs.mean
+    assert pairs.shape == (5, 5)
+    assert pairs.equal(pairs.T)
+    assert len({float(pairs[a, b]) for a, b in ((0, 0), (0, 1), (1, 1))}) == 3  # of their own
+    assert pairs[2, 4] == pairs[3, 4] == pairs[0, 2]  # those of two classes
+    assert pairs[4, 4] == pairs[2, 2] != pairs[2, 4]  # those of one
     torch.testing.assert_close(relations.sizes.mean[2], relations.sizes.mean[4])
     seen = sides(labels, 1, 0.2, "rare")[0]
     rows = [torch.stack([s[:3] for s in sides(labels, 2, 0.2, "rare")], 1)] * 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Agreement:
         names = ("mean", "deviation", "spread", "follows")
         return cls(*(torch.stack([getattr(one, name) for one in parts]) for name in names))
 
-    def __getitem__(self, index: tuple[Tensor, ...] | Tensor) -> Agreement:
+    def __getitem__(self, index: Any) -> Agreement:
         return Agreement(
             self.mean[index], self.deviation[index], self.spread[index], self.follows[index]
         )
@@ -120,30 +120,27 @@ class Relations:
             torch.stack([side[rows, 1:] for side in sides]), labels[rows], same
         )
 
-    def _pairs(self, sides: Tensor, labels: Tensor, same: bool) -> dict[str, Agreement]:
-        """For pairs of one class and of two, by class: of cosines between public images."""
+    def _pairs(self, sides: Tensor, labels: Tensor, same: bool) -> Agreement:
+        """By first and second class: of cosines between public images, (classes, classes)."""
         cosines = sides @ sides.transpose(1, 2)
         apart = ~torch.eye(len(labels), dtype=torch.bool)
         alike = labels[:, None] == labels[None]
-        return {
-            "one": self._by_class(cosines, labels, apart & alike, same),
-            "two": self._by_class(cosines, labels, apart & ~alike, same),
-        }
+        counts = torch.bincount(labels, minlength=len(self.sizes.mean)).tolist()
+        laws = [self._law(cosines, apart & among, same) for among in (alike, ~alike)]
+        where = 1 - torch.eye(len(counts), dtype=torch.int64)
+        for one in range(len(counts)):
+            for two in range(one, len(counts)):
+                if counts[one] * (counts[two] - int(one == two)) >= _FEW:
+                    here = (labels == one)[:, None] & (labels == two)[None]
+                    where[one, two] = where[two, one] = len(laws)
+                    laws.append(self._law(cosines, apart & here, same))
+        return Agreement.stacked(laws)[where]
 
-    def _by_class(self, cosines: Tensor, labels: Tensor, among: Tensor, same: bool) -> Agreement:
-        count = int(labels.max()) + 1
-        if int(among.sum()) < 3:
-            nothing = cosines.new_tensor(0.0)
-            none = Agreement(nothing, nothing + 1, nothing + 1, nothing + 0.01)
-            return Agreement.stacked([none] * count * count)
-        every = Agreement.of(cosines[:, among], same=same)
-        found = []
-        for first in range(count):
-            for second in range(count):
-                here = among & (labels == first)[:, None] & (labels == second)[None]
-                enough = int(here.sum()) >= _FEW
-                found.append(Agreement.of(cosines[:, here], same=same) if enough else every)
-        return Agreement.stacked(found)
+    def _law(self, cosines: Tensor, among: Tensor, same: bool) -> Agreement:
+        if int(among.sum()) > 2:
+            return Agreement.of(cosines[:, among], same=same)
+        nothing = cosines.new_tensor(0.0)
+        return Agreement(nothing, nothing + 1, nothing + 1, nothing + 0.01)
 
     def by_size(self, seen: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
         """How likely each candidate is by the size of the victim's gradient: (T, K).
@@ -186,12 +183,8 @@ class Relations:
         """
         expected = _cosines(candidates[..., 1:])
         own = seen[:, 1:] @ seen[:, 1:].T
-        alike = labels[:, None] == labels[None]
-        count = int(len(self.pairs["one"].mean) ** 0.5)
-        place = (labels[:, None] * count + labels[None]).clamp(max=count * count - 1)
-        one, two = self.pairs["one"][place], self.pairs["two"][place]
-        parts = zip(vars(one).values(), vars(two).values(), strict=True)
-        law = Agreement(*(torch.where(alike, a, b)[:, None, :, None] for a, b in parts))
+        law = self.pairs[labels[:, None], labels[None]]
+        law = law[:, None, :, None]
         tells = law.likelihood(own[:, None, :, None], expected)
         everyone = torch.arange(len(seen))
         tells[everyone, :, everyone, :] = 0.0
