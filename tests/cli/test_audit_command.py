@@ -135,7 +135,7 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
      ["nesterov needs a momentum above 0", "nesterov = false"]),
     ("update: bright", with_(UPDATE, "--truth", "{tmp}/bright.safetensors"), ["expected [0, 1]"]),
     ("update: two truths", with_(UPDATE, "--truth", "{tmp}/two.safetensors"), ["(2, 1, 16, 16)"]),
-    ("update: rate", with_(UPDATE, "--config", "{tmp}/rate.toml"), ["lr is needed"]),
+    ("update: rate beyond float32", with_(UPDATE, "--config", "{tmp}/rate.toml"), ["lr is needed"]),
     ("update: no spec", with_(UPDATE, "--spec", "{tmp}/none.json"), ["none.json"]),
     ("update: empty spec", with_(UPDATE, "--spec", "{tmp}/nothing.json"), ["lock spec"]),
     ("update: odd spec", with_(UPDATE, "--spec", "{tmp}/odd.json"), ["lock spec"]),

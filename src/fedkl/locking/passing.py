@@ -101,12 +101,14 @@ def _remembers(model: nn.Module, first: str, example: Any) -> bool:
 
     Those of the stem and of ``first`` are another matter: they are private unless asked for.
     """
-    mine = {*stem_of(model, example, first)}
+    stem, kept = {*stem_of(model, example, first)}, model.state_dict(keep_vars=True)
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    # By what they are: a norm in two places has two names.
+    mine = {id(buffers[name]) for name in buffers if name in stem or name.startswith(f"{first}.")}
     late = [
         name
-        for name, value in model.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-        if value.is_floating_point() and name not in mine and not name.startswith(f"{first}.")
+        for name, value in buffers.items()
+        if name in kept and value.is_floating_point() and id(value) not in mine
     ]
     # A mean does not hear of another order.
     other = tree_map(lambda v: v if v is (new := _other(v)) else 0.5 * new + 0.1, example)
