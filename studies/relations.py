@@ -6,8 +6,8 @@ gradient of that size (*size*, one update), and lies so to those of the other vi
 lock (*pairs*; *both*). Rows: a lock and a network; columns: how many images one lock has served
 (64: the first half of the images). *Insider*: the attacker has another client's secrets besides.
 *Key*: it holds the victim's, the positive control. *Shuffled*: what victims gave away exchanged
-within their classes, so that there is nothing to find. *norm* has no secrets, *fedbn* and
-*open-pad* have private ones without a key.
+within their classes, so that there is nothing to find. *norm* has no secrets, *fedbn* has
+private ones without a key.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ KINDS: dict[str, tuple[str, dict[str, Any], int, float]] = {  # network, lock, s
     "resnet20, pad": ("resnet20", {"name": "pad"}, 3, 800.0),
     "lenet, channel": ("lenet", {"name": "channel"}, 1, 400.0),
     "lenet, fedbn": ("lenet", {"name": "fedbn"}, 1, 400.0),
-    "lenet, open-pad": ("lenet", {"name": "open-pad", "head": True}, 1, 400.0),
-    "resnet20, pad behind stage 2": ("resnet20-deep", {"name": "pad"}, 1, 800.0),
-    "vit, pad": ("vit", {"name": "pad"}, 1, 800.0),
     "lenet, norm": ("lenet", {"name": "norm"}, 1, 100.0),
 }
 

@@ -132,8 +132,7 @@ class RelationBench(Bench):
         self, clients: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int]
     ) -> dict[str, Any]:
         """Identification by number of victims under one pad; one client is the victim itself."""
-        same = len(clients) == 1
-        relations = Relations([c[0] for c in clients], self.public.labels, CLASSES, same=same)
+        relations = Relations([c[0] for c in clients], self.public.labels, CLASSES)
         rows = torch.stack([c[1] for c in clients], dim=1)
         asked = torch.cat([self.rows.reshape(-1, 1), self.decoys], dim=1)
         everyone = torch.arange(len(self.seen))

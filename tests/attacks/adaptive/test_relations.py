@@ -40,7 +40,7 @@ def test_how_far_a_victim_follows_the_shadows_is_told_by_these(shadows: int) -> 
     truth = normal(40_000, name="truth")
     clients = 3 + 2 * (truth + 0.7 * normal(shadows + 1, 40_000, name="own"))
     victim, known = clients[0], clients[1:]
-    law = Agreement.of(known, same=False)
+    law = Agreement.of(known)
     follows = float(torch.corrcoef(torch.stack([victim, known.mean(dim=0)]))[0, 1])
     assert float(law.follows) == pytest.approx(follows, abs=0.02)
     assert float(law.mean) == pytest.approx(3, abs=0.05)
@@ -49,9 +49,9 @@ def test_how_far_a_victim_follows_the_shadows_is_told_by_these(shadows: int) -> 
 
 
 def test_clients_that_agree_in_nothing_tell_nothing_and_constants_no_nan() -> None:
-    law = Agreement.of(normal(4, 1_000), same=False)
+    law = Agreement.of(normal(4, 1_000))
     assert float(law.follows) < 0.1
-    flat = Agreement.of(torch.ones(3, 50, dtype=D), same=False)
+    flat = Agreement.of(torch.ones(3, 50, dtype=D))
     assert bool(flat.likelihood(torch.ones(2, dtype=D), torch.ones(2, dtype=D)).isfinite().all())
 
 
@@ -106,7 +106,7 @@ def test_the_joint_choice_is_that_by_hand_with_candidates_of_any_number() -> Non
     labels = torch.arange(90) % 3
     everyone = sides(labels, 4, 0.3, "few")
     public = [side[30:] for side in everyone[1:]]
-    relations = Relations(public, labels[30:], 3, same=False)
+    relations = Relations(public, labels[30:], 3)
     seen = everyone[0][:4]
     rows = [
         torch.stack([s[[i, 12 + i, 15 + i][: 3 - i % 2]] for s in everyone[1:]], 1)
@@ -123,7 +123,7 @@ def test_the_joint_choice_is_that_by_hand_with_candidates_of_any_number() -> Non
 def test_relations_find_what_turned_coordinates_hide() -> None:
     labels = torch.arange(660) % 3
     everyone = sides(labels, 4, 0.1, "many")
-    relations = Relations([s[60:] for s in everyone[1:]], labels[60:], 3, same=False)
+    relations = Relations([s[60:] for s in everyone[1:]], labels[60:], 3)
     seen, decoys = everyone[0][:60], 60 + torch.arange(60)[:, None] + 60 * torch.arange(9)
     rows = [torch.stack([s[[i, *decoys[i].tolist()]] for s in everyone[1:]], 1) for i in range(60)]
     sized = [
@@ -142,7 +142,7 @@ def test_relations_find_what_turned_coordinates_hide() -> None:
 
 def test_classes_of_few_images_or_none_are_taken_with_the_others() -> None:
     labels = torch.tensor([0] * 40 + [1] * 40 + [2] * 2)
-    relations = Relations(sides(labels, 2, 0.2, "rare"), labels, 5, same=False)
+    relations = Relations(sides(labels, 2, 0.2, "rare"), labels, 5)
     assert len(relations.sizes.mean) == 5
     pairs = relations.pairs.mean
     assert pairs.shape == (5, 5)

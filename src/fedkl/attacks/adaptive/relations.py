@@ -55,19 +55,16 @@ class Agreement:
     follows: Tensor
 
     @classmethod
-    def of(cls, values: Tensor, *, same: bool) -> Agreement:
+    def of(cls, values: Tensor) -> Agreement:
         """From the same things as every shadow sees them, (shadows, n).
 
-        With one shadow nothing tells how far two clients agree; it has the victim's secrets
-        (``same``), or a correlation of one half is assumed.
+        Two or more tell how far clients agree. One alone is the victim itself.
         """
         deviation = values.std(dim=1).mean().clamp_min(_SMALLEST)
         mean = values.mean()
         together = values.mean(dim=0)
-        if same or len(values) == 1:
-            follows = values.new_tensor(SAME if same else 0.5)
-        else:
-            count = len(values)
+        count, follows = len(values), values.new_tensor(SAME)
+        if count > 1:
             pairwise = (torch.corrcoef(values).sum() - count) / (count * (count - 1))
             one = pairwise.nan_to_num(0.0).clamp(0.01, SAME)
             follows = one * (count / (1 + (count - 1) * one)).sqrt()  # Spearman and Brown
@@ -99,48 +96,22 @@ class Relations:
 
     Args:
         sides: Of every shadow, what it gives away of the public images, (M, 1 + k), as
-            :class:`SizedSketch` gives it.
+            :class:`SizedSketch` gives it. A single one has the victim's secrets.
         labels: Of these (M,).
         num_classes: Number of labels.
-        same: Whether the only shadow has the victim's secrets.
     """
 
-    def __init__(
-        self, sides: Sequence[Tensor], labels: Tensor, num_classes: int, *, same: bool
-    ) -> None:
+    def __init__(self, sides: Sequence[Tensor], labels: Tensor, num_classes: int) -> None:
         sizes = torch.stack([side[:, 0] for side in sides])
         classes = [(labels == k).nonzero().flatten() for k in range(num_classes)]
-        every = Agreement.of(sizes, same=same)
+        every = Agreement.of(sizes)
         self.sizes = Agreement.stacked(
-            [Agreement.of(sizes[:, own], same=same) if len(own) > 4 else every for own in classes]
+            [Agreement.of(sizes[:, own]) if len(own) > 4 else every for own in classes]
         )
         few = max(2, _SUBSET // max(1, sum(len(own) > 0 for own in classes)))
         rows = torch.cat([own[:few] for own in classes])
-        self.pairs = self._pairs(
-            torch.stack([side[rows, 1:] for side in sides]), labels[rows], same
-        )
-
-    def _pairs(self, sides: Tensor, labels: Tensor, same: bool) -> Agreement:
-        """By first and second class: of cosines between public images, (classes, classes)."""
-        cosines = sides @ sides.transpose(1, 2)
-        apart = ~torch.eye(len(labels), dtype=torch.bool)
-        alike = labels[:, None] == labels[None]
-        counts = torch.bincount(labels, minlength=len(self.sizes.mean)).tolist()
-        laws = [self._law(cosines, apart & among, same) for among in (alike, ~alike)]
-        where = 1 - torch.eye(len(counts), dtype=torch.int64)
-        for one in range(len(counts)):
-            for two in range(one, len(counts)):
-                if counts[one] * (counts[two] - int(one == two)) >= _FEW:
-                    here = (labels == one)[:, None] & (labels == two)[None]
-                    where[one, two] = where[two, one] = len(laws)
-                    laws.append(self._law(cosines, apart & here, same))
-        return Agreement.stacked(laws)[where]
-
-    def _law(self, cosines: Tensor, among: Tensor, same: bool) -> Agreement:
-        if int(among.sum()) > 2:
-            return Agreement.of(cosines[:, among], same=same)
-        nothing = cosines.new_tensor(0.0)
-        return Agreement(nothing, nothing + 1, nothing + 1, nothing + 0.01)
+        seen = torch.stack([side[rows, 1:] for side in sides])
+        self.pairs = _pairs(seen, labels[rows], num_classes)
 
     def by_size(self, seen: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
         """How likely each candidate is by the size of the victim's gradient: (T, K).
@@ -203,6 +174,31 @@ def settled(alone: Tensor, pairs: Tensor) -> Tensor:
         score = alone + _WEIGHT * torch.einsum("iajb,jb->ia", pairs, belief)
         belief = _DAMPING * belief + (1 - _DAMPING) * score.softmax(dim=1)
     return score
+
+
+def _pairs(sides: Tensor, labels: Tensor, num_classes: int) -> Agreement:
+    """By first and second class: of cosines between public images, (classes, classes)."""
+    cosines = sides @ sides.transpose(1, 2)
+    apart = ~torch.eye(len(labels), dtype=torch.bool)
+    alike = labels[:, None] == labels[None]
+    counts = torch.bincount(labels, minlength=num_classes).tolist()
+    laws = [_law(cosines, apart & among) for among in (alike, ~alike)]
+    where = 1 - torch.eye(num_classes, dtype=torch.int64)
+    for one in range(num_classes):
+        for two in range(one, num_classes):
+            if counts[one] * (counts[two] - int(one == two)) >= _FEW:
+                here = (labels == one)[:, None] & (labels == two)[None]
+                where[one, two] = where[two, one] = len(laws)
+                laws.append(_law(cosines, apart & here))
+    return Agreement.stacked(laws)[where]
+
+
+def _law(cosines: Tensor, among: Tensor) -> Agreement:
+    """Of the pairs ``among``; of next to none, one by which nothing is told."""
+    if int(among.sum()) > 2:
+        return Agreement.of(cosines[:, among])
+    nothing = cosines.new_tensor(0.0)
+    return Agreement(nothing, nothing + 1, nothing + 1, nothing + 0.01)
 
 
 def _cosines(rows: Tensor) -> Tensor:

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from fedkl.attacks.adaptive.relations import Relations, SizedSketch
-from fedkl.attacks.adaptive.replay import Replay
-from fedkl.attacks.adaptive.retrieval import Gallery
-from fedkl.attacks.adaptive.shadow import Shadow, Side, given_away
+from fedkl.attacks.adaptive.retrieval import Gallery, Retrieval
+from fedkl.attacks.adaptive.shadow import Side, given_away
 from fedkl.attacks.adaptive.sketch import Sketch, gradients_of
-from fedkl.attacks.base import Progress, Reconstruction
+from fedkl.attacks.base import Reconstruction
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError, ConfigError
 from fedkl.observation import Observation
 
 
-class ReplayRelations(Replay):
+class ReplayRelations(Retrieval):
     """A replay that compares what secrets cannot scramble, so that it needs no coordinates.
 
     Across pads the gradients of one image by two clients look nothing alike. Yet both are large
@@ -35,11 +34,12 @@ class ReplayRelations(Replay):
         labels: Their labels (M,).
         group: Victims under one lock that are taken together; the rest of a division as well.
         shadows: Clients of the attacker's own, 2 or more.
-        candidates, secret_epochs, sketch, honest: As of :class:`Replay`.
+        candidates, secret_epochs, sketch, honest: As of :class:`Retrieval`.
     """
 
     name: ClassVar[str] = "replay-relations"
     ways: ClassVar[tuple[str | None, ...]] = (None,)
+    chancy: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -64,25 +64,12 @@ class ReplayRelations(Replay):
             shadows=shadows,
             candidates=candidates,
             secret_epochs=secret_epochs,
+            epochs=1,
             sketch=sketch,
             honest=honest,
         )
+        del self.settings["epochs"]
         self.group = self.settings["group"] = group
-
-    def reconstruct(
-        self,
-        observations: Sequence[Observation],
-        *,
-        generator: torch.Generator,
-        progress: Progress | None = None,
-    ) -> list[Reconstruction]:
-        """As :meth:`Shadow.reconstruct`.
-
-        Raises:
-            AttackError: As there; or gradients that are not finite.
-        """
-        # Not Replay's, which takes updates of several images for sums: those have no pairs.
-        return Shadow.reconstruct(self, observations, generator=generator, progress=progress)
 
     def _given_away(
         self, observations: Sequence[Observation], network: Network, generator: torch.Generator
@@ -111,8 +98,7 @@ class ReplayRelations(Replay):
                 "gradients to compare hold NaN or Inf: with these secrets, or on these images, the "
                 "network overflows. Train it longer or at a lower rate, or leave the attack out."
             )
-        classes, same = learned[0].client.num_classes, len(learned) == 1
-        relations = Relations(sides, self.public.labels, classes, same=same)
+        relations = Relations(sides, self.public.labels, learned[0].client.num_classes)
         gallery = Gallery(partial(_as_shadows_see, learned), labeled=True)
         shown = self._resembling(relations, torch.stack(sides, dim=1), seen, every)
         together = partial(_together, relations, gallery, self.group, seen, every)
