@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fedkl.attacks.adaptive.relations import Agreement, Relations, SizedSketch
+from fedkl.errors import AttackError
 from fedkl.rng import derive
 
 D = torch.float64
@@ -138,6 +139,14 @@ def test_relations_find_what_turned_coordinates_hide() -> None:
     assert rate(both) > 0.85
     strangers = [r[1:] for r in rows]  # without the truth nobody is the first by more than luck
     assert rate(relations.together(seen, labels[:60], strangers)) < 0.3
+
+
+def test_clients_that_overflow_are_refused() -> None:
+    labels = torch.arange(30) % 3
+    some = sides(labels, 2, 0.2, "over")
+    some[1][4, 0] = float("inf")  # the size alone
+    with pytest.raises(AttackError, match="NaN or Inf"):
+        Relations(some, labels, 3)
 
 
 def test_classes_of_few_images_or_none_are_taken_with_the_others() -> None:

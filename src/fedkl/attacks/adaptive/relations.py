@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from fedkl.attacks.adaptive.sketch import Sketch, Tensors
+from fedkl.attacks.adaptive.within import check_finite
 
 SAME: Final = 0.999
 """How far a victim is taken to agree with a client that has its secrets."""
@@ -99,9 +100,14 @@ class Relations:
             :class:`SizedSketch` gives it. A single one has the victim's secrets.
         labels: Of these (M,).
         num_classes: Number of labels.
+
+    Raises:
+        AttackError: A side holds NaN or Inf.
     """
 
     def __init__(self, sides: Sequence[Tensor], labels: Tensor, num_classes: int) -> None:
+        for side in sides:
+            check_finite(side)
         sizes = torch.stack([side[:, 0] for side in sides])
         classes = [(labels == k).nonzero().flatten() for k in range(num_classes)]
         every = Agreement.of(sizes)

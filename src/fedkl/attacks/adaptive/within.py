@@ -37,12 +37,7 @@ class Within:
     def __init__(
         self, x: Tensor, labels: Tensor, num_classes: int, size: int, ridge: float = 0.0
     ) -> None:
-        if not bool(x.isfinite().all()):
-            raise AttackError(
-                "gradients to compare hold NaN or Inf: with these secrets, or on these public "
-                "images, the network overflows. Train it longer or at a lower rate, or leave the "
-                "attack out."
-            )
+        check_finite(x)
         self.middle = x.mean(dim=0)
         self.means = torch.stack(
             [
@@ -76,6 +71,19 @@ class Within:
         """(N, size) as :meth:`whole` gives them, back among x."""
         lifted: Tensor = (y * self.deviation) @ self.basis + self.middle
         return lifted
+
+
+def check_finite(x: Tensor) -> None:
+    """Refuses what a shadow gives away if there are NaN or Inf in it.
+
+    Raises:
+        AttackError: That.
+    """
+    if not bool(x.isfinite().all()):
+        raise AttackError(
+            "gradients to compare hold NaN or Inf: with these secrets, or on these public images, "
+            "the network overflows. Train it longer or at a lower rate, or leave the attack out."
+        )
 
 
 def told(labels: Tensor, each: int, most: int) -> int:
