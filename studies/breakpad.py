@@ -51,7 +51,7 @@ from typing import Any
 
 from breakpadtables import EVERY, PARTS, PRESENTATIONS, REPLAYED, markdown
 from cells import provenance, run_cells, say, write
-from pad import LENET, RESNET, VIT, WIDE, merged
+from padarms import LENET, RESNET, VIT, WIDE, merged
 from padtables import joined
 
 ROOT = Path(__file__).resolve().parent.parent

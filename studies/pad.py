@@ -4,7 +4,7 @@ Blocks, every arm paired by seed with the same data, partition, batches and init
 
 lenet-iid, lenet-dirichlet
     LeNet on Fashion-MNIST, 3 clients: norm, fedbn, channel, pad (its head private), pad with a
-    shared head.
+    shared head. IID, as on ResNet-20, also norm and pad with every update sent at one length.
 tuning
     LeNet's learning rate, on validation images of a seed of its own.
 resnet20-frontier
@@ -43,96 +43,27 @@ from typing import Any
 
 from cells import provenance, run_cells, say, write
 from ownmix import alone, on_own_mix
+from padarms import (
+    ARMS,
+    BLOCK,
+    CAUSES,
+    DEPTHS,
+    DIRICHLET,
+    FRONTIER,
+    LENET,
+    LENGTHS,
+    LONG,
+    PAD,
+    RENEWALS,
+    RESNET,
+    SAME_LENGTH,
+    VIT,
+    merged,
+)
 from padtables import joined, markdown, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED = 1000
-
-PAD = {"name": "pad"}
-WIDE = {"inner_scale_law": "wide", "inner_spread": 1.0}
-MILD = {"spread": 0.1, "scale_law": "near-one", "inner_spread": 0.1}  # signs at random all the same
-ARMS: dict[str, dict[str, Any]] = {
-    "alone": {"name": "norm"},  # every client for itself: what is a federation worth?
-    "norm": {"name": "norm"},
-    "fedbn": {"name": "fedbn"},
-    "channel": {"name": "channel"},
-    "channel of own starts": {"name": "channel", "group_key": False},
-    "pad": PAD,
-    "pad-open-head": {**PAD, "head": False},
-    "pad-wide": {**PAD, **WIDE},
-    "no key": {"name": "open-pad", "head": True},  # private stem, head and maps, from equal starts
-    "hardly any pad": {**PAD, **MILD},
-}
-CAUSES = ("no key", "hardly any pad", "channel", "channel of own starts")
-# Rates of norm and fedbn were chosen on validation by studies/accuracy.py, the pad's here.
-LENET: dict[str, Any] = {
-    "model": {"name": "lenet"},
-    "data": {"dataset": "fashion-mnist", "samples": 6_000, "channels": 1},
-    "training": {"schedule": "cosine", "lr": 0.05},
-    "federation": {"rounds": 10},
-    "evaluation": {"every": 0, "wrong_keys": 5, "wrong_key_images": 1_000},
-}
-RESNET: dict[str, Any] = {
-    "model": {"name": "resnet20"},
-    "data": {"samples": 4_000, "image_size": 16},
-    "training": {"lr": 0.03},
-}
-VIT: dict[str, Any] = {
-    "model": {"name": "vit:tiny"},
-    "data": {"samples": 4_000, "image_size": 16},
-    "training": {"lr": 0.05},
-}
-BLOCK = {"behind": "encoder.layers.encoder_layer_0"}
-SHARED = {"head": False}
-SIGNS = {"inner_scale_law": "sign", "inner_spread": 0.1}
-FRONTIER: dict[str, tuple[dict[str, Any], float]] = {
-    "norm": ({"name": "norm"}, 0.03),
-    "pad": (PAD, 0.03),
-    "pad, lr 0.05": (PAD, 0.05),
-    "shared head": ({**PAD, **SHARED}, 0.03),
-    "shared head, lr 0.1": ({**PAD, **SHARED}, 0.1),
-    "wide throughout, shared head": ({**PAD, **WIDE, **SHARED}, 0.03),
-    "wide throughout, shared head, lr 0.1": ({**PAD, **WIDE, **SHARED}, 0.1),
-    "first block only, shared head": ({**PAD, **SHARED, "layers": "first"}, 0.03),
-    "inner signs, shared head": ({**PAD, **SIGNS, **SHARED}, 0.03),
-    "inner signs, lr 0.05": ({**PAD, **SIGNS}, 0.05),
-    "inner signs, spread 1, lr 0.05": ({**PAD, **SIGNS, "spread": 1.0}, 0.05),
-    "spread 1": ({**PAD, "spread": 1.0}, 0.03),
-    "hardly any pad": ({**PAD, **MILD}, 0.03),
-    "no key: private stem, head and maps": ({"name": "open-pad", "head": True}, 0.03),
-    "near-one throughout": ({**PAD, "scale_law": "near-one"}, 0.03),
-    "gain 3": ({**PAD, "gain": 3.0}, 0.03),
-    "gain 0.3, lr 0.05": ({**PAD, "gain": 0.3}, 0.05),
-    "learned per channel, lr 0.05": ({**PAD, "learned": "channel"}, 0.05),
-}
-DEPTHS: dict[str, tuple[int, dict[str, Any], int]] = {  # behind stage, lock, seeds at most
-    "norm": (2, {"name": "norm"}, 99),
-    "fedbn": (2, {"name": "fedbn"}, 99),
-    "alone": (2, {"name": "norm"}, 99),
-    "pad, behind stage 2": (2, PAD, 99),
-    "pad, behind stage 2, spread 5": (2, {**PAD, "spread": 5.0}, 99),
-    "pad, behind stage 2, spread 10": (2, {**PAD, "spread": 10.0}, 1),
-    "pad, behind stage 1": (1, PAD, 1),
-    "no key, behind stage 2": (2, ARMS["no key"], 1),
-    "no key, behind stage 1": (1, ARMS["no key"], 1),
-}
-LONG = {"federation": {"rounds": 20}}
-DIRICHLET = {"data": {"partition": "dirichlet"}}
-RENEWALS: dict[str, dict[str, Any]] = {
-    "never": {},
-    "all at once": {"every": 3},
-    "staggered": {"every": 3, "stagger": True},
-    "all at once, 100 steps": {"every": 3, "steps": 100},
-}
-
-
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the settings of ``over``, section by section."""
-    found = dict(base)
-    for name, value in over.items():
-        both = isinstance(value, dict) and isinstance(found.get(name), dict)
-        found[name] = merged(found[name], value) if both else value
-    return found
 
 
 @dataclass(frozen=True)
@@ -157,7 +88,10 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
     make = {
         "tuning": _tuning,
         "lenet-iid": lambda n: _lenet(
-            "lenet-iid", n, {}, ("alone", "norm", "fedbn", "channel", "pad", "pad-open-head")
+            "lenet-iid",
+            n,
+            {},
+            ("alone", "norm", "fedbn", "channel", "pad", "pad-open-head", *SAME_LENGTH),
         ),
         "lenet-dirichlet": lambda n: _lenet(
             "lenet-dirichlet", n, DIRICHLET, ("alone", "norm", "fedbn", "pad", "pad-open-head")
@@ -197,7 +131,7 @@ def _lenet(block: str, seeds: int, over: dict[str, Any], arms: tuple[str, ...]) 
             block,
             arm,
             seed,
-            merged(LENET, merged(over, {"defense": ARMS[arm]})),
+            merged(LENET, merged(over, _arm(arm, "lenet"))),
             35.0,
         )
         for seed in range(seeds)
@@ -262,17 +196,25 @@ def _frontier(seeds: int) -> list[Cell]:
 
 
 def _resnet(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
+    more = (*CAUSES, *SAME_LENGTH)
     return [
         Cell(
             block,
             arm,
             seed,
-            merged(merged(LENET, RESNET), merged(over, {"defense": ARMS[arm]})),
+            merged(merged(LENET, RESNET), merged(over, _arm(arm, "resnet20"))),
             (250.0 if "pad" in arm else 150.0) * (2 if block == "resnet20-long" else 1),
         )
         for seed in range(seeds)
-        for arm in ("alone", "norm", "fedbn", "pad", *(CAUSES if block == "resnet20-iid" else ()))
+        for arm in ("alone", "norm", "fedbn", "pad", *(more if block == "resnet20-iid" else ()))
     ]
+
+
+def _arm(arm: str, model: str) -> dict[str, Any]:
+    """Settings of an arm."""
+    if arm in SAME_LENGTH:
+        return {"defense": ARMS[arm], "training": {"update_length": LENGTHS[model]}}
+    return {"defense": ARMS[arm]}
 
 
 def _depths(seeds: int) -> list[Cell]:

@@ -8,6 +8,10 @@ lock (*pairs*; *both*). Rows: a lock and a network; columns: how many images one
 *Key*: it holds the victim's, the positive control. *Shuffled*: what victims gave away exchanged
 within their classes, so that there is nothing to find. *norm* has no secrets, *fedbn* has
 private ones without a key.
+
+A second table asks what one gradient tells if updates are sent at one length (`--update-length`):
+its *size* as it is, and its *shape*, which is how it is spread over tensors, entries, rows and
+columns, whatever its size and its coordinates (studies/shapes.py). Federations of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import Any
 from accuracy import interval
 from breakpad import ROOT, Cell, trained
 from cells import provenance, run_cells, say, table, write
+from padarms import BLOCK
 
 FOUR = 4
 EPOCHS = 8
@@ -28,20 +33,31 @@ COUNTS = (2, 4, 16, 64)
 KINDS: dict[str, tuple[str, dict[str, Any], int, float]] = {  # network, lock, seeds, seconds
     "lenet, pad": ("lenet", {"name": "pad"}, 3, 400.0),
     "resnet20, pad": ("resnet20", {"name": "pad"}, 3, 800.0),
+    "resnet20, pad behind stage 2": ("resnet20-deep", {"name": "pad"}, 3, 700.0),
+    "vit, pad behind block 1": ("vit", {"name": "pad", **BLOCK}, 3, 600.0),
     "lenet, channel": ("lenet", {"name": "channel"}, 1, 400.0),
     "lenet, fedbn": ("lenet", {"name": "fedbn"}, 1, 400.0),
     "lenet, norm": ("lenet", {"name": "norm"}, 1, 100.0),
 }
 
 
+SHAPES: dict[str, tuple[str, dict[str, Any], int, float]] = {
+    f"{name}, shape": (*KINDS[name][:3], cost)
+    for name, cost in {"lenet, pad": 150.0, "resnet20, pad": 500.0, "lenet, fedbn": 150.0}.items()
+}
+MANY = 2_000
+
+
 def cells_of(arms: str | None, seeds: int | None, victims: int) -> dict[str, Cell]:
     """One federation each, by name."""
-    names = arms.split(";") if arms else list(KINDS)
-    if strange := [name for name in names if name not in KINDS]:
-        raise SystemExit(f"got arms {strange}; expected some of {list(KINDS)}.")
+    plan = {**KINDS, **SHAPES}
+    names = arms.split(";") if arms else list(plan)
+    if strange := [name for name in names if name not in plan]:
+        raise SystemExit(f"got arms {strange}; expected some of {list(plan)}.")
+    many = max(victims, MANY)
     cells = [
-        Cell("relations", name, lock, victims, seed, 4_000, FOUR, model)
-        for name, (model, lock, most, _) in KINDS.items()
+        Cell("relations", name, lock, many if name in SHAPES else victims, seed, 4_000, FOUR, model)
+        for name, (model, lock, most, _) in plan.items()
         if name in names
         for seed in range(min(most, seeds or most))
     ]
@@ -51,12 +67,15 @@ def cells_of(arms: str | None, seeds: int | None, victims: int) -> dict[str, Cel
 def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
     """Attacks one federation in a process of its own."""
     import torch
-    from replayers import RelationBench
+    from replayers import RelationBench, ShapeBench
 
     torch.set_num_threads(1)
     cell, scratch = job
     started = time.process_time()
     config, folder = trained(cell, Path(scratch))
+    if cell.arm in SHAPES:
+        shapes = ShapeBench(config, folder, cell.victims, public=cell.public, sketch=2048)
+        return {**_shapes(cell, shapes), "seconds": round(time.process_time() - started, 1)}
     bench = RelationBench(config, folder, cell.victims, public=cell.public, sketch=2048)
     held = bench.sides(bench.held)
     found: dict[str, Any] = {
@@ -75,6 +94,19 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
     return {**found, "seconds": round(time.process_time() - started, 1)}
 
 
+def _shapes(cell: Cell, bench: Any) -> dict[str, Any]:
+    """One gradient at a time."""
+    shadows = [bench.sides(bench.own(seed, EPOCHS)) for seed in range(cell.shadows)]
+    return {
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "victims": cell.victims,
+        "key": bench.alone([bench.sides(bench.held)]),
+        "shadow": bench.alone(shadows),
+        "insider": bench.alone([bench.sides(bench.inside()), *shadows]),
+    }
+
+
 def markdown(document: dict[str, Any]) -> str:
     """The table."""
     header = ["network, lock", "attacker", "1: size", "ways"]
@@ -91,7 +123,12 @@ def markdown(document: dict[str, Any]) -> str:
                     for n in COUNTS
                 ]
                 rows.append([arm, who, one, way, *many, str(len(mine))])
-    about = " ".join((__doc__ or "").split("\n\n")[1].split())
+    shapes = [
+        [arm.removesuffix(", shape"), who, *_of(cells, who), str(len(cells))]
+        for arm, cells in document["shapes"].items()
+        for who in ("shadow", "insider", "key")
+    ]
+    about = "\n\n".join(" ".join(p.split()) for p in (__doc__ or "").split("\n\n")[1:])
     return "\n".join(
         [
             "# Sizes and relations: what a pad cannot hide\n",
@@ -100,8 +137,15 @@ def markdown(document: dict[str, Any]) -> str:
             f"Percent of {document['victims']:,} images a federation, mean ± 95 % interval over "
             "federations (Student's t). Chance: 1 %.\n",
             table(header, rows) + "\n",
+            "## One gradient, at one length\n",
+            f"Percent of {MANY:,} images a federation, as above.\n",
+            table(["network, lock", "attacker", "size", "shape", "seeds"], shapes) + "\n",
         ]
     )
+
+
+def _of(cells: list[dict[str, Any]], who: str) -> list[str]:
+    return [interval([cell[who][way] for cell in cells]) for way in ("size", "shape")]
 
 
 def main() -> None:
@@ -115,7 +159,8 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "relations")
     args = parser.parse_args()
     cells = cells_of(args.arms, args.seeds, args.victims)
-    costs = {name: KINDS[cell.arm][3] for name, cell in cells.items()}
+    plan = {**KINDS, **SHAPES}
+    costs = {name: plan[cell.arm][3] for name, cell in cells.items()}
     cost = sum(costs.values()) / 60 / args.processes
     say(f"cost: about {cost:.0f} minutes on {args.processes} idle cores")
     found = run_cells(
@@ -126,13 +171,15 @@ def main() -> None:
         costs=costs,
     )
     path = args.out / "relations.json"
-    arms = json.loads(path.read_text())["arms"] if path.exists() else {}
+    known = json.loads(path.read_text()) if path.exists() else {}
+    arms = {**known.get("arms", {}), **known.get("shapes", {})}
     for arm in {cell.arm for cell in cells.values()}:
         arms[arm] = [one for one in found.values() if one["arm"] == arm]
     document = {
         **provenance(f"python studies/relations.py --victims {args.victims}"),
         "victims": args.victims,
         "arms": {arm: arms[arm] for arm in KINDS if arm in arms},
+        "shapes": {arm: arms[arm] for arm in SHAPES if arm in arms},
     }
     write(path, document)
     (args.out / "relations.md").write_text(markdown(document))

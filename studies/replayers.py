@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from intruders import Bench
+from shapes import ShapedSketch, Shapes
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -152,6 +153,26 @@ class RelationBench(Bench):
                 scores["both"].append(settled(alone[who], pairs))
                 scores["pairs"].append(settled(torch.zeros_like(alone[who]), pairs))
             found[str(count)] = {way: _first(torch.cat(every)) for way, every in scores.items()}
+        return found
+
+
+class ShapeBench(RelationBench):
+    """Victims, and how often one gradient tells them: by its size, and by all but that."""
+
+    kind = ShapedSketch
+
+    def alone(self, clients: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Identification by way; one client is the victim itself."""
+        asked = torch.cat([self.rows.reshape(-1, 1), self.decoys], dim=1)
+        found = {}
+        for way, which in {"size": slice(0, 1), "shape": slice(1, None)}.items():
+            shapes = Shapes(torch.stack([c[0][:, which] for c in clients]), self.public.labels)
+            pool = torch.stack([c[1][:, which] for c in clients], dim=1)
+            scores = [
+                shapes.score(self.seen[p, which], self.labels[p], pool[asked[p]])
+                for p in torch.split(torch.arange(len(self.seen)), 100)
+            ]
+            found[way] = _first(torch.cat(scores))
         return found
 
 

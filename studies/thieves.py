@@ -26,7 +26,7 @@ from typing import Any
 
 from accuracy import interval
 from cells import provenance, run_cells, say, table, write
-from pad import LENET, RESNET, VIT, merged
+from padarms import LENET, RESNET, VIT, merged
 from padtables import of_all
 
 ROOT = Path(__file__).resolve().parent.parent

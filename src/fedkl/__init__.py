@@ -13,6 +13,7 @@ from fedkl._version import __version__
 
 if TYPE_CHECKING:
     from fedkl.errors import FedKLError
+    from fedkl.federation import at_length
     from fedkl.key import Key
     from fedkl.locking import (
         Channel,
@@ -43,6 +44,7 @@ __all__ = [
     "LockSpec",
     "Pad",
     "__version__",
+    "at_length",
     "calibrate",
     "check_optimizer",
     "epoch_of",
@@ -67,6 +69,7 @@ _HOMES = {
     "Key": "fedkl.key",
     "LockSpec": "fedkl.locking",
     "Pad": "fedkl.locking",
+    "at_length": "fedkl.federation",
     "calibrate": "fedkl.locking",
     "check_optimizer": "fedkl.locking",
     "epoch_of": "fedkl.locking",

@@ -129,6 +129,8 @@ class Training:
         train_mode: Batch norms used the batch's own statistics.
         clients: Clients behind one update, which is their plain mean: what a server sees through
             secure aggregation. Each has batches (and secrets) of its own.
+        length: L2 norm over the shared parameters at which every client sends its update, however
+            large it was; None: as it is.
     """
 
     batch_size: int = 1
@@ -140,6 +142,7 @@ class Training:
     weight_decay: float = 0.0
     train_mode: bool = True
     clients: int = 1
+    length: float | None = None
 
     @property
     def images(self) -> int:
@@ -166,10 +169,14 @@ class Training:
     def gradient(self, change: Tensor, parameter: Tensor) -> Tensor:
         """The gradient of the loss behind an update: exact for one step, else a mean over steps.
 
+        Of an update that was sent at one length its direction alone, weight decay included.
+
         Args:
             change: A parameter before the steps minus after, of any shape.
             parameter: The parameter before, for its weight decay; broadcasts.
         """
+        if self.length is not None:
+            return change
         return change / (self.lr * self.steps_taken) - self.weight_decay * parameter
 
 

@@ -103,6 +103,17 @@ def test_granted_labels_are_taken() -> None:
     assert infer_labels(given, Network(given)).tolist() == [[1]]
 
 
+def test_at_one_length_one_image_tells_its_label_and_a_batch_no_counts() -> None:
+    one, *_ = observe(tiny(), images(1, (1, 8, 8)), torch.tensor([2]))
+    seen = replace(one, training=Training(length=0.1))
+    assert infer_labels(seen, Network(seen)).tolist() == [[2]]
+    batch = replace(seen, training=Training(batch_size=2, length=0.1))
+    with pytest.raises(AttackError, match="sent at one length"):
+        infer_labels(batch, Network(batch))
+    given = replace(batch, labels=torch.tensor([[1, 2]]))
+    assert infer_labels(given, Network(given)).tolist() == [[1, 2]]
+
+
 def test_without_a_classifier_the_message_says_what_to_do() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten())
     x, y = images(1, (1, 8, 8)), torch.tensor([0])

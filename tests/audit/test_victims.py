@@ -83,7 +83,10 @@ LOCKS = {
 def test_key_holder_repeats_several_steps_to_rounding(
     tmp_path: Path, lock: str, decay: bool
 ) -> None:
-    """γ and β move at the rate of what they are computed from, not at that of an affine."""
+    """γ and β move at the rate of what they are computed from, not at that of an affine.
+
+    And if updates are sent at one length, they are repeated at that.
+    """
     defense = lock.partition(" ")[0]
     run = small_run(name=defense, **LOCKS[lock])
     training = dataclasses.replace(
@@ -92,6 +95,7 @@ def test_key_holder_repeats_several_steps_to_rounding(
         momentum=0.9 if decay else 0.0,
         nesterov=decay,
         weight_decay=0.01 if decay else 0.0,
+        update_length=0.2 if decay else None,
     )
     run = dataclasses.replace(run, training=training)
     audit = small_audit(run=run, stage="initial", local_steps=3, batch_size=4)
@@ -107,6 +111,26 @@ def test_key_holder_repeats_several_steps_to_rounding(
     miss = sum(float((made[n] - seen.changes[0][n]).square().sum()) for n in made)
     size = sum(float(seen.changes[0][n].square().sum()) for n in made)
     assert (miss / size) ** 0.5 < 1e-4
+    assert (size**0.5 == pytest.approx(0.2, rel=1e-3)) == decay
+
+
+@pytest.mark.parametrize("aggregated", [1, 2])
+def test_a_gradient_of_one_length_can_be_repeated(tmp_path: Path, aggregated: int) -> None:
+    """Each client's at the length, their mean shorter; labels of batches are granted."""
+    run = small_run(name="norm")
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, update_length=0.2))
+    audit = small_audit(run=run, stage="initial", batch_size=2, aggregated=aggregated)
+    found = Victims(audit.defended("norm", 0), tmp_path, BUNDLE, audit)
+    rows = torch.arange(2 * aggregated)[None]
+    (seen,) = observe(found, [found.send(rows)], OPEN)
+    assert seen.labels is not None
+    network = Network(seen)
+    x, y = BUNDLE.test.batch(rows[0])
+    made = network.change(network.secrets, x, one_hot(y, 10).float())
+    for name, value in made.items():
+        torch.testing.assert_close(value, seen.changes[0][name], rtol=1e-3, atol=1e-5)
+    size = torch.cat([v.flatten() for v in seen.changes[0].values()]).norm()
+    assert (float(size) == pytest.approx(0.2, rel=1e-4)) == (aggregated == 1)
 
 
 @pytest.mark.parametrize("defense", ["none", "fedbn", "channel", "pad"])

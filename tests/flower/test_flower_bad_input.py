@@ -142,9 +142,9 @@ def test_a_hostile_update_is_left_out(
 @pytest.mark.parametrize(
     "metrics, message",
     [
-        ({"num-examples": 10**15, "loss": 1.0}, "claims 1000000000000000 examples"),
-        ({"num-examples": 0, "loss": 1.0}, "claims 0 examples"),
-        ({"num-examples": 1.5, "loss": 1.0}, "claims 1.5 examples"),
+        ({"num-examples": 10**15}, "claims 1000000000000000 examples"),
+        ({"num-examples": 0}, "claims 0 examples"),
+        ({"num-examples": 1.5}, "claims 1.5 examples"),
         ({"loss": 1.0}, "num-examples"),
     ],
 )

@@ -126,7 +126,7 @@ def infer_labels(
         probability: For batches, as :func:`mean_probability` gives it; None: uniform.
 
     Raises:
-        AttackError: The classifier is not shared.
+        AttackError: The classifier is not shared, or a batch's gradient lost its size.
     """
     if observation.labels is not None:
         return observation.labels
@@ -140,6 +140,12 @@ def infer_labels(
         if training.images == 1:
             rows.append(infer_label(g_weight, g_bias).reshape(1))
             continue
+        if training.length is not None:
+            raise AttackError(
+                "labels of a batch are counted from the size of the classifier's gradient, which "
+                "an update that was sent at one length does not have; grant the labels "
+                "(audit-update: labels = [...] in the file of steps)."
+            )
         if g_bias is None:
             raise AttackError(
                 "labels of a batch are counted from the classifier's bias, which this model has "

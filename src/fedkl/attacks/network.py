@@ -31,6 +31,7 @@ from fedkl.observation import Observation, Training
 Tensors = Mapping[str, Tensor]
 
 MANY: Final = 32
+_LEAST: Final = 1e-30
 
 
 class Network:
@@ -179,8 +180,7 @@ class Network:
 
     def sent(self, secrets: Tensors, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Heard]:
         """As :meth:`change`, and the batch statistics that its norms would tell, where they do."""
-        make = self._one_step if self.kind == "gradient" else self._unrolled
-        clients = self.training.clients
+        make, clients = self._made, self.training.clients
         if clients == 1:
             return make(secrets, x, y)
         # Secrets without an axis for the clients are taken to be everybody's.
@@ -189,6 +189,17 @@ class Network:
             for client, (xs, ys) in enumerate(zip(x.chunk(clients), y.chunk(clients), strict=True))
         ]
         return _mean([change for change, _ in parts]), _mean([heard for _, heard in parts])
+
+    def _made(self, secrets: Tensors, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Heard]:
+        """What one client would send."""
+        make = self._one_step if self.kind == "gradient" else self._unrolled
+        change, heard = make(secrets, x, y)
+        if (length := self.training.length) is None:
+            return change, heard
+        # Under the root: a gradient of zeros has no length to divide by, and no derivative of one.
+        now = torch.stack([part.square().sum() for part in change.values()]).sum()
+        scale = length / now.clamp_min(_LEAST).sqrt()
+        return {name: part * scale for name, part in change.items()}, heard
 
     def _of(self, client: int, name: str, secret: Tensor) -> Tensor:
         return secret[client] if secret.dim() > self.secrets[name].dim() else secret

@@ -15,8 +15,8 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
     """One observation per victim. The model is rebuilt: nothing private comes along by reference.
 
     Labels are read off the gradient of a linear classifier by the attacks. Where it is private, or
-    there is none (a convolution, say), they are granted, which may be more than the attacker has,
-    so that attacks that need them run.
+    there is none (a convolution, say), or that of a batch lost its size on the way, they are
+    granted, which may be more than the attacker has, so that attacks that need them run.
 
     Args:
         victims: The clients.
@@ -27,7 +27,8 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
     secrets = victims.secrets(model)
     spec = None if victims.spec is None else victims.spec.to_dict()
     known = victims.held() if threat.key else {}
-    told = threat.labels or _tells_no_label(victims, model, secrets)
+    counted = victims.training.images == 1 or victims.training.length is None
+    told = threat.labels or not counted or _tells_no_label(victims, model, secrets)
     weights = victims.lock_weights() if threat.lock_weights else {}
     return [
         Observation(

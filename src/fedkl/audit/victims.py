@@ -214,6 +214,7 @@ def _known(config: RunConfig, audit: AuditConfig) -> Training:
         nesterov=training.nesterov and not one_gradient,
         weight_decay=training.weight_decay if not one_gradient else 0.0,
         clients=audit.aggregated,
+        length=training.update_length,
     )
 
 

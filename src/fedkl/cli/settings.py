@@ -256,6 +256,9 @@ SETTINGS: Final = (
             needs=(STEPPING,)),
     Setting("training.keep_momentum", "--keep-momentum/--drop-momentum", bool, False,
             "Keep each client's optimizer state from round to round.", needs=(TOGETHER,)),
+    Setting("training.update_length", "--update-length", float, None,
+            "L2 norm at which every update is sent, so that its size tells nothing; as it is if "
+            "not given.", needs=(TOGETHER,)),
     Setting("renewal.budget", "--budget", int, 1,
             "Presentations (images times steps) that one pad may serve; of more than 1 the run "
             "says how many images were found.", needs=(PAD, TOGETHER)),

@@ -17,6 +17,7 @@ from fedkl.federation.config import (
 from fedkl.federation.engine import run
 from fedkl.federation.evaluate import Accuracy
 from fedkl.federation.events import Event, RunResult
+from fedkl.federation.length import at_length
 
 __all__ = [
     "METHODS",
@@ -35,6 +36,7 @@ __all__ = [
     "Update",
     "Workspace",
     "aggregate",
+    "at_length",
     "check_update",
     "client_update",
     "config_from",

@@ -16,6 +16,7 @@ from fedkl.data import Images, augment
 from fedkl.defenses import Defense
 from fedkl.errors import DataError
 from fedkl.federation.config import TrainingConfig
+from fedkl.federation.length import at_length
 from fedkl.federation.optim import (
     load_optimizer_tensors,
     make_optimizer,
@@ -293,6 +294,23 @@ class Workspace:
         self.model.zero_grad(set_to_none=True)
         return float(loss.detach()), len(rows), tensors, moments
 
+    def rescaled(
+        self, tensors: dict[str, Tensor], received: Mapping[str, Tensor], kind: str, lr: float
+    ) -> dict[str, Tensor]:
+        """The update at ``training.update_length``, if there is one; buffers stay as they are.
+
+        Weights move by the rate of the round, so their length falls as that does. The server
+        takes steps of its own along gradients.
+        """
+        length = self.training.update_length
+        if length is None:
+            return tensors
+        names = {*self.names.values()}
+        if kind == "gradient":
+            return at_length(tensors, length, names=names)
+        start = {name: tensor.to(self.device) for name, tensor in received.items()}
+        return at_length(tensors, length * lr / self.training.lr, received=start, names=names)
+
 
 def client_update(
     workspace: Workspace,
@@ -335,6 +353,7 @@ def client_update(
         loss, moments = workspace.train(task, generator)
         tensors = {name: tensor.clone() for name, tensor in workspace.shared.items()}
         kind, examples = "state", len(task.index)
+    tensors = workspace.rescaled(tensors, shared, kind, task.lr)
     update = Update(task.client, task.round, kind, workspace.defense.share(tensors), examples)
     private = {name: tensor.clone() for name, tensor in workspace.private.items()}
     return ClientResult(update, private, moments, loss, workspace.presented)

@@ -93,6 +93,8 @@ class TrainingConfig:
 
     ``local_steps`` replaces ``local_epochs`` where given. ``schedule`` is over rounds: ``step``
     multiplies the rate by ``decay`` at each of ``milestones``, ``cosine`` goes to zero.
+    ``update_length``: every update is sent at this L2 norm, times the schedule where weights are
+    sent (:func:`fedkl.at_length`); None: as it is.
     """
 
     optimizer: str = "sgd"
@@ -107,11 +109,14 @@ class TrainingConfig:
     local_epochs: int = 1
     local_steps: int | None = None
     keep_momentum: bool = False
+    update_length: float | None = None
 
     def __post_init__(self) -> None:
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("schedule", self.schedule, SCHEDULES)
         check_positive("lr", self.lr)
+        if self.update_length is not None:
+            check_positive("update_length", self.update_length)
         _at_least("batch_size", self.batch_size, 1)
         _at_least("local_epochs", self.local_epochs, 1)
         _at_least("local_steps", self.local_steps, 1)

@@ -161,9 +161,8 @@ class _Visit:
         return RecordDict(
             {
                 ARRAYS: packed_record(tensors) if self._packed else encoded(tensors),
-                METRICS: MetricRecord(
-                    {EXAMPLES: result.facts["examples"], "loss": float(result.facts["loss"])}
-                ),
+                # Not its loss: that is the size of the gradient over again, which may be hidden.
+                METRICS: MetricRecord({EXAMPLES: result.facts["examples"]}),
                 CONFIG: ConfigRecord(facts),
             }
         )

@@ -75,7 +75,6 @@ def _legacy(message: Message, context: Context, call_next: Next, weighted: bool)
     change = np.asarray(after, np.float64) - np.asarray(vector.numpy(), np.float64)
     _check_range(change, float(config["clipping-range"]))
     facts: dict[str, Any] = dict(reply.content[CONFIG].items())
-    facts["loss"] = float(reply.content[METRICS]["loss"])
     result = FitRes(
         Status(Code.OK, ""),
         ndarrays_to_parameters([change]),

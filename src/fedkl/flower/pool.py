@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -208,7 +209,7 @@ class GridPool(Pool):
         return {
             by_node[node]: Result(
                 todo[by_node[node]],
-                {"kind": facts["kind"], "examples": facts["examples"], "loss": facts["loss"]},
+                {"kind": facts["kind"], "examples": facts["examples"], "loss": math.nan},
                 summed.mean,
             )
             for node, facts in summed.facts.items()

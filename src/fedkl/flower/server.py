@@ -97,7 +97,7 @@ def _log(event: Event) -> None:
     if event.kind == "note":
         log.warning("%s", event.message)
     elif event.kind == "round":
-        log.info("round %d/%d: loss %.4f", event.round, event.rounds, event.loss)
+        log.info("round %d/%d", event.round, event.rounds)  # clients do not tell their loss
     elif event.kind == "evaluation" and event.accuracy is not None:
         log.info("round %d/%d: %s", event.round, event.rounds, _figures(event.accuracy))
 

@@ -14,7 +14,7 @@ from fedkl.errors import ConfigError, unknown
 from fedkl.federation import RunConfig, config_from
 from fedkl.flower.strategies import STRATEGIES
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 PRIVACY: Final = ("none", "local", "client", "server")
 _SECTION: Final = "flower."
 # Where each side may differ without the result being another one.

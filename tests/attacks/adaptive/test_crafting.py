@@ -9,6 +9,7 @@ import torch
 from adaptivehelp import gradients, images, lenet
 from torch import Tensor, nn
 
+from fedkl import at_length
 from fedkl.attacks import InvertingGradients
 from fedkl.attacks.adaptive import Fishing, catch, craft
 from fedkl.attacks.adaptive.crafting import NOTE
@@ -92,6 +93,20 @@ def test_the_image_comes_out_of_a_batch_of_eight() -> None:
     assert caught > 0.35
     assert caught > mixed + 0.2
     assert fished.name == "inverting-gradients+fishing"
+
+
+def test_a_batch_that_was_sent_at_one_length_is_caught_as_well() -> None:
+    x, y = distinct()
+    model = crafted(3)
+    batch = sent(model, x, y)
+    training = replace(batch.training, length=0.1)
+    seen = replace(batch, changes=(at_length(batch.changes[0], 0.1),), training=training)
+    caught = catch(seen, 3)
+    for name, gradient in catch(batch, 3).changes[0].items():
+        torch.testing.assert_close(caught.changes[0][name], gradient, rtol=1e-3, atol=1e-6)
+    assert caught.training.length is None
+    with pytest.raises(AttackError, match="no image of class 9"):
+        catch(replace(seen, model=crafted(9)), 9)
 
 
 def test_honest_state_stays_as_it_was() -> None:

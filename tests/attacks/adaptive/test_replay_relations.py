@@ -10,6 +10,7 @@ import torch
 from shadowhelp import digits, open_victims, public, victims
 from torch import Tensor
 
+from fedkl import at_length
 from fedkl.attacks import Reconstruction
 from fedkl.attacks.adaptive import ReplayRelations
 from fedkl.attacks.adaptive.sketch import Sketch
@@ -70,6 +71,23 @@ class Turned(ReplayRelations):
 
 def test_relations_need_no_coordinates_of_the_victims() -> None:
     assert rate(run(attack(Turned), victims("key-shared", 32))) == 1
+
+
+def test_of_updates_of_one_length_the_size_is_not_asked() -> None:
+    """Whatever it is: the cosines are the same, and decide alone."""
+    seen = victims("key-shared", 20)
+    training = replace(seen[0].training, length=1.0)
+    changed = [
+        replace(o, training=training, changes=tuple(at_length(c, i + 1.0) for c in o.changes))
+        for i, o in enumerate(seen)
+    ]
+    lost, found = (run(attack(), given) for given in (changed, seen))
+    assert rate(lost) > 0.7
+    for one, given in zip(lost, candidates(20), strict=True):
+        assert one.score is not None
+        assert not one.score(0, given).any()
+    assert found[0].score is not None
+    assert bool(found[0].score(0, candidates(20)[0]).any())
 
 
 def test_groups_are_asked_about_apart() -> None:

@@ -127,7 +127,9 @@ def catch(observation: Observation, target: int) -> Observation:
         observation,
         kind="gradient",
         changes=changes,
-        training=replace(training, batch_size=1, local_steps=1, repeats=False, clients=1),
+        training=replace(
+            training, batch_size=1, local_steps=1, repeats=False, clients=1, length=None
+        ),
         labels=torch.full((observation.count, 1), target),
         statistics=(),  # those are of the whole batch
     )
@@ -142,9 +144,13 @@ def _caught(
         gradient = {n: training.gradient(g, network.shared[n]) for n, g in gradient.items()}
     weight, bias = classifier(network, observation.num_classes)
     assert bias is not None
-    # The target row is -(1/B)·sum of features over its images; its bias tells how many.
+    # The target row is -(1/B)·sum of features over its images; its bias tells how many. What a
+    # rescaled update has in it of the class is taken to be one.
     images = training.batch_size * training.clients
     count = -gradient[bias][target] * images
+    if training.length is not None and float(count) > 0:
+        gradient = {name: g / count for name, g in gradient.items()}
+        count = torch.ones_like(count)
     if float(count) < 0.5:
         raise AttackError(
             f"no image of class {target} was in the batch (its bias gradient says {float(count):g} "

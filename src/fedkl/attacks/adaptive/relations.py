@@ -100,12 +100,17 @@ class Relations:
             :class:`SizedSketch` gives it. A single one has the victim's secrets.
         labels: Of these (M,).
         num_classes: Number of labels.
+        sized: Whether victims' gradients have the size that they came with; sizes tell nothing
+            where every update is sent at one length.
 
     Raises:
         AttackError: A side holds NaN or Inf.
     """
 
-    def __init__(self, sides: Sequence[Tensor], labels: Tensor, num_classes: int) -> None:
+    def __init__(
+        self, sides: Sequence[Tensor], labels: Tensor, num_classes: int, *, sized: bool = True
+    ) -> None:
+        self.sized = sized
         for side in sides:
             check_finite(side)
         sizes = torch.stack([side[:, 0] for side in sides])
@@ -120,7 +125,7 @@ class Relations:
         self.pairs = _pairs(seen, labels[rows], num_classes)
 
     def by_size(self, seen: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
-        """How likely each candidate is by the size of the victim's gradient: (T, K).
+        """How likely each candidate is by the size of the victim's gradient: (T, K); 0 if unsized.
 
         Args:
             seen: What the victims gave away, (T, 1 + k).
@@ -129,6 +134,8 @@ class Relations:
                 one victim for all, (1, K, shadows, 1 + k).
         """
         expected = candidates[..., 0].mean(dim=2)
+        if not self.sized:
+            return torch.zeros_like(expected).expand(len(seen), -1)
         own = self.sizes[labels[:, None]]
         return own.likelihood(seen[:, :1], expected)
 

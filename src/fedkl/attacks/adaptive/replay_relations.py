@@ -27,7 +27,8 @@ class ReplayRelations(Retrieval):
     point alike, whoever's they are. So every candidate is weighed by the size of the victim's
     gradient and, all candidates of ``group`` victims under one lock at once, by the cosines among
     their gradients, against what clients of the attacker's own make of the same images
-    (:class:`~fedkl.attacks.adaptive.relations.Relations`). One gradient alone tells its size.
+    (:class:`~fedkl.attacks.adaptive.relations.Relations`). One gradient alone tells its size;
+    updates that are sent at one length tell only how they lie to each other.
 
     Args:
         images: Public images (M, C, H, W) in [0, 1].
@@ -93,7 +94,9 @@ class ReplayRelations(Retrieval):
     ) -> list[Reconstruction]:
         seen, every = moved[0], torch.cat([*labels])
         sides = [side.inputs for side in learned]
-        relations = Relations(sides, self.public.labels, learned[0].client.num_classes)
+        client = learned[0].client
+        sized = client.network.training.length is None
+        relations = Relations(sides, self.public.labels, client.num_classes, sized=sized)
         gallery = Gallery(partial(_as_shadows_see, learned), labeled=True)
         shown = self._resembling(relations, torch.stack(sides, dim=1), seen, every)
         together = partial(_together, relations, gallery, self.group, seen, every)

@@ -1,0 +1,64 @@
+"""Updates of one length: how far a client moved tells how badly the model did on its images."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from fedkl.errors import ConfigError, StateError
+
+
+def length_of(tensors: Mapping[str, Tensor]) -> float:
+    """L2 norm of all tensors together, in double precision.
+
+    Args:
+        tensors: By name, any shapes.
+    """
+    parts = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in tensors.values()]
+    return float(torch.stack(parts).norm()) if parts else 0.0
+
+
+def at_length(
+    update: Mapping[str, Tensor],
+    length: float,
+    *,
+    received: Mapping[str, Tensor] | None = None,
+    names: Collection[str] | None = None,
+) -> dict[str, Tensor]:
+    """The update, shortened or stretched to ``length``; its direction stays.
+
+    The size of a gradient is large where the model errs, for every client and under every key, so
+    that it tells images apart (docs/theory.md, "Sizes and relations need no coordinates"). Where
+    all updates have one length, agreed in public, it tells nothing. As normalized gradients do in
+    training with differential privacy (Bu et al. 2023, "Automatic clipping"), without the noise.
+
+    Args:
+        update: What a client is about to send, by name.
+        length: L2 norm over all that moves, above 0. An update that does not move at all stays.
+        received: The weights that training began with, if ``update`` is weights, whose difference
+            is what is seen; None: it is a gradient, or a difference already.
+        names: What moves; all if not given. The rest stays as it is.
+
+    Returns:
+        A new dict with the names of ``update``.
+
+    Raises:
+        ConfigError: The length is not above 0.
+        StateError: ``received`` lacks a tensor.
+    """
+    if not length > 0:
+        raise ConfigError(f"the length of an update must be above 0, got {length:g}.")
+    moving = [name for name in update if names is None or name in names]
+    if received is not None and (missing := [n for n in moving if n not in received]):
+        raise StateError(
+            f"the received weights lack {', '.join(missing[:4])} of the update; give the state "
+            "that training began with."
+        )
+    start = {n: torch.zeros_like(update[n]) if received is None else received[n] for n in moving}
+    moved = {name: update[name] - start[name] for name in moving}
+    now = length_of(moved)
+    if now == 0:
+        return dict(update)
+    return {**update, **{n: start[n] + change * (length / now) for n, change in moved.items()}}
