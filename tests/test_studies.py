@@ -235,17 +235,62 @@ def test_an_attacker_of_many_images_may_take_each_by_itself() -> None:
 def test_sizes_and_relations_are_tabled_by_way_and_controls_are_planned() -> None:
     import relations
 
-    assert {cell.arm for cell in relations.cells_of(None, None, 10).values()} == set(
-        relations.KINDS
-    )
+    planned = relations.cells_of(None, None, 10).values()
+    assert {cell.arm for cell in planned} == {*relations.KINDS, *relations.SHAPES}
+    assert {cell.victims for cell in planned if cell.arm in relations.SHAPES} == {relations.MANY}
     assert len(relations.cells_of("lenet, pad", 2, 10)) == 2
     with pytest.raises(SystemExit, match="got arms"):
         relations.cells_of("lenet", None, 10)
     rates = {"1": {"size": 0.02}, "16": {"pairs": 0.05, "both": 0.08}}
     cells = [{"key": rates, "shadow": rates, "insider": rates, "shuffled": rates}] * 2
+    alone = {who: {"size": 0.03, "shape": 0.01} for who in ("key", "shadow", "insider")}
     document = {
         "command": "c", "commit": "a", "date": "d", "victims": 10, "arms": {"lenet, pad": cells},
+        "shapes": {"lenet, pad, shape": [alone] * 2},
     }  # fmt: skip
     text = relations.markdown(document)
+    assert "| lenet, pad | insider | 3.0 ± 0.0 | 1.0 ± 0.0 | 2 |" in text
     assert "| lenet, pad | shadow | 2.0 ± 0.0 | both | – | – | 8.0 ± 0.0 | – | 2 |" in text
     assert "| lenet, pad | shadow |  | pairs | – | – | 5.0 ± 0.0 | – | 2 |" in text
+
+
+def test_a_shape_is_what_neither_size_nor_order_nor_signs_change() -> None:
+    import shapes
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    gradient = {
+        "w": torch.randn(3, 6, 4, 2, generator=generator),
+        "b": torch.randn(3, 6, generator=generator),
+    }
+    sketch = shapes.ShapedSketch({n: t[0] for n, t in gradient.items()}, 16, generator)
+    found = sketch(gradient)
+    order = torch.randperm(6, generator=generator)
+    moved = sketch({n: -7 * t[:, order] for n, t in gradient.items()})
+    flat = torch.cat([t.flatten(1) for t in gradient.values()], dim=1)
+    torch.testing.assert_close(found[:, 0], flat.double().norm(dim=1).log())
+    torch.testing.assert_close(moved[:, 1:], found[:, 1:])
+    assert float((found[0, 1:] - found[1, 1:]).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("shadows", [1, 4])
+def test_shapes_find_who_agrees_with_what_the_shadows_expect(shadows: int) -> None:
+    import shapes
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.randn(500, 5, generator=generator)
+
+    def client(noise: float) -> Any:
+        return truth + noise * torch.randn(truth.shape, generator=generator)
+
+    sides = torch.stack([client(0.1 * (shadows > 1)) for _ in range(shadows)])
+    victims = client(0.1 * (shadows > 1))
+    asked = torch.stack([torch.arange(40), *torch.randint(40, 500, (9, 40), generator=generator)])
+    labels = torch.arange(500) % 2
+    model = shapes.Shapes(sides[:, 40:], labels[40:])
+    rows = sides.transpose(0, 1)[asked.T]
+    scores = model.score(victims[:40], labels[:40], rows)
+    assert float((scores.argmax(dim=1) == 0).double().mean()) > 0.9
+    lost = model.score(victims[:40].roll(1, dims=0), labels[:40], rows)
+    assert float((lost.argmax(dim=1) == 0).double().mean()) < 0.4
