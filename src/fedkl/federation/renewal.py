@@ -1,7 +1,9 @@
 """How long one pad serves: presentations counted against a budget, and renewal by the calendar.
 
 A presentation is one image passing through one training step whose outcome is shared. All of them
-under one pad share its β, so what a pad hides wears off with their number.
+under one pad share its β, so what a pad hides wears off with their number. A client whose private
+state has diverged shares nothing of that round, which then counts for nothing: it goes back to the
+state, pad and count of before. An update that leaves counts, whether the server takes it or not.
 """
 
 from __future__ import annotations
