@@ -35,13 +35,13 @@ LAYERS: Final[dict[type[nn.Module], str]] = {
 MAX_FEATURES: Final = 65_536
 
 _REFUSED: Final[dict[type[nn.Module], str]] = {
-    nn.RNNBase: "a recurrent cell has no output norm of its own; lock a layer before or after it",
-    nn.RNNCellBase: "a recurrent cell has no output norm of its own; lock a layer before or after",
+    nn.RNNBase: "a recurrent layer has no norm of its own; lock before (behind=…) or after it",
+    nn.RNNCellBase: "a recurrent cell has no norm of its own; lock before (behind=…) or after it",
     nn.MultiheadAttention: "attention reads its weights directly; lock the norm next to it",
     nn.LocalResponseNorm: "has no scale and shift",
     nn.CrossMapLRN2d: "has no scale and shift",
-    nn.Embedding: "looks rows up, there is no activation to normalize; lock the layer after it",
-    nn.EmbeddingBag: "looks rows up, there is no activation to normalize; lock the layer after it",
+    nn.Embedding: "looks rows up, which is no layer to lock; put a norm behind it (behind=…)",
+    nn.EmbeddingBag: "looks rows up, which is no layer to lock; put a norm behind it (behind=…)",
     nn.Bilinear: "not supported; lock the layer after it",
 }
 
