@@ -353,7 +353,7 @@ def test_too_few_victims_are_not_restandardized_and_a_note_says_so(how: str) -> 
     found = few.reconstruct(seen, generator=derive(0, "a"))
     for one, other in zip(found, plain, strict=True):
         assert torch.equal(one.images, other.images)
-        assert any("19 updates are too few" in note for note in one.notes)
+        assert any("19 updates, too few" in note for note in one.notes)
     assert not any("too few" in note for note in plain[0].notes)
 
 
