@@ -365,6 +365,23 @@ def test_too_few_victims_for_their_classes_is_said() -> None:
     assert not any("as by 'global'" in note for note in many[0].notes)
 
 
+def test_one_class_with_enough_victims_is_restandardized_beside_others_with_none() -> None:
+    attack, observation = shadow(restandardize="label"), victims("adaptive", 1)[0]
+    labels = torch.tensor([1] * 10 + [3] * 10)
+    assert len(attack._notes(observation, labels, "features")) == 1
+    assert "as by 'global'" in attack._notes(observation, torch.arange(20) % 10, "features")[1]
+
+
+@pytest.mark.parametrize("entry, unfold", [(0.9, True), (1.0, False), (1.5, False), (0.0, False)])
+def test_inputs_are_unfolded_where_all_of_them_lie_between_0_and_1(
+    entry: float, unfold: bool
+) -> None:
+    inputs = torch.tensor([[0.2, 0.4], [0.6, entry]])
+    coordinates = Coordinates.of(inputs, torch.tensor([0, 1]), 2)
+    assert coordinates.unfold is unfold
+    assert bool(coordinates.enter(inputs).isfinite().all())
+
+
 def test_where_the_classifier_is_private_the_gradient_is_decoded() -> None:
     x, y = digits()
     locked = lock(network_of("model"), Key.generate(), scheme="pad", stem=False, example=x[:4])
