@@ -24,6 +24,14 @@ def test_counts_the_rows_whose_largest_logit_is_the_label() -> None:
     assert accuracy(logits, labels) == pytest.approx(2 / 3)
 
 
+def test_a_row_with_nan_is_never_right() -> None:
+    """``argmax`` takes NaN for the largest: a model that diverged would know class 0."""
+    nan = math.nan
+    logits = torch.tensor([[nan, nan], [nan, 1.0], [1.0, nan], [1.0, nan], [math.inf, 0.0]])
+    assert count_correct(logits, torch.tensor([0, 0, 1, 0, 0])) == 1
+    assert accuracy(torch.full((3, 2), nan), torch.zeros(3, dtype=torch.int64)) == 0
+
+
 def test_counts_of_batches_add_up_to_the_whole(generator: torch.Generator) -> None:
     logits = torch.randn(70, 4, generator=generator)
     labels = torch.randint(4, (70,), generator=generator)

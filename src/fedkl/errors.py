@@ -112,6 +112,11 @@ def check_size(what: str, value: float) -> None:
         raise ConfigError(f"{what} must be a number of at most {LARGEST:g}, got {value}.")
 
 
+def number_of(number: int, noun: str) -> str:
+    """``1 round``, ``2 rounds``: for nouns whose plural takes an s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def unknown(kind: str, got: str, choices: Iterable[str]) -> str:
     """Message for an unknown name: what was got, the nearest names, and all or the first."""
     names = sorted(choices)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from fedkl.errors import ConfigError, unknown
+from fedkl.errors import ConfigError, number_of, unknown
 
 KINDS: Final = ("gradient", "update")
 
@@ -231,8 +231,8 @@ class Observation:
             given = len(getattr(self, name))
             if given not in (0, len(self.changes)):
                 raise ConfigError(
-                    f"got {given} {name} for {len(self.changes)} updates; expected one for each, "
-                    "or none."
+                    f"got {given} {name} for {number_of(len(self.changes), 'update')}; expected "
+                    "one for each, or none."
                 )
 
     @property

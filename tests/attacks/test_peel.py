@@ -11,6 +11,7 @@ from attackhelp import CLASSES, images, observe, tiny, uniform
 from torch import Tensor, nn
 
 from fedkl.attacks import Peel
+from fedkl.attacks.peel import _nonzero
 from fedkl.errors import AttackError, ConfigError
 from fedkl.key import Key
 from fedkl.locking import lock, lock_spec, shared_state
@@ -169,3 +170,9 @@ def test_vanished_gradient_is_an_error_in_words() -> None:
     gone = ({name: torch.zeros_like(value) for name, value in seen.changes[0].items()},)
     with pytest.raises(AttackError, match="zero everywhere"):
         Peel().reconstruct([replace(seen, changes=gone)], generator=derive(0, "a"))
+
+
+def test_what_is_divided_by_is_small_beside_the_largest_or_itself() -> None:
+    values = torch.tensor([4.0, -1e-3, 0.0, -1e-20], dtype=torch.float64)
+    assert _nonzero(values).tolist() == [4.0, -1e-3, 4e-12, 4e-12]
+    assert float(_nonzero(torch.zeros(1, dtype=torch.float64))) > 0

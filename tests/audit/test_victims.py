@@ -256,7 +256,7 @@ def test_victims_go_through_the_classes(tmp_path: Path) -> None:
     [
         (
             {"images": 360},
-            "take 360 test images, but digits has 359; give --images 359 or fewer.",
+            "takes 360 test images, but digits has 359; give --images 359 or fewer.",
         ),
         ({"images": 90, "batch_size": 4}, "--images 89 or fewer, or for updates of fewer images"),
         ({"images": 2, "observations": 200}, "--images 1 or fewer, or for"),

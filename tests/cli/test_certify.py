@@ -107,7 +107,7 @@ def test_a_flag_that_would_do_nothing_is_none(call: Call, tmp_path: Path, flag: 
         (("--batch-size", "0"), "--batch-size must be at least 1"),
         (("--tolerance", "0"), "tolerance must be"),
         (("--tolerance", "2"), "tolerance must be"),
-        (("--presentations", "9999"), "take 9999 test images"),
+        (("--presentations", "9999"), "takes 9999 test images"),
         (("--noise", "0"), "deviation of noise must be a positive number"),
         (("--defense", "pat"), "Did you mean"),
         (("--run", "/nowhere", "--seed", "1"), "holds no finished run"),

@@ -275,6 +275,7 @@ def test_demo_falls_back_resumes_and_reports(
     answer = call(*words)
     assert answer.code == 0, answer.err
     assert "note: data set 'fashion-mnist' not found" in answer.err
+    assert re.search(r"test set after 1 round\b", answer.out)
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "1,797 digits" in page
     assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -125,7 +125,7 @@ def test_numbers_of_clients_out_of_range(clients: int, generator: torch.Generato
 @pytest.mark.parametrize(
     "scheme, options, expected",
     [
-        ("iid", {"samples": 6}, "need 12 images"),
+        ("iid", {"samples": 6}, "that takes 12"),
         ("iid", {"samples": 0}, "samples is 0"),
         ("shards", {"shards_per_client": 0}, "1 or more shards"),
         ("shards", {"shards_per_client": 6}, "at most 10 shards"),

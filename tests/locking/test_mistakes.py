@@ -23,6 +23,7 @@ from fedkl.locking import (
     lock_spec,
     lockable,
     merge,
+    private_state,
     scheme_of,
     shared_state,
     unlock,
@@ -106,6 +107,23 @@ def test_mistake(which: str) -> None:
     act, error, message = MISTAKES[which]
     with pytest.raises(error, match=message):
         act()
+
+
+@pytest.mark.parametrize("scheme", ["pad", "channel"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_example_takes_the_dtype_of_the_model(dtype: torch.dtype, scheme: str) -> None:
+    net = plain().to(dtype)
+    with pytest.raises(LockError) as caught:
+        lock(net, KEY, scheme=scheme, example=IMAGE)
+    assert f"The example is torch.float32, the model's parameters {dtype}; " in str(caught.value)
+    assert f"example.to({dtype}) or model.to(torch.float32)" in str(caught.value)
+    assert "at least two inputs" not in str(caught.value)
+    model = lock(net, KEY, scheme=scheme, example=IMAGE.to(dtype))
+    model(IMAGE.to(dtype)).sum().backward()
+    state = {**shared_state(model), **private_state(model)}
+    assert {t.dtype for t in state.values() if t.is_floating_point()} == {dtype}
+    with pytest.raises(LockError, match="at least two inputs"):  # its size is at fault
+        lock(net, KEY, scheme=scheme, example=IMAGE[:, :2].to(dtype))
 
 
 @pytest.mark.parametrize("shape", [[0], ["4"], [4.0], [], 7, None])

@@ -9,9 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fedkl.errors import LockError
 from fedkl.key import Key
-from fedkl.locking import affines, lock, renew, set_key, shared_state, sources_of, unlock
+from fedkl.locking import (
+    affines,
+    epoch_of,
+    lock,
+    renew,
+    set_key,
+    shared_state,
+    sources_of,
+    unlock,
+)
 
 from .zoo import IMAGE, SMALL
 
@@ -61,6 +72,14 @@ def test_compiled_model_hears_a_renewed_pad() -> None:
         renew(model, KEY, epoch)
         torch.testing.assert_close(compiled(IMAGE), model(IMAGE))
     assert not torch.allclose(compiled(IMAGE), first)
+
+
+@pytest.mark.filterwarnings("ignore", "error:.*to a Python integer")
+def test_a_trace_does_not_ask_which_pad_it_is() -> None:
+    model = locked("batch").eval()
+    renew(model, KEY, 2)
+    traced = torch.jit.trace(model, IMAGE)  # type: ignore[no-untyped-call]
+    assert torch.equal(traced(IMAGE), model(IMAGE))
 
 
 def test_functional_call_takes_other_learned_terms() -> None:
@@ -144,9 +163,71 @@ def test_hooks_and_identity_survive_and_ours_goes_with_the_lock() -> None:
 
 def test_an_averaged_copy_keeps_the_own_pad() -> None:
     model = locked("batch")
-    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    average = AveragedModel(model, use_buffers=True)
     average.update_parameters(model)
     assert set(shared_state(average)) == {"n_averaged"} | {
         f"module.{n}" for n in shared_state(model)
     }
     assert torch.equal(average.eval()(IMAGE), model.eval()(IMAGE))
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_an_average_within_one_pad_has_that_pad(decay: float | None) -> None:
+    model = locked("batch")
+    renew(model, KEY, 3)
+    average = averaged(model, decay, use_buffers=False)
+    for _ in range(3):
+        shift_learned(model)
+        average.update_parameters(model)
+    assert epoch_of(average) == 3
+    (pad,) = {tuple(s.like().flatten().tolist()) for s in sources_of(average).values()}
+    assert pad == tuple(sources_of(model)["1"].like().flatten().tolist())
+    average.eval()(IMAGE)
+
+
+@pytest.mark.parametrize(
+    "decay, buffers, says",
+    [
+        (0.9, True, r"of epoch 3, .* says 2.*use_buffers=False"),  # 2.7 + 0.3, as an integer
+        (None, False, r"of epoch 3, .* says 5.*anew after"),
+    ],
+)
+def test_an_average_whose_pad_is_not_the_one_it_says(
+    decay: float | None, buffers: bool, says: str
+) -> None:
+    model = locked("batch")
+    renew(model, KEY, 3)
+    average = averaged(model, decay, use_buffers=buffers)
+    average.eval()(IMAGE)
+    if not buffers:
+        renew(model, KEY, 5)
+    for _ in range(2):
+        average.update_parameters(model)
+    with pytest.raises(LockError, match=says):
+        average.eval()(IMAGE)
+    with torch.inference_mode(), pytest.raises(LockError, match=says):
+        average(IMAGE)
+
+
+def averaged(model: nn.Module, decay: float | None, *, use_buffers: bool) -> AveragedModel:
+    ema = None if decay is None else get_ema_multi_avg_fn(decay)
+    average = AveragedModel(model, use_buffers=use_buffers, multi_avg_fn=ema)
+    average.update_parameters(model)
+    return average
+
+
+def shift_learned(model: nn.Module) -> None:
+    with torch.no_grad():
+        for source in sources_of(model).values():
+            for parameter in source.parameters():
+                parameter.add_(0.01)
+
+
+def test_a_pad_in_inference_mode_hears_of_its_epoch() -> None:
+    outside = locked("batch").eval()
+    with torch.inference_mode():
+        model = copy.deepcopy(outside)
+        model(IMAGE)
+        sources_of(model)["1"].get_buffer("epoch").fill_(1)
+        with pytest.raises(LockError, match="says 1"):
+            model(IMAGE)

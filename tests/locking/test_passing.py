@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -215,6 +216,31 @@ def test_renewal_drops_momentum_of_what_starts_again() -> None:
     }
     assert not any(m for n, m in moved.items() if "learned" in n)
     assert moved["fc.weight"]  # others go on
+
+
+def step_of_lbfgs(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(X).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+
+
+def test_renewal_drops_the_one_history_that_lbfgs_keeps_of_all_parameters() -> None:
+    model = lock(Ways(), KEY, scheme="pad", example=X).eval()
+    assert "learned" not in next(iter(model.named_parameters()))[0]  # which has the history
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
+    step_of_lbfgs(model, optimizer)
+    renew(model, KEY, 1, keep_learned=True, optimizer=optimizer)
+    assert optimizer.state
+    renew(model, KEY, 2, optimizer=optimizer)
+    twin = copy.deepcopy(model)
+    step_of_lbfgs(model, optimizer)
+    step_of_lbfgs(twin, torch.optim.LBFGS(twin.parameters(), lr=0.01, max_iter=3))
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -6,12 +6,14 @@ import re
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fedkl.errors import LockError
 from fedkl.key import Key
-from fedkl.locking import is_locked, lock, lock_spec
+from fedkl.locking import is_locked, lock, lock_spec, shared_state
 from fedkl.models import CifarResNet
+from fedkl.rng import derive
 
 from .zoo import IMAGE, SMALL, Aux, Late, images
 
@@ -140,3 +142,36 @@ def test_of_hundreds_of_names_the_nearest_and_the_first_are_listed() -> None:
     model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(300)])
     with pytest.raises(LockError, match=r"unknown layer 'x299'.*'299'.* and 200 more\.$"):
         lock(model, KEY, layers="x299")
+
+
+class Recurrent(nn.Module):
+    """Words, a recurrent layer, a classifier: nothing that has a norm."""
+
+    def __init__(self, words: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.words, self.layer, self.fc = words, layer, nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.layer(self.words(ids))[0][:, -1])
+        return out
+
+
+def test_a_recurrent_network_is_told_to_lock_behind_its_words() -> None:
+    model = Recurrent(nn.Embedding(9, 8), nn.GRU(8, 6, batch_first=True))
+    ids = torch.randint(9, (4, 7), generator=derive(0, "ids"))
+    with pytest.raises(LockError, match=r"GRU \(layer\): .*behind='words'") as caught:
+        lock(model, KEY, scheme="pad", example=ids)
+    assert "linear layer, fc, would normalize the logits" in str(caught.value)
+    for scheme in ("pad", "channel"):
+        locked = lock(model, KEY, scheme=scheme, behind="words", example=ids)
+        assert "layer.weight_hh_l0" in shared_state(locked)
+    for layers in ("first", "fc"):
+        with pytest.raises(LockError, match=r"nothing is left to share.* behind=…"):
+            lock(model, KEY, scheme="pad", layers=layers, example=ids)
+
+
+def test_a_network_of_features_is_not_told_to_lock_behind_words() -> None:
+    for net in (nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), nn.Sequential(nn.PReLU())):
+        with pytest.raises(LockError, match="nothing to lock") as caught:
+            lock(net, KEY, example=torch.zeros(2, 4))
+        assert "behind=" not in str(caught.value)

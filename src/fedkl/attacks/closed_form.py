@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.labels import classifier, infer_counts, infer_labels, mean_probability
 from fedkl.attacks.network import Network
-from fedkl.errors import AttackError
+from fedkl.errors import AttackError, number_of
 from fedkl.observation import Observation
 
 
@@ -212,8 +212,9 @@ def _single(observation: Observation, what: str) -> None:
     if training.images != 1:
         raise AttackError(
             f"got updates of {training.images} images (batch {training.batch_size}, "
-            f"{training.local_steps} steps); {what} follows in closed form from one image alone. "
-            "For batches, label_counts tells the labels, and searching attacks the images."
+            f"{number_of(training.local_steps, 'step')}); {what} follows in closed form from one "
+            "image alone. For batches, label_counts tells the labels, and searching attacks the "
+            "images."
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.labels import infer_labels, mean_probability, tells_labels
 from fedkl.attacks.network import Network
-from fedkl.errors import AttackError
+from fedkl.errors import AttackError, number_of
 from fedkl.observation import Observation
 
 
@@ -64,5 +64,5 @@ class Counted(Attack):
 
         counted = each(observations, count)
         found = self.attack.reconstruct(counted, generator=generator, progress=progress)
-        note = f"labels counted with {len(self.images)} public images"
+        note = f"labels counted with {number_of(len(self.images), 'public image')}"
         return [replace(one, notes=(*one.notes, note)) for one in found]

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from fedkl.audit.config import KEY_HOLDER, AuditConfig
+from fedkl.errors import number_of
 from fedkl.observation import THREATS
 
 MANY: Final = 1000
@@ -42,8 +43,8 @@ def caveats(
         )
     if audit.iterations is not None:
         found.append(
-            f"Attacks that search made {audit.iterations} iterations, as the command asked, "
-            f"instead of those of effort {audit.effort!r}."
+            f"Attacks that search made {number_of(audit.iterations, 'iteration')}, as the command "
+            f"asked, instead of those of effort {audit.effort!r}."
         )
     found += _outsiders_alone([d for d in _with("channel", audit) if d in holding])
     pads = _with("pad", audit)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from fedkl.attacks import ATTACKS, EFFORTS, SEARCHING
 from fedkl.defenses import DEFENSES
-from fedkl.errors import ConfigError, unknown
+from fedkl.errors import ConfigError, number_of, unknown
 from fedkl.federation import RunConfig
 from fedkl.observation import THREATS
 
@@ -151,10 +151,12 @@ class AuditConfig:
     def cost(self) -> str:
         """What there is to do, in words."""
         return (
-            f"{len(self.grid)} defenses x {self.seeds} seed(s) are trained where needed; then "
-            f"{len(self.attacks)} attack(s) under up to {len(self.threats) + 1} threat models each "
-            f"on {self.images} victims of {self.per_victim} image(s), effort {self.effort}"
-            + ("" if self.iterations is None else f", {self.iterations} iterations")
+            f"{number_of(len(self.grid), 'defense')} x {number_of(self.seeds, 'seed')} trained "
+            f"where needed; then {number_of(len(self.attacks), 'attack')} under up to "
+            f"{number_of(len(self.threats) + 1, 'threat model')} each on "
+            f"{number_of(self.images, 'victim')} of {number_of(self.per_victim, 'image')}, effort "
+            f"{self.effort}"
+            + ("" if self.iterations is None else f", {number_of(self.iterations, 'iteration')}")
         )
 
     def to_dict(self) -> dict[str, Any]:

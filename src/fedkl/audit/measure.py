@@ -15,7 +15,7 @@ from fedkl.attacks import Reconstruction
 from fedkl.audit.config import AuditConfig
 from fedkl.audit.floor import floor_of
 from fedkl.data import DataBundle
-from fedkl.errors import AttackError, DataError
+from fedkl.errors import AttackError, DataError, number_of
 from fedkl.rng import derive
 
 PSNR_CEILING: Final = 100.0
@@ -94,8 +94,8 @@ def _check_enough(bundle: DataBundle, flat: Tensor, audit: AuditConfig) -> None:
     if audit.candidates > most:
         raise DataError(
             f"the true image is to be found among {audit.candidates} of its class, but "
-            f"{bundle.name} has {most} test images of class {int(labels[flat][counts.argmin()])}; "
-            f"give --candidates {most} or fewer."
+            f"{bundle.name} has {number_of(most, 'test image')} of class "
+            f"{int(labels[flat][counts.argmin()])}; give --candidates {most} or fewer."
         )
 
 

@@ -90,7 +90,7 @@ class UpdateConfig:
             )
         if self.labels is not None and len(self.labels) != self.training.images:
             raise ConfigError(
-                f"got {len(self.labels)} labels for {self.training.images} images behind the "
+                f"got {len(self.labels)} label(s) for {self.training.images} image(s) behind the "
                 "update (batch_size x local_steps); give one for each, or none."
             )
 

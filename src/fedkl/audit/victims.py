@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from fedkl.audit.config import AuditConfig
 from fedkl.audit.floor import in_turn
 from fedkl.data import DataBundle
-from fedkl.errors import CheckpointError, ConfigError, DataError
+from fedkl.errors import CheckpointError, ConfigError, DataError, number_of
 from fedkl.federation import ClientTask, RunConfig, client_update
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.session import Session
@@ -244,8 +244,8 @@ def draw_victims(bundle: DataBundle, audit: AuditConfig) -> Tensor:
     if count > there:
         most = there // audit.per_victim
         raise DataError(
-            f"{audit.images} victims of {audit.per_victim} image(s) take {count} test images, but "
-            f"{bundle.name} has {there}; give "
+            f"{number_of(audit.images, 'victim')} of {number_of(audit.per_victim, 'image')}: that "
+            f"takes {number_of(count, 'test image')}, but {bundle.name} has {there}; give "
             + (f"--images {most} or fewer" if most else "updates of fewer images")
             + (", or for updates of fewer images." if most and audit.per_victim > 1 else ".")
         )

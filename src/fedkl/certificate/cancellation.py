@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedkl.certificate.jacobians import Presented, pushed
 from fedkl.certificate.prior import Prior
-from fedkl.errors import AttackError
+from fedkl.errors import AttackError, number_of
 from fedkl.locking.insertion import INSERTED_NAME
 from fedkl.observation import Observation
 
@@ -89,9 +89,9 @@ def cancellation(
     """
     if observation.count != 1 or observation.training.presentations != 1:
         raise AttackError(
-            f"got {observation.count} update(s) of {observation.training.presentations} "
-            "presentation(s); one shift cancels the changes of one image in one step. Take "
-            "batch 1, one step and one update."
+            f"got {number_of(observation.count, 'update')} of "
+            f"{number_of(observation.training.presentations, 'presentation')}; one shift cancels "
+            "the changes of one image in one step. Take batch 1, one step and one update."
         )
     presented = Presented(observation, images, labels, secrets)
     pad = _FirstPad(observation, presented)

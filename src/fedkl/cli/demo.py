@@ -16,7 +16,7 @@ from fedkl.cli.folders import named
 from fedkl.cli.provenance import command_line, versions
 from fedkl.cli.show import MEANING, accuracy_table, out, percent, say
 from fedkl.cli.train import train_one
-from fedkl.errors import DataNotFoundError
+from fedkl.errors import DataNotFoundError, number_of
 
 if TYPE_CHECKING:
     from fedkl.data import DataBundle
@@ -236,7 +236,7 @@ def _conclude(
         notes=notes,
         links=[("What the updates of these runs leak: the audit", "audit/report.html")],
     )
-    title = f"Accuracy on the test set after {rows[0]['rounds']} rounds"
+    title = f"Accuracy on the test set after {number_of(rows[0]['rounds'], 'round')}"
     out().print(accuracy_table(title, [(row["name"], row["accuracy"]) for row in rows]))
     for row in rows:
         print(f"  {row['name']}: {row['meaning']}")

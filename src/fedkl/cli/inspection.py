@@ -14,7 +14,7 @@ import typer
 from fedkl.cli.keys import VARIABLE, AskPassphrase, PassphraseFile, passphrase_from
 from fedkl.cli.settings import DEFENSES, MODELS
 from fedkl.cli.show import COLUMNS, accuracy_table, out, percent, table_of
-from fedkl.errors import ConfigError, KeyFileError
+from fedkl.errors import ConfigError, KeyFileError, number_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -251,5 +251,5 @@ def _show_run(folder: Path) -> None:
     if summary is None:
         print(f"Not finished; continue with: fedkl train --out {folder} --resume")
         return
-    title = f"Accuracy on the test set after {summary['rounds']} rounds"
+    title = f"Accuracy on the test set after {number_of(summary['rounds'], 'round')}"
     console.print(accuracy_table(title, [(name, summary["accuracy"])]))

@@ -15,6 +15,7 @@ from fedkl.cli.folders import named
 from fedkl.cli.provenance import command_line, versions
 from fedkl.cli.settings import PRESETS
 from fedkl.cli.show import MEANING, accuracy_table, duration, out, percent, say, watching
+from fedkl.errors import number_of
 
 if TYPE_CHECKING:
     from fedkl.data import DataBundle
@@ -110,7 +111,7 @@ def train_one(
 def _conclude(summary: Mapping[str, Any], folder: Path) -> None:
     console = out()
     name = f"{summary['method']} {summary['defense']}"
-    title = f"Accuracy on the test set after {summary['rounds']} rounds"
+    title = f"Accuracy on the test set after {number_of(summary['rounds'], 'round')}"
     console.print(accuracy_table(title, [(name, summary["accuracy"])]))
     if summary["accuracy"]["other_client"] is not None:
         print(MEANING)

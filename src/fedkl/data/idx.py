@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fedkl.errors import DataError
+from fedkl.errors import DataError, number_of
 
 IDX_FILES: Final = (
     "train-images-idx3-ubyte",
@@ -78,7 +78,9 @@ def read_pair(images: Path, labels: Path, classes: int) -> tuple[Tensor, Tensor]
     """
     x, y = read_idx(images, 3), read_idx(labels, 1)
     if len(x) != len(y):
-        raise DataError(f"{images} has {len(x)} images, {labels} has {len(y)} labels.")
+        raise DataError(
+            f"{images} has {number_of(len(x), 'image')}, {labels} {number_of(len(y), 'label')}."
+        )
     if int(y.max()) >= classes:
         raise DataError(f"file {labels} has label {int(y.max())}, expected 0 to {classes - 1}.")
     return x.unsqueeze(1), y.to(torch.int64)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkl.errors import ConfigError, DataError, unknown
+from fedkl.errors import ConfigError, DataError, number_of, unknown
 
 _TRIES = 1000
 
@@ -32,8 +32,8 @@ def _iid(labels: Tensor, cut: _Cut, generator: torch.Generator) -> list[Tensor]:
     needed = cut.samples * cut.clients
     if needed > len(labels):
         raise DataError(
-            f"{cut.clients} clients with {cut.samples} images each need {needed} images, "
-            f"there are {len(labels)}. Use fewer clients or samples."
+            f"{number_of(cut.clients, 'client')} with {number_of(cut.samples, 'image')} each: that "
+            f"takes {needed}, and there are {len(labels)}. Use fewer clients or samples."
         )
     return list(order[:needed].view(cut.clients, cut.samples))
 
@@ -43,8 +43,9 @@ def _shards(labels: Tensor, cut: _Cut, generator: torch.Generator) -> list[Tenso
     count = cut.clients * cut.shards_per_client
     if cut.shards_per_client < 1 or count > len(labels):
         raise DataError(
-            f"{cut.clients} clients with {cut.shards_per_client} shards each: expected 1 or more "
-            f"shards per client and at most {len(labels)} shards, one per image."
+            f"{number_of(cut.clients, 'client')} with {number_of(cut.shards_per_client, 'shard')} "
+            "each: expected 1 or more shards per client and at most "
+            f"{number_of(len(labels), 'shard')}, one per image."
         )
     mixed = torch.randperm(len(labels), generator=generator)  # which image of a class is chance
     shards = mixed[labels[mixed].argsort(stable=True)].tensor_split(count)
@@ -129,7 +130,7 @@ def partition(
         raise ConfigError(unknown("partition", scheme, PARTITIONS))
     if not 1 <= clients <= len(labels):
         raise DataError(
-            f"{clients} clients for {len(labels)} images; "
+            f"{number_of(clients, 'client')} for {number_of(len(labels), 'image')}; "
             "use at least 1 client and at most one per image."
         )
     if samples is not None and samples < 1:

@@ -252,7 +252,7 @@ class _Engine:
         keep = [*self.checkpoints.rounds(), state.best.get("round", 0)]
         jobs = [Job("train", client, number, keep=keep) for client in asked]
         tally, losses = Tally(), list[float]()
-        results = self._watched(pool.run(jobs, state.shared), number, len(jobs), losses)
+        results = self._watched(pool.run(jobs, state.shared), number, len(jobs), losses, tally)
         updates = accepted((r.update() for r in results), state.shared, tally)
         first = next(updates, None)
         mean = {} if first is None else self.combined(chain([first], updates), config.weighted)
@@ -278,15 +278,23 @@ class _Engine:
         self.emit(Event("round", number, config.rounds, loss=loss))
 
     def _watched(
-        self, results: Iterator[Result], number: int, of: int, losses: list[float]
+        self,
+        results: Iterator[Result],
+        number: int,
+        of: int,
+        losses: list[float],
+        tally: Tally,
     ) -> Iterator[Result]:
         for done, result in enumerate(results, 1):
-            losses.append(result.facts["loss"])
             rounds = self.config.federation.rounds
             self.emit(Event("client", number, rounds, done, of, result.facts["loss"]))
             self._count_pads(result.facts)
             if result.facts.get("kept"):  # clients behind a wire keep their states to themselves
                 self.state.kept[str(result.job.client)] = number
+            if reason := result.facts.get("withheld"):
+                tally.refused[result.job.client] = reason
+                continue
+            losses.append(result.facts["loss"])
             yield result
 
     def _count_pads(self, facts: Mapping[str, Any]) -> None:

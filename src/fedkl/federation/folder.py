@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from fedkl.errors import CheckpointError, OutputError
+from fedkl.errors import CheckpointError, OutputError, number_of
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.config import RunConfig, config_from
 from fedkl.files import make_folder, read_json
@@ -99,8 +99,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
     done = rounds_done(folder, found)
     if not found["rounds"] == wanted == done:
         raise CheckpointError(
-            f"{folder} is not finished: {done} of {wanted} rounds are done, and summary.json is of "
-            f"{found['rounds']}; continue with: fedkl train --out {folder} --resume"
+            f"{folder} is not finished: {done} of {number_of(wanted, 'round')} done, and "
+            f"summary.json is of {found['rounds']}; continue with: fedkl train --out {folder} "
+            "--resume"
         )
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkl.defenses import Composed, LockDefense, make_defense
-from fedkl.errors import CheckpointError, ConfigError, KeyFileError
+from fedkl.errors import CheckpointError, ConfigError, KeyFileError, number_of
 from fedkl.federation.checkpoint import Checkpoint, Checkpoints
 from fedkl.federation.config import RunConfig, config_from, differences
 from fedkl.federation.logbook import read_lines
@@ -45,15 +45,15 @@ def check_resumable(
     done, rounds = 0 if latest is None else latest.round, config.federation.rounds
     if done > rounds:
         raise ConfigError(
-            f"this run has done {done} rounds already, got rounds = {rounds}; ask for at least as "
-            "many."
+            f"this run has done {number_of(done, 'round')} already, got rounds = {rounds}; ask for "
+            "at least as many."
         )
     changed = [d for d in differences(before, config) if d.startswith("renewal.")]
     if changed and done == rounds:
         raise ConfigError(
-            f"this run has done its {done} round(s) already, so {'; '.join(changed)} would "
-            "be on record for rounds that did not have it; leave that out, or ask for more rounds "
-            "with --rounds."
+            f"this run has done its {number_of(done, 'round')} already, so {'; '.join(changed)} "
+            "would be on record for rounds that did not have it; leave that out, or ask for more "
+            "rounds with --rounds."
         )
 
 

@@ -1,7 +1,9 @@
 """How long one pad serves: presentations counted against a budget, and renewal by the calendar.
 
 A presentation is one image passing through one training step whose outcome is shared. All of them
-under one pad share its β, so what a pad hides wears off with their number.
+under one pad share its β, so what a pad hides wears off with their number. A client whose private
+state has diverged shares nothing of that round, which then counts for nothing: it goes back to the
+state, pad and count of before. An update that leaves counts, whether the server takes it or not.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedkl.errors import FederationError
+from fedkl.errors import FederationError, number_of
 from fedkl.federation.config import BUDGET, RenewalConfig, TrainingConfig
 from fedkl.federation.price import price
 
@@ -86,10 +88,10 @@ def judge(
         return Verdict(renew=False)
     if config.on_spent == "error":
         raise FederationError(
-            f"round {round_}: the pad of client {client} has served {spent} presentations and this "
-            f"round takes {ahead} more, over its budget of {budget}. Renew pads (--on-spent renew "
-            "or --renew-every), raise --budget, or send fewer images a round (--local-steps, "
-            "--batch-size)."
+            f"round {round_}: the pad of client {client} has served "
+            f"{number_of(spent, 'presentation')} and this round takes {ahead} more, over its "
+            f"budget of {budget}. Renew pads (--on-spent renew or --renew-every), raise --budget, "
+            "or send fewer images a round (--local-steps, --batch-size)."
         )
     if config.on_spent == "renew":
         return Verdict(renew=spent > 0)

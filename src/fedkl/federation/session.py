@@ -52,7 +52,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a job: plain facts, and the update's tensors."""
+    """What came of a job: plain facts, and the update's tensors.
+
+    Facts of a client that sends nothing have the reason under ``withheld``, and no tensors.
+    """
 
     job: Job
     facts: Mapping[str, Any]
@@ -157,6 +160,10 @@ class Session:
         update = result.update
         facts = {"kind": update.kind, "examples": update.examples, "loss": result.loss}
         facts |= {"kept": keep}
+        if self.padded and not keep:
+            # Its next try has the pad and the count of before: nothing may have left under them.
+            facts |= {"renewed": False, "spent": state.spent, "withheld": _withheld(job)}
+            return Result(job, facts, {})
         if self.padded:
             facts |= {"renewed": verdict.renew, "spent": spent, "note": verdict.note}
         return Result(job, facts, update.tensors)
@@ -302,6 +309,14 @@ class Session:
 def _finite(state: ClientState) -> bool:
     tensors = [*(state.private or {}).values(), *state.moments.values()]
     return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def _withheld(job: Job) -> str:
+    return (
+        f"client {job.client}: training diverged in round {job.round} (NaN or infinity in the "
+        "private state), expected finite numbers; nothing was sent, for a lock that cannot be kept "
+        "cannot be counted. Lower the learning rate."
+    )
 
 
 def _grouped(config: RunConfig, defense: Defense) -> bool:

@@ -114,12 +114,8 @@ class Node:
             base, epoch = self.session.outlook(job)
             answers.check_pad(job.round, base, epoch)
             result = self.session.run(job, shared)
-            if not result.facts["kept"]:
-                raise UpdateError(
-                    f"client {job.client}: training diverged in round {job.round} (NaN or "
-                    "infinity in the private state), expected finite numbers; nothing was sent, "
-                    "for a lock that cannot be kept cannot be counted. Lower the learning rate."
-                )
+            if "withheld" in result.facts:
+                raise UpdateError(result.facts["withheld"])
             answers.add(job.round, Answer(asked, base, epoch, result.facts["spent"]))
         return result
 

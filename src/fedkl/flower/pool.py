@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedkl.errors import FederationError, FedKLError, UpdateError
+from fedkl.errors import FederationError, FedKLError, UpdateError, number_of
 from fedkl.federation.pool import Pool
 from fedkl.federation.session import Job, Result, Session
 from fedkl.files import make_folder, write_tensors
@@ -103,7 +103,7 @@ class GridPool(Pool):
                 return nodes
             if late:
                 raise FederationError(
-                    f"{len(nodes)} of {len(clients)} clients are there after "
+                    f"{len(nodes)} of {number_of(len(clients), 'client')} there after "
                     f"{self.flower.timeout:g} s, {least} are needed; start their SuperNodes, or "
                     "raise flower.timeout."
                 )

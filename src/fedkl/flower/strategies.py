@@ -11,7 +11,7 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.exception import AppExitException
 from torch import Tensor
 
-from fedkl.errors import ConfigError, FederationError
+from fedkl.errors import ConfigError, FederationError, number_of
 from fedkl.federation import Update
 from fedkl.flower.moments import Moments
 from fedkl.flower.wire import ARRAYS, CONFIG, EXAMPLES, METRICS, packed_record, unpacked
@@ -85,8 +85,9 @@ class Combiner:
         )
         if {m.metadata.dst_node_id for m in asked} != set(nodes):
             raise FederationError(
-                f"{type(self.strategy).__name__} asked {len(asked)} of {len(nodes)} clients; leave "
-                "its fraction_train at 1.0 and sample with federation.fraction."
+                f"{type(self.strategy).__name__} asked {len(asked)} of "
+                f"{number_of(len(nodes), 'client')}; leave its fraction_train at 1.0 and sample "
+                "with federation.fraction."
             )
         return asked[0].content[CONFIG]
 
@@ -109,14 +110,14 @@ class Combiner:
             arrays, _ = self.strategy.aggregate_train(accepted[0].round, replies)
         except (ArithmeticError, ValueError, TypeError, AppExitException) as error:
             raise FederationError(
-                f"{type(self.strategy).__name__} failed on {len(accepted)} updates of round "
-                f"{accepted[0].round} ({type(error).__name__}: {error}); check its options."
+                f"{type(self.strategy).__name__} failed on {number_of(len(accepted), 'update')} of "
+                f"round {accepted[0].round} ({type(error).__name__}: {error}); check its options."
             ) from error
         self._replies = {}
         if arrays is None:
             raise FederationError(
                 f"{type(self.strategy).__name__} gave no new state for round {accepted[0].round} "
-                f"from {len(accepted)} updates; it may need more clients."
+                f"from {number_of(len(accepted), 'update')}; it may need more clients."
             )
         self.moments.save(accepted[0].round)
         return unpacked(arrays, self._shared, exact=False)
@@ -134,7 +135,7 @@ class _Nodes:
         self._asked += 1
         if self._asked > 5:
             raise FederationError(
-                f"the strategy waits for more than the {len(self._nodes)} clients of this round; "
-                "lower its min_available_nodes and min_train_nodes."
+                f"the strategy waits for more than the {number_of(len(self._nodes), 'client')} of "
+                "this round; lower its min_available_nodes and min_train_nodes."
             )
         return list(self._nodes)

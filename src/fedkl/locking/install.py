@@ -273,7 +273,8 @@ def _seal(model: nn.Module, scheme: Scheme) -> None:
     raise LockError(
         f"with scheme {scheme.name!r} every parameter is private ({', '.join([*parts.private][:4])}"
         "…), and nothing is left to share: the layers are tied to private ones, or there are no "
-        "others. Lock fewer layers with layers=…, or set head=False or stem=False of a pad."
+        "others. Lock fewer or earlier layers (layers=…, behind=…), or set head=False or "
+        "stem=False of a pad."
     )
 
 

@@ -25,8 +25,10 @@ SCALE_LAWS: Final[Mapping[str, tuple[float, float]]] = {
 """γ = ±|mean + deviation·N(0, 1)|, by name: (mean, deviation)."""
 LEARNED: Final = ("position", "channel", "none")
 STALE: Final = (
-    "the pad in this model is of another epoch than its private state; put the key in again with "
-    "fedkl.set_key(model, key) after loading a state."
+    "the pad in this model is of epoch {}, and its private state says {}; after loading a state "
+    "put the key in again with fedkl.set_key(model, key). Average copies of a model "
+    "(AveragedModel) with use_buffers=False, and anew after each renewal: learned parts of two "
+    "pads have no mean."
 )
 
 
@@ -69,6 +71,7 @@ class PadAffine(AffineSource):
         self.register_buffer("epoch", torch.tensor(epoch))
         self._drawn = epoch
         self._stale = self._lost = False
+        self._version = -1
         self._sealed = self._master = Sealed(pad)
 
     def redraw(self, pad: Tensor, epoch: int, owner: str) -> None:
@@ -96,11 +99,23 @@ class PadAffine(AffineSource):
         """A tensor of the dtype and on the device of γ and β."""
         return self._sealed.tensor
 
+    def _look_at_epoch(self) -> None:
+        """Whoever averages or copies buffers writes into ``epoch`` without a word."""
+        # Either would make the number a part of its program.
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return
+        # The count of writes costs no wait for a GPU; in inference mode torch keeps none.
+        version = -1 if self.epoch.is_inference() else self.epoch._version
+        if version == -1 or version != self._version:
+            self.notice_epoch()
+            self._version = version
+
     def _pad(self, index: int, learned: Tensor | None) -> Tensor:
         if self._lost:
             raise LockError(LOST)
+        self._look_at_epoch()
         if self._stale:
-            raise LockError(STALE)
+            raise LockError(STALE.format(self._drawn, int(self.epoch)))
         value = self._sealed.tensor[index]
         return value if learned is None else torch.add(value, learned, alpha=self.gain)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -71,8 +71,9 @@ def renew(
         epoch: Number of the pad, above :func:`epoch_of` and below 2**63.
         keep_learned: Whether learned maps stay.
         optimizer: The client's. Its moments of the learned maps are dropped along with them, or
-            the next step would add what was learned under the old pad. It need not hold the whole
-            model; what of the learned maps it holds is looked after.
+            the next step would add what was learned under the old pad; of ``LBFGS``, whose history
+            is one for all parameters, all of it. It need not hold the whole model; what of the
+            learned maps it holds is looked after.
 
     Raises:
         LockError: The scheme has no pad, ``key`` is none or another, or ``optimizer`` is none or
@@ -105,8 +106,8 @@ def renew(
         return
     for parameter in _learned(model):
         parameter.grad = None
-        if optimizer is not None:
-            optimizer.state.pop(parameter, None)
+    if optimizer is not None:
+        _forget(optimizer, _learned(model))
 
 
 def _learned(model: nn.Module) -> list[nn.Parameter]:
@@ -122,6 +123,16 @@ def _check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             "another model's; pass the one that was built, after lock(), from this model's "
             "parameters(), or none if the learned maps are not trained."
         )
+
+
+def _forget(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Drops what ``optimizer`` remembers of ``parameters`` (in place)."""
+    held = held_by(optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS) and any(id(p) in held for p in parameters):
+        # One history, of all parameters as one vector, kept under the first of them.
+        optimizer.state.clear()
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
 
 
 def _redraw(

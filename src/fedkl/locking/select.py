@@ -183,16 +183,22 @@ def _targets(
 
 
 def _nothing(modules: dict[str, nn.Module], layers: Layers) -> str:
-    reasons = {
-        f"{type(m).__name__} ({n or 'the model itself'}): {why}"
-        for n, m in modules.items()
-        if kind_of(m) != "other" or any(True for _ in m.parameters(False))
-        if (why := refusal(m))
-    }
-    listed = "; ".join(sorted(reasons)[:4]) or "it has no norm, convolution or linear layer"
-    if layers == "all" and any(kind_of(m) == "linear" and not refusal(m) for m in modules.values()):
-        listed = "its only layer is the head, and a norm behind it would normalize the logits"
+    reasons = sorted(
+        {
+            f"{type(m).__name__} ({n or 'the model itself'}): {why}"
+            for n, m in modules.items()
+            if kind_of(m) != "other" or any(True for _ in m.parameters(False))
+            if (why := refusal(m))
+        }
+    )
+    heads = [n for n, m in modules.items() if kind_of(m) == "linear" and not refusal(m)]
+    if layers == "all" and heads:
+        head = f"linear layer, {heads[0]}," if heads[0] else "layer"
+        reasons = [*reasons[:3], f"a norm behind its only {head} would normalize the logits"]
+    listed = "; ".join(reasons[:4]) or "it has no norm, convolution or linear layer"
+    lookups = (n for n, m in modules.items() if n and isinstance(m, nn.Embedding | nn.EmbeddingBag))
+    remedy = next((f" Put a norm behind {n}: behind={n!r}, with an example." for n in lookups), "")
     return (
-        f"nothing to lock for layers={layers!r}: {listed}. "
+        f"nothing to lock for layers={layers!r}: {listed}.{remedy} "
         "fedkl.lockable(model) lists every module and why."
     )

@@ -66,7 +66,7 @@ def _run(model: nn.Module, example: Any, *, train: bool) -> list[Tensor]:
         try:
             output = call(model, example)
         except Exception as error:
-            raise does_not_run(example, error) from error
+            raise does_not_run(model, example, error) from error
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 

@@ -35,13 +35,13 @@ LAYERS: Final[dict[type[nn.Module], str]] = {
 MAX_FEATURES: Final = 65_536
 
 _REFUSED: Final[dict[type[nn.Module], str]] = {
-    nn.RNNBase: "a recurrent cell has no output norm of its own; lock a layer before or after it",
-    nn.RNNCellBase: "a recurrent cell has no output norm of its own; lock a layer before or after",
+    nn.RNNBase: "a recurrent layer has no norm of its own; lock before (behind=…) or after it",
+    nn.RNNCellBase: "a recurrent cell has no norm of its own; lock before (behind=…) or after it",
     nn.MultiheadAttention: "attention reads its weights directly; lock the norm next to it",
     nn.LocalResponseNorm: "has no scale and shift",
     nn.CrossMapLRN2d: "has no scale and shift",
-    nn.Embedding: "looks rows up, there is no activation to normalize; lock the layer after it",
-    nn.EmbeddingBag: "looks rows up, there is no activation to normalize; lock the layer after it",
+    nn.Embedding: "looks rows up, which is no layer to lock; put a norm behind it (behind=…)",
+    nn.EmbeddingBag: "looks rows up, which is no layer to lock; put a norm behind it (behind=…)",
     nn.Bilinear: "not supported; lock the layer after it",
 }
 
@@ -173,15 +173,36 @@ def call(model: nn.Module, example: Any) -> Any:
     return model(example)
 
 
-def does_not_run(example: Any, error: Exception) -> LockError:
-    """The error of an example on which the model failed with ``error``."""
+def does_not_run(model: nn.Module, example: Any, error: Exception) -> LockError:
+    """The error of an example on which ``model`` failed with ``error``."""
     sizes = [tuple(t.shape) for t in tree_leaves(example) if isinstance(t, Tensor)]
     got = type(example).__name__ + (f" of {', '.join(map(str, sizes[:4]))}" if sizes else "")
     # PyTorch adds pages on how it got there.
     first = str(error).strip().partition("\n")[0][:300].rstrip(".")
+    # All that torch says of dtypes has the word: "scalar type", "Input type", "the same dtype".
+    remedy = _of_one_dtype(model, example) if "type" in first else ""
     return LockError(
-        f"the model does not run on the example ({got}): {type(error).__name__}: {first}. Pass the "
-        "tensor, tuple of arguments or dict of keyword arguments it takes, of at least two inputs."
+        f"the model does not run on the example ({got}): {type(error).__name__}: {first}. "
+        + (
+            remedy
+            or "Pass the tensor, tuple of arguments or dict of keyword arguments it takes, "
+            "of at least two inputs."
+        )
+    )
+
+
+def _of_one_dtype(model: nn.Module, example: Any) -> str:
+    """What to do about an example of another floating dtype than the model's; "" if it is none."""
+    given, own = (
+        {t.dtype: None for t in tensors if isinstance(t, Tensor) and t.is_floating_point()}
+        for tensors in (tree_leaves(example), model.parameters())
+    )
+    if not given or not own or given.keys() & own.keys():
+        return ""
+    ours, theirs = next(iter(given)), next(iter(own))
+    return (
+        f"The example is {ours}, the model's parameters {theirs}; give both one dtype: "
+        f"example.to({theirs}) or model.to({ours})."
     )
 
 
@@ -269,7 +290,7 @@ def trace(model: nn.Module, example: Any, mark: str | None = None) -> Trace:
         with torch.enable_grad(), borrowed(derive(0, "trace")):
             call(model, example)
     except Exception as error:
-        raise does_not_run(example, error) from error
+        raise does_not_run(model, example, error) from error
     finally:
         tracer.close()
         for module, mode in modes.items():

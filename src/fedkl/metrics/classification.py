@@ -11,7 +11,8 @@ from fedkl.metrics.images import check_tensor
 def count_correct(logits: Tensor, labels: Tensor) -> int:
     """How many of the rows of ``logits`` (B, classes) are largest at ``labels`` (B,).
 
-    A count, not a fraction: the last batch of an epoch may be smaller than the others.
+    A count, not a fraction: the last batch of an epoch may be smaller than the others. A row with
+    NaN is never right.
 
     Raises:
         DataError: one is no tensor, or the shapes do not belong together.
@@ -23,7 +24,9 @@ def count_correct(logits: Tensor, labels: Tensor) -> int:
             f"got logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
             "expected (B, classes) and (B,)."
         )
-    return int((logits.argmax(dim=1) == labels).sum().item())
+    # To argmax NaN is the largest.
+    right = (logits.argmax(dim=1) == labels) & ~logits.isnan().any(dim=1)
+    return int(right.sum().item())
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

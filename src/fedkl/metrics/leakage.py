@@ -6,7 +6,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from fedkl.errors import DataError
+from fedkl.errors import DataError, number_of
 from fedkl.metrics.images import check_images, check_pair, check_tensor
 
 # Distances that differ by less than this fraction differ by rounding alone.
@@ -91,8 +91,8 @@ def draw_decoys(
             others = others[~torch.isin(others, own[position].cpu())]
         if len(others) < count:
             raise DataError(
-                f"got {len(others)} other images of class {label}, expected {count} or more; "
-                "give a larger pool or ask for fewer decoys."
+                f"got {number_of(len(others), 'other image')} of class {label}, expected {count} "
+                "or more; give a larger pool or ask for fewer decoys."
             )
         rows.append(others[torch.randperm(len(others), generator=generator)[:count]])
     return torch.stack(rows)

@@ -154,7 +154,7 @@ def test_narrow_directions_count_no_more_than_the_mean_one(monkeypatch: pytest.M
 def test_few_victims_are_compared_as_they_are_and_a_note_says_so() -> None:
     matched = run(replay(restandardize="matched", secret_epochs=1), victims("key-shared", 5))
     plain = run(replay(secret_epochs=1), victims("key-shared", 5))
-    assert "5 updates are too few" in matched[0].notes[1]
+    assert "5 updates, too few" in matched[0].notes[1]
     candidates = digits()[0][:4]
     for one, other in zip(matched, plain, strict=True):
         assert one.score is not None

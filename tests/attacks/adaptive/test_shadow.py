@@ -353,7 +353,7 @@ def test_too_few_victims_are_not_restandardized_and_a_note_says_so(how: str) -> 
     found = few.reconstruct(seen, generator=derive(0, "a"))
     for one, other in zip(found, plain, strict=True):
         assert torch.equal(one.images, other.images)
-        assert any("19 updates are too few" in note for note in one.notes)
+        assert any("19 updates, too few" in note for note in one.notes)
     assert not any("too few" in note for note in plain[0].notes)
 
 
@@ -363,6 +363,23 @@ def test_too_few_victims_for_their_classes_is_said() -> None:
     assert any("as by 'global'" in note for note in few[0].notes)
     many = found.reconstruct(victims("adaptive", 80), generator=derive(0, "a"))
     assert not any("as by 'global'" in note for note in many[0].notes)
+
+
+def test_one_class_with_enough_victims_is_restandardized_beside_others_with_none() -> None:
+    attack, observation = shadow(restandardize="label"), victims("adaptive", 1)[0]
+    labels = torch.tensor([1] * 10 + [3] * 10)
+    assert len(attack._notes(observation, labels, "features")) == 1
+    assert "as by 'global'" in attack._notes(observation, torch.arange(20) % 10, "features")[1]
+
+
+@pytest.mark.parametrize("entry, unfold", [(0.9, True), (1.0, False), (1.5, False), (0.0, False)])
+def test_inputs_are_unfolded_where_all_of_them_lie_between_0_and_1(
+    entry: float, unfold: bool
+) -> None:
+    inputs = torch.tensor([[0.2, 0.4], [0.6, entry]])
+    coordinates = Coordinates.of(inputs, torch.tensor([0, 1]), 2)
+    assert coordinates.unfold is unfold
+    assert bool(coordinates.enter(inputs).isfinite().all())
 
 
 def test_where_the_classifier_is_private_the_gradient_is_decoded() -> None:

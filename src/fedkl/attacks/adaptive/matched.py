@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fedkl.attacks.adaptive.within import Within, procrustes, told
-from fedkl.errors import AttackError
+from fedkl.errors import AttackError, number_of
 
 MOST: Final = 256
 """Directions that are rotated at most."""
@@ -89,8 +89,8 @@ class Matched:
         """
         if not rotated(labels):
             raise AttackError(
-                f"got {len(labels)} victims; to tell a rotation takes {_PER_DIRECTION} or more, "
-                "of two classes or more, and more victims than classes."
+                f"got {number_of(len(labels), 'victim')}; to tell a rotation takes "
+                f"{_PER_DIRECTION} or more, of two classes or more, and more victims than classes."
             )
         most = min(rotated(labels), seen.shape[1], *(m.shape[1] for m in self.means))
         own = Within(seen, labels, len(self.means[0]), most)

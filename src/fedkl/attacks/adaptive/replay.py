@@ -19,7 +19,7 @@ from fedkl.attacks.adaptive.sketch import LinearSketch, gradients_of
 from fedkl.attacks.adaptive.within import Within
 from fedkl.attacks.base import Progress, Reconstruction, Together
 from fedkl.attacks.network import Network
-from fedkl.errors import AttackError
+from fedkl.errors import AttackError, number_of
 from fedkl.observation import Observation
 
 RIDGE: Final = 1.0
@@ -280,8 +280,8 @@ class Replayed:
         within = Within(x, labels, classes, x.shape[1], ridge)
         if not bool(within.whiten.any()):
             raise AttackError(
-                f"got {len(labels)} public images, of which no two different images of one class "
-                "tell how gradients of a class differ; give several of every class."
+                f"got {number_of(len(labels), 'public image')}, of which no two different images "
+                "of one class tell how gradients of a class differ; give several of every class."
             )
         return cls(side, within, within(x, labels))
 

@@ -15,7 +15,7 @@ from fedkl.attacks.adaptive.shadow import Side, given_away
 from fedkl.attacks.adaptive.sketch import Sketch, gradients_of
 from fedkl.attacks.base import Reconstruction
 from fedkl.attacks.network import Network
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, number_of
 from fedkl.observation import Observation
 
 
@@ -56,8 +56,9 @@ class ReplayRelations(Retrieval):
     ) -> None:
         if group < 1 or shadows < 2:
             raise ConfigError(
-                f"got groups of {group} victims and {shadows} shadows; expected 1 or more victims, "
-                "and 2 or more shadows, which tell how far clients agree."
+                f"got groups of {number_of(group, 'victim')} and {number_of(shadows, 'shadow')}; "
+                "expected 1 or more victims, and 2 or more shadows, which tell how far clients "
+                "agree."
             )
         super().__init__(
             images,

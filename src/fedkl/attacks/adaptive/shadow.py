@@ -27,7 +27,7 @@ from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.closed_form import penultimate_features
 from fedkl.attacks.labels import classifier, infer_labels
 from fedkl.attacks.network import Network
-from fedkl.errors import AttackError, ConfigError, unknown
+from fedkl.errors import AttackError, ConfigError, number_of, unknown
 from fedkl.observation import Observation
 
 VARIANTS: Final = ("features", "gradient")
@@ -300,7 +300,9 @@ class Shadow(Attack):
         how = self._how(labels)
         note = f"{self.name} on {variant} with {own}; restandardized: {how or 'no'}"
         if len(labels) < ENOUGH and self.restandardize is not None:
-            return note, f"{len(labels)} updates are too few to restandardize by (from {ENOUGH} on)"
+            got = number_of(len(labels), "update")
+            few = f"{got}, too few to restandardize by (from {ENOUGH} on)"
+            return note, few
         if how != self.restandardize:
             return (
                 note,

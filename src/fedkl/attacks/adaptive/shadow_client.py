@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from fedkl.attacks.adaptive.laws import draw_affines, draw_secrets
 from fedkl.attacks.labels import classifier
 from fedkl.attacks.network import Network
-from fedkl.errors import AttackError, ConfigError
+from fedkl.errors import AttackError, ConfigError, number_of
 from fedkl.locking import LockSpec
 from fedkl.observation import Observation
 
@@ -83,7 +83,7 @@ class Public:
             )
 
     def __repr__(self) -> str:
-        return f"Public({len(self.images)} images)"
+        return f"Public({number_of(len(self.images), 'image')})"
 
 
 def train_secrets(
@@ -195,7 +195,8 @@ def check_single(observation: Observation) -> None:
     training = observation.training
     if training.images != 1 or training.local_steps != 1:
         raise AttackError(
-            f"got updates of batch {training.batch_size} and {training.local_steps} steps; what a "
-            "shadow learns is for one image and one step. Audit with batch_size 1 and "
+            f"got updates of batch {training.batch_size} and "
+            f"{number_of(training.local_steps, 'step')}; what a shadow learns is for one image "
+            "and one step. Audit with batch_size 1 and "
             "local_steps 1, or use an attack that searches."
         )

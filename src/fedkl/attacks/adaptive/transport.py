@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedkl.attacks.adaptive.within import Within, procrustes, told
-from fedkl.errors import AttackError
+from fedkl.errors import AttackError, number_of
 
 MOST: Final = 64
 """Directions that are rotated."""
@@ -54,8 +54,8 @@ class Transport:
         size = min(directions(labels), seen.shape[1], len(self.ours))
         if size < 1:
             raise AttackError(
-                f"got {len(labels)} victims; to tell a rotation takes {_PER_DIRECTION} or more, "
-                "of two classes or more, and more victims than classes."
+                f"got {number_of(len(labels), 'victim')}; to tell a rotation takes "
+                f"{_PER_DIRECTION} or more, of two classes or more, and more victims than classes."
             )
         if size not in self._whitened:  # the same for every group of victims
             self._whitened[size] = Within(self.ours, self.labels, self.num_classes, size)

@@ -16,7 +16,7 @@ from fedkl.attacks.adaptive.laws import draw_secrets
 from fedkl.attacks.adaptive.shadow_client import Public, train_secrets
 from fedkl.attacks.network import Network
 from fedkl.attacks.secrets import PREFIX, Secrets
-from fedkl.errors import AttackError, ConfigError, unknown
+from fedkl.errors import AttackError, ConfigError, number_of, unknown
 from fedkl.locking import LockSpec
 from fedkl.observation import Observation
 
@@ -127,7 +127,9 @@ class FreeSecrets(AdaptiveSecrets):
         ignore: str = "nothing",
     ) -> None:
         several = start if isinstance(start, Sequence) and not isinstance(start, str) else (start,)
-        shown = [s if isinstance(s, str) else f"given ({len(s)} tensors)" for s in several]
+        shown = [
+            s if isinstance(s, str) else f"given ({number_of(len(s), 'tensor')})" for s in several
+        ]
         super().__init__(
             ignore=ignore,
             start=shown[0] if len(shown) == 1 else tuple(shown),
