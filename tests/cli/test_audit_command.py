@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_support import Call, snapshot
+from cli_support import Call, snapshot, with_
 from safetensors.torch import load_file, save_file
 from update_files import write_update_files
 
@@ -60,17 +60,6 @@ def place(tmp_path: Path) -> Path:
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arsenal, "make_attack", lambda *_, **__: InvertingGradients(iterations=10))
-
-
-def with_(words: Sequence[str], *changes: str) -> list[str]:
-    """``words`` with the values of flags replaced, or flags added."""
-    found = list(words)
-    for flag, value in zip(changes[::2], changes[1::2], strict=True):
-        if flag in found:
-            found[found.index(flag) + 1] = value
-        else:
-            found += [flag, value]
-    return found
 
 
 BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
@@ -365,8 +354,8 @@ def test_resumed_audit_has_the_same_json(call: Call, audited: Path) -> None:
     before = json.loads((audited / "audit.json").read_text())
     (audited / "audit.json").unlink()
     min((audited / "cells").iterdir()).unlink()
-    words = [*before["command"].split()[1:], "--resume"]
-    assert call(*words[:-1], "--out", str(audited), "--resume").code in EXIT_CODES.values()
+    words = with_(before["command"].split()[1:], "--out", str(audited))
+    assert call(*words, "--resume").code in EXIT_CODES.values()
     after = json.loads((audited / "audit.json").read_text())
     assert "--resume" not in after["command"]
     del before["command"], after["command"]  # of another --out: the fixture's copy
