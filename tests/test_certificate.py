@@ -22,6 +22,7 @@ from fedkl.errors import AttackError, ConfigError
 from fedkl.key import Key
 from fedkl.locking import lock, lock_spec
 from fedkl.locking.rebuild import held_secrets
+from fedkl.observation import Training
 from fedkl.rng import borrowed, derive
 
 SHAPE = (1, 3, 3)
@@ -313,13 +314,31 @@ def test_a_model_that_casts_is_told_why_it_is_refused() -> None:
     assert "parallel" not in str(caught.value)  # an option that certify does not have
 
 
-def test_a_model_that_drops_is_told_why_it_is_refused() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(9, CLASSES)).double()
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.001, self.training)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.Dropout(0.001), Dropping()])
+def test_a_model_that_drops_is_told_why_it_is_refused(layer: nn.Module) -> None:
+    """However little: what was dropped is not in the certificate."""
+    model = nn.Sequential(nn.Flatten(), layer, nn.Linear(9, CLASSES)).double()
     with borrowed(derive(0, "drop")):
         seen = observed(model, X, Y)
     prior = Prior(pixel=1.0, noise=0.01, secrets={})
-    with pytest.raises(AttackError, match=r"drops \(dropout\) cannot be certified"):
+    state = torch.get_rng_state()
+    with pytest.raises(AttackError, match=r"drops \(dropout\) cannot be certified.*rates to 0"):
         certify(seen, X, Y, {}, prior=prior)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_could_drop_and_does_not_is_certified() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.0), nn.Linear(9, CLASSES)).double()
+    seen, prior = observed(model, X, Y), Prior(pixel=1.0, noise=0.01, secrets={})
+    assert certify(seen, X, Y, {}, prior=prior)
+    model[1].p = 0.5
+    seen = dataclasses.replace(seen, training=Training(train_mode=False))
+    assert certify(seen, X, Y, {}, prior=prior)
 
 
 def test_an_update_without_information_is_refused() -> None:
