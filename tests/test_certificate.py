@@ -114,6 +114,39 @@ def test_a_private_layer_is_an_unknown_like_any_other() -> None:
     assert (second.directions, second.known) == (0, 18)
 
 
+@pytest.mark.parametrize("sure", [0.0, 14.0, 18.0])
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_small_update_gives_away_as_much_as_a_large_one(sure: float, which: int) -> None:
+    """Of an image that the model is sure of the gradient is a millionth of the others'."""
+    x, y = pictures(3, SHAPE)
+    model = classified([Affine(SHAPE, scale=True)], 9)
+    with torch.no_grad():
+        seen = model[0](x[:, 0]).flatten(1)
+        rest = torch.linalg.qr(seen[[i for i in range(3) if i != which]].T).Q
+        own = seen[which] - rest @ (rest.T @ seen[which])
+        model[2].weight.mul_(0.05)[y[which, 0]] += sure * own / (own @ own)
+        model[2].bias.zero_()
+    held = {name: value.detach() for name, value in model.named_parameters() if name in PAD}
+    observation = observed(model, x, y, PAD)
+    sizes = [max(float(g.abs().max()) for g in c.values()) for c in observation.changes]
+    assert (sizes[which] < 1e-4 * max(sizes)) == (sure > 0)
+    prior = Prior(0.3, 0.01, dict.fromkeys(PAD, 1.0))
+    found = certify(observation, x, y, held, prior=prior)
+    assert [(one.directions, one.known) for one in found] == [(0, 9), (0, 18), (9, 27)]
+
+
+def test_an_update_of_zero_beside_others_gives_nothing_away() -> None:
+    x, y = pictures(2, SHAPE)
+    model = classified([], 9)
+    first, second = x.flatten(1)
+    way = 1e4 * (second - first) / (second - first).square().sum()
+    with torch.no_grad():
+        model[1].weight.zero_()[y[1, 0]] = way
+        model[1].bias.zero_()[y[1, 0]] = -way @ first
+    found = certify(observed(model, x, y), x, y, {}, prior=Prior(0.3, 0.01, {}))
+    assert [(one.directions, one.of) for one in found] == [(9, 9), (9, 18)]
+
+
 def test_presentations_count_batches() -> None:
     model = classified([Affine(SHAPE, scale=False)], 9)
     first, second = certified(model, 2, SHAPE, ("0.beta",), batch=2)
