@@ -253,7 +253,7 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("nothing of an audit", ["audit", "--defenses", "channel", "--budget", "9",
      "--out", "{tmp}/new"], ["--budget does nothing", "--defenses none,norm,fedbn,channel"]),
     ("budget of a first round", [*KL, "--on-spent", "error"],
-     ["round 1", "128 presentations", "budget of 1.", "--batch-size 1"]),
+     ["round 1", "128 presentations", "budget of 1.", "(--budget 128)"]),
     ("key below a file", ["keygen", "{tmp}/file/a.key"], ["cannot write", "a.key"]),
     ("no vector", ["keygen", "{tmp}/a.key", "--from-vector", "{tmp}/file.npy"], ["numpy.save"]),
     ("no vector file", ["keygen", "{tmp}/a.key", "--from-vector", "{tmp}/no.npy"], ["no.npy"]),
