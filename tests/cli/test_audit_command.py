@@ -27,16 +27,8 @@ from fedkl.errors import ConfigError
 
 DIGITS = ["--dataset", "digits", "--image-size", "16", "--channels", "1", "--samples", "60"]
 FEW = [
-    "--rounds",
-    "1",
-    "--images",
-    "2",
-    "--candidates",
-    "10",
-    "--effort",
-    "quick",
-    "--attacks",
-    "inverting-gradients",
+    *("--rounds", "1", "--images", "2", "--candidates", "10", "--effort", "quick"),
+    *("--attacks", "inverting-gradients"),
 ]
 AUDIT = ["audit", *DIGITS, *FEW, "--out", "{tmp}/new"]
 UPDATE = [
