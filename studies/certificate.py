@@ -137,10 +137,10 @@ def text(found: dict[str, Any]) -> str:
         "",
         "`make reproduce-certificate`; all settings are in `results/certificate.json`. LeNet at "
         "fresh weights, one gradient per image, Fashion-MNIST, float64. A direction counts as "
-        "identified when no change of the secrets cancels it to below 1e-6 of the largest effect. "
-        "Bits are linear and Gaussian, with independent pixels (deviation 0.29), the lock's own "
-        "law and a noise of 1 % of the gradient's size: more than images have, to be compared with "
-        "each other only. See [docs/theory.md](../docs/theory.md).",
+        "identified when no change of the secrets cancels it to below 1e-6 of the largest effect "
+        "in its gradient. Bits are linear and Gaussian, with independent pixels (deviation 0.29), "
+        "the lock's own law and a noise of 1 % of the gradient's size: more than images have, to "
+        "be compared with each other only. See [docs/theory.md](../docs/theory.md).",
         "",
         "Pads have scales by the law `wide` and spread 1 behind the first lock, and a shared head "
         "unless the name says otherwise. `pad-default` is what `--defense pad` is.",

@@ -98,29 +98,27 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
     part = PARTS[cell.part]
     settings = merged(part.settings, {"defense": LOCKS[cell.arm], "seed": cell.seed})
     config = config_from(settings, source=name)
-    started = time.process_time()
+    started, bundle = time.process_time(), load_data(config)
     if cell.arm == SCRATCH:
         makers = {"everything": lambda: fresh(config)}
-        found = {"accuracy": None, **_of(makers, load_data(config), config.seed, part.rates)}
+        found = {"accuracy": None, **_of(makers, bundle, config.seed, part.rates)}
     else:
         folder = Path(scratch) / name
         shutil.rmtree(folder, ignore_errors=True)
-        result = run(config, folder)
-        victims = _victims(config, folder, result.shared)
+        result = run(config, folder, bundle=bundle)
+        victims = _victims(config, folder, bundle, result.shared)
         secrets = victims.secrets(victims.public_model())
         makers = dict.fromkeys((AS_IT_IS, *(WAYS if secrets else WAYS[1:2])), victims.public_model)
-        tries = _of(makers, victims.bundle, config.seed, part.rates, secrets)
+        tries = _of(makers, bundle, config.seed, part.rates, secrets)
         found = {"accuracy": result.accuracy.own_key, **tries}
         shutil.rmtree(folder)
     return {"cell": asdict(cell), **found, "seconds": round(time.process_time() - started, 1)}
 
 
-def _victims(config: Any, folder: Path, shared: Any) -> Any:
+def _victims(config: Any, folder: Path, bundle: Any, shared: Any) -> Any:
     from fedkl.audit.config import AuditConfig
     from fedkl.audit.victims import Victims
-    from fedkl.federation.session import load_data
 
-    bundle = load_data(config)
     return Victims(config, folder, bundle, AuditConfig(run=config), shared=shared)
 
 

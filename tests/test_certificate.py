@@ -22,6 +22,7 @@ from fedkl.errors import AttackError, ConfigError
 from fedkl.key import Key
 from fedkl.locking import lock, lock_spec
 from fedkl.locking.rebuild import held_secrets
+from fedkl.observation import Training
 from fedkl.rng import borrowed, derive
 
 SHAPE = (1, 3, 3)
@@ -111,6 +112,39 @@ def test_a_private_layer_is_an_unknown_like_any_other() -> None:
     first, second = certified(model, 2, SHAPE, ("1.weight",))
     assert (first.directions, first.known) == (0, 9)
     assert (second.directions, second.known) == (0, 18)
+
+
+@pytest.mark.parametrize("sure", [0.0, 14.0, 18.0])
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_small_update_gives_away_as_much_as_a_large_one(sure: float, which: int) -> None:
+    """Of an image that the model is sure of the gradient is a millionth of the others'."""
+    x, y = pictures(3, SHAPE)
+    model = classified([Affine(SHAPE, scale=True)], 9)
+    with torch.no_grad():
+        seen = model[0](x[:, 0]).flatten(1)
+        rest = torch.linalg.qr(seen[[i for i in range(3) if i != which]].T).Q
+        own = seen[which] - rest @ (rest.T @ seen[which])
+        model[2].weight.mul_(0.05)[y[which, 0]] += sure * own / (own @ own)
+        model[2].bias.zero_()
+    held = {name: value.detach() for name, value in model.named_parameters() if name in PAD}
+    observation = observed(model, x, y, PAD)
+    sizes = [max(float(g.abs().max()) for g in c.values()) for c in observation.changes]
+    assert (sizes[which] < 1e-4 * max(sizes)) == (sure > 0)
+    prior = Prior(0.3, 0.01, dict.fromkeys(PAD, 1.0))
+    found = certify(observation, x, y, held, prior=prior)
+    assert [(one.directions, one.known) for one in found] == [(0, 9), (0, 18), (9, 27)]
+
+
+def test_an_update_of_zero_beside_others_gives_nothing_away() -> None:
+    x, y = pictures(2, SHAPE)
+    model = classified([], 9)
+    first, second = x.flatten(1)
+    way = 1e4 * (second - first) / (second - first).square().sum()
+    with torch.no_grad():
+        model[1].weight.zero_()[y[1, 0]] = way
+        model[1].bias.zero_()[y[1, 0]] = -way @ first
+    found = certify(observed(model, x, y), x, y, {}, prior=Prior(0.3, 0.01, {}))
+    assert [(one.directions, one.of) for one in found] == [(9, 9), (9, 18)]
 
 
 def test_presentations_count_batches() -> None:
@@ -313,24 +347,42 @@ def test_a_model_that_casts_is_told_why_it_is_refused() -> None:
     assert "parallel" not in str(caught.value)  # an option that certify does not have
 
 
-def test_a_model_that_drops_is_told_why_it_is_refused() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(9, CLASSES)).double()
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.001, self.training)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.Dropout(0.001), Dropping()])
+def test_a_model_that_drops_is_told_why_it_is_refused(layer: nn.Module) -> None:
+    """However little: what was dropped is not in the certificate."""
+    model = nn.Sequential(nn.Flatten(), layer, nn.Linear(9, CLASSES)).double()
     with borrowed(derive(0, "drop")):
         seen = observed(model, X, Y)
     prior = Prior(pixel=1.0, noise=0.01, secrets={})
-    with pytest.raises(AttackError, match=r"drops \(dropout\) cannot be certified"):
+    state = torch.get_rng_state()
+    with pytest.raises(AttackError, match=r"drops \(dropout\) cannot be certified.*rates to 0"):
         certify(seen, X, Y, {}, prior=prior)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_could_drop_and_does_not_is_certified() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.0), nn.Linear(9, CLASSES)).double()
+    seen, prior = observed(model, X, Y), Prior(pixel=1.0, noise=0.01, secrets={})
+    assert certify(seen, X, Y, {}, prior=prior)
+    model[1].p = 0.5
+    seen = dataclasses.replace(seen, training=Training(train_mode=False))
+    assert certify(seen, X, Y, {}, prior=prior)
 
 
 def test_an_update_without_information_is_refused() -> None:
+    """Of an image that the model is quite sure of, and right about, the gradient is zero."""
     model = classified([nn.Flatten()], 9)
+    x, y = pictures(1, SHAPE)
     with torch.no_grad():
         model[2].weight.zero_()
-    x, y = pictures(1, SHAPE)
-    silent = [{n: 0 * v for n, v in c.items()} for c in observed(model, 0 * x, y).changes]
-    seen = dataclasses.replace(observed(model, x, y), kind="update", changes=tuple(silent))
+        model[2].bias.zero_()[y[0]] = 1e4
     with pytest.raises(AttackError, match="does not depend on the image"):
-        certify(seen, x, y, {}, prior=Prior(0.3, 0.01, {}))
+        certify(observed(model, x, y), x, y, {}, prior=Prior(0.3, 0.01, {}))
 
 
 @pytest.mark.parametrize("field", ["pixel", "noise", "secret"])

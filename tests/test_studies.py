@@ -204,6 +204,34 @@ def test_a_thief_tries_every_rate_on_the_first_draw_only() -> None:
         assert a[1].bincount().tolist() == [10, 10, 10]
 
 
+@pytest.mark.parametrize("arm", ["from scratch", "norm"])
+def test_a_cell_of_thieves_loads_its_data_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
+) -> None:
+    import thieves
+
+    from fedkl.federation import session
+
+    settings = {
+        "federation": {"rounds": 1},
+        "data": {"dataset": "digits", "image_size": 16, "channels": 1, "samples": 40},
+        "training": {"local_steps": 1},
+        "evaluation": {"images": 40},
+    }
+    loaded: list[Any] = []
+    whole = session.load_data
+    monkeypatch.setattr(session, "load_data", lambda config: loaded.append(0) or whole(config))
+    monkeypatch.setattr("fedkl.federation.preflight.load_data", session.load_data)
+    monkeypatch.setattr(thieves, "DRAWS", {1: 1})
+    monkeypatch.setattr(thieves, "STEPS", 2)
+    monkeypatch.setattr(thieves, "TEST_IMAGES", 40)
+    part = thieves.Part(settings, ("from scratch", "norm"), (0.001,), 1, 1.0)
+    monkeypatch.setitem(thieves.PARTS, "small", part)
+    found = thieves.work("cell", (thieves.Cell("small", arm, 0), str(tmp_path)))
+    assert 0 <= found["labels"]["1"]["draws"][0] <= 1
+    assert len(loaded) == 1
+
+
 def test_pictures_show_the_committed_figures() -> None:
     import json
     import statistics

@@ -115,6 +115,15 @@ def test_update_that_does_not_fit_is_refused(spoil: object, message: str) -> Non
         Network(observation)
 
 
+@pytest.mark.parametrize("lr", [0.0, -0.1, float("nan")])
+def test_an_update_whose_rate_is_not_given_is_refused(lr: float) -> None:
+    observation = observe(tiny(), images(1, (1, 8, 8)), torch.tensor([0]))[0]
+    training = Training(lr=lr)
+    Network(replace(observation, training=training))  # of a gradient the rate is no part
+    with pytest.raises(AttackError, match=r"learning rate of .*expected a positive.*Training\(lr="):
+        Network(replace(observation, kind="update", training=training))
+
+
 @pytest.mark.parametrize("kind", ["gradient", "update"])
 def test_plain_autograd_gives_the_same_change_and_derivative_by_image_and_secret(kind: str) -> None:
     model = tiny(norm=True)

@@ -12,10 +12,12 @@ from torch import nn
 
 from fedkl.attacks import (
     ATTACKS,
+    DLG,
     EFFORTS,
     NEED_PUBLIC,
     SEARCHING,
     Attack,
+    ClosedForm,
     ConditionalGenerator,
     GradientMatching,
     check_installed,
@@ -53,6 +55,14 @@ def test_iterations_and_parallel_are_for_those_who_search(name: str) -> None:
         assert usual.iterations >= 150
         with pytest.raises(ConfigError, match="iterations 0"):
             made(name, iterations=0)
+
+
+@pytest.mark.parametrize("kind", sorted({type(made(name)) for name in ATTACKS}, key=str))
+def test_a_setting_that_an_attack_does_not_have_is_refused(kind: type[Attack]) -> None:
+    with pytest.raises(ConfigError, match="'iteratons'") as caught:
+        kind(iteratons=5)
+    expected = {ClosedForm: "has none; leave it out", DLG: "Did you mean 'iterations'"}
+    assert expected.get(kind, "Choose one of: ") in str(caught.value)
 
 
 MODELS = {

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from audithelp import centralized, small_audit, small_run, small_run_with
 
 from fedkl.attacks import InvertingGradients
-from fedkl.audit import Event, arsenal, run_audit
+from fedkl.audit import Event, arsenal, grid, run_audit
 from fedkl.errors import ConfigError, DataError
 from fedkl.federation import run
 from fedkl.report import write_audit_page
@@ -112,6 +114,21 @@ def test_labels_are_said_to_be_found_only_where_the_update_tells_them(tmp_path: 
     for entry in result["summary"]:
         assert (entry["labels_right"]["mean"] is None) == (entry["defense"] == "pad")
     write_audit_page(tmp_path)
+
+
+@pytest.mark.parametrize("verdict", ["holds", "leaks", "inconclusive"])
+def test_what_is_said_of_locks_that_hold_goes_by_the_verdict(verdict: str) -> None:
+    nothing = {"mean": 0.0}
+    entry = {
+        "defense": "channel", "role": "defense", "attack": "dlg", "threat": "adaptive",
+        "verdict": verdict, "reason": "as it is", "advantage": nothing, "identified": nothing,
+        "floor_identified": nothing,
+    }  # fmt: skip
+    data: Any = SimpleNamespace(name="digits", num_classes=10)
+    result = grid._result(small_audit(), data, {}, {"summary": [entry], "skipped": []}, {})
+    assert result["verdict"]["overall"] == verdict
+    said = any("channel: this is about outsiders" in line for line in result["caveats"])
+    assert said == (verdict == "holds")
 
 
 def test_finished_run_is_audited_with_its_own_keys(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedkl.attacks.network import Network
-from fedkl.audit.update import UpdateConfig, attackers, audit_update, observe_update
+from fedkl.audit.steps import UpdateConfig
+from fedkl.audit.update import attackers, audit_update, observe_update
 from fedkl.errors import ConfigError, StateError
 from fedkl.federation import TrainingConfig
 from fedkl.models import build

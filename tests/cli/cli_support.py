@@ -40,6 +40,17 @@ def snapshot(folder: Path) -> dict[str, str]:
     }
 
 
+def with_(words: Sequence[str], *changes: str) -> list[str]:
+    """``words`` with the values of flags replaced, or flags added."""
+    found = list(words)
+    for flag, value in zip(changes[::2], changes[1::2], strict=True):
+        if flag in found:
+            found[found.index(flag) + 1] = value
+        else:
+            found += [flag, value]
+    return found
+
+
 def extended(folder: Path, *, rounds: int, stop: int) -> None:
     """The finished run in ``folder``, asked for more rounds and killed after round ``stop``."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_support import Call, snapshot
+from cli_support import Call, snapshot, with_
 from safetensors.torch import load_file, save_file
 from update_files import write_update_files
 
@@ -27,16 +27,8 @@ from fedkl.errors import ConfigError
 
 DIGITS = ["--dataset", "digits", "--image-size", "16", "--channels", "1", "--samples", "60"]
 FEW = [
-    "--rounds",
-    "1",
-    "--images",
-    "2",
-    "--candidates",
-    "10",
-    "--effort",
-    "quick",
-    "--attacks",
-    "inverting-gradients",
+    *("--rounds", "1", "--images", "2", "--candidates", "10", "--effort", "quick"),
+    *("--attacks", "inverting-gradients"),
 ]
 AUDIT = ["audit", *DIGITS, *FEW, "--out", "{tmp}/new"]
 UPDATE = [
@@ -60,17 +52,6 @@ def place(tmp_path: Path) -> Path:
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arsenal, "make_attack", lambda *_, **__: InvertingGradients(iterations=10))
-
-
-def with_(words: Sequence[str], *changes: str) -> list[str]:
-    """``words`` with the values of flags replaced, or flags added."""
-    found = list(words)
-    for flag, value in zip(changes[::2], changes[1::2], strict=True):
-        if flag in found:
-            found[found.index(flag) + 1] = value
-        else:
-            found += [flag, value]
-    return found
 
 
 BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
@@ -120,6 +101,8 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("update: missing", with_(UPDATE, "--after", "{tmp}/less.safetensors"), ["missing fc.bias"]),
     ("update: extra", with_(UPDATE, "--after", "{tmp}/more.safetensors"), ["unexpected extra"]),
     ("update: shape", with_(UPDATE, "--after", "{tmp}/shape.safetensors"), ["fc.bias has shape"]),
+    ("update: half precision", with_(UPDATE, "--after", "{tmp}/half.safetensors"),
+     ["float16, expected torch.float32", "Cast them before you save them"]),
     ("update: nan", with_(UPDATE, "--after", "{tmp}/nan.safetensors"), ["NaN", "fc.bias"]),
     ("update: no change", with_(UPDATE, "--after", "{tmp}/before.safetensors"), ["equal"]),
     ("update: no steps", with_(UPDATE, "--config", "{tmp}/none.toml"), ["check --config"]),
@@ -131,6 +114,12 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("update: class", with_(UPDATE, "--config", "{tmp}/class.toml"), ["labels [4]", "0 … 3"]),
     ("update: huge rate", with_(UPDATE, "--config", "{tmp}/huge.toml"),
      ["lr must be a number of at"]),
+    ("update: tiny rate", with_(UPDATE, "--config", "{tmp}/tiny.toml"),
+     ["lr is 1e-300, and the change of conv1.weight divided by it", "give the learning rate"]),
+    ("update: tiny rate of steps", with_(UPDATE, "--config", "{tmp}/tiny2.toml"),
+     ["lr is 1e-300", "give the learning rate"]),
+    ("update: rate of zero", with_(UPDATE, "--config", "{tmp}/still.toml"),
+     ["lr must be a positive number, got 0.0", "or leave lr out"]),
     ("update: momentum", with_(UPDATE, "--config", "{tmp}/momentum.toml"), ["momentum must be 0"]),
     ("update: nesterov", with_(UPDATE, "--config", "{tmp}/nesterov.toml"),
      ["nesterov needs a momentum above 0", "nesterov = false"]),
@@ -365,8 +354,8 @@ def test_resumed_audit_has_the_same_json(call: Call, audited: Path) -> None:
     before = json.loads((audited / "audit.json").read_text())
     (audited / "audit.json").unlink()
     min((audited / "cells").iterdir()).unlink()
-    words = [*before["command"].split()[1:], "--resume"]
-    assert call(*words[:-1], "--out", str(audited), "--resume").code in EXIT_CODES.values()
+    words = with_(before["command"].split()[1:], "--out", str(audited))
+    assert call(*words, "--resume").code in EXIT_CODES.values()
     after = json.loads((audited / "audit.json").read_text())
     assert "--resume" not in after["command"]
     del before["command"], after["command"]  # of another --out: the fixture's copy

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_support import SMALL, Call, refused
+from cli_support import SMALL, Call, refused, with_
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +29,7 @@ def grey():
 def three(channels, image_size):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * image_size**2, 3))
 """
+
 
 TRAIN = ["train", *SMALL, "--rounds", "1", "--out", "{tmp}/new"]
 KL = [*TRAIN, "--method", "fedkl"]
@@ -77,9 +78,27 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("no such command", ["trian"], ["trian", "train"]),
     ("no such flag", [*TRAIN, "--clintes", "3"], ["--clintes", "--clients"]),
     ("no folder", ["train", *SMALL], ["--out"]),
+    ("option twice", [*TRAIN, "--clients", "3", "--clients=4"],
+     ["--clients was given 2 times", "takes one value", "train --help"]),
+    ("option and its opposite", [*TRAIN, "--augment", "--no-augment"],
+     ["--augment or --no-augment was given 2 times"]),
+    ("two runs of an audit", ["audit", "--out", "{tmp}/new", "--run", "{tmp}/a", "--run",
+      "{tmp}/b"], ["--run was given 2 times", "once for each", "audit --help"]),
+    ("two updates", ["audit-update", "--after", "{tmp}/a", "--after", "{tmp}/b"],
+     ["--after was given 2 times"]),
+    ("two runs of a certificate", ["certify", "--run", "{tmp}/a", "--run", "{tmp}/b"],
+     ["--run was given 2 times"]),
+    ("two folders of a demo", ["demo", "--rounds", "0", "--out", "{tmp}/a", "--out", "{tmp}/b"],
+     ["--out was given 2 times"]),
+    ("two splits", ["evaluate", "{tmp}/a", "--split", "test", "--split", "validation"],
+     ["--split was given 2 times"]),
+    ("two models", ["inspect", "--model", "lenet", "--model", "resnet18"],
+     ["--model was given 2 times"]),
+    ("two vectors", ["keygen", "{tmp}/a", "--from-vector", "{tmp}/a", "--from-vector", "{tmp}/b"],
+     ["--from-vector was given 2 times"]),
     ("not a number", [*TRAIN, "--clients", "three"], ["--clients", "integer", "train --help"]),
     ("model", [*TRAIN, "--model", "lenett"], ["'lenett'", "'lenet'"]),
-    ("data set", [*TRAIN, "--dataset", "fashon-mnist"], ["'fashon-mnist'", "'fashion-mnist'"]),
+    ("data set", with_(TRAIN, "--dataset", "fashon-mnist"), ["'fashon-mnist'", "'fashion-mnist'"]),
     ("method", [*TRAIN, "--method", "fedavgg"], ["'fedavgg'", "'fedavg'"]),
     ("defense", [*TRAIN, "--defense", "chanel"], ["'chanel'", "'channel'"]),
     ("optimizer", [*TRAIN, "--optimizer", "adamm"], ["'adamm'", "'adam'", "--optimizer"]),
@@ -92,7 +111,7 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("zero clients", [*TRAIN, "--clients", "0"], ["clients", "at least 1", "got 0", "--clients"]),
     ("zero images beside one channel", [*TRAIN, "--channels", "1", "--samples", "0"],
      ["samples must be a number of at least 1, got 0. (given as --samples)"]),
-    ("zero rounds", [*TRAIN, "--rounds", "0"], ["rounds", "at least 1", "--rounds"]),
+    ("zero rounds", with_(TRAIN, "--rounds", "0"), ["rounds", "at least 1", "--rounds"]),
     ("negative rate", [*TRAIN, "--lr", "-1"], ["lr must be a positive number", "--lr"]),
     ("rate of nan", [*TRAIN, "--lr", "nan"], ["lr must be a positive number"]),
     ("fraction", [*TRAIN, "--fraction", "1.5"], ["fraction", "(0, 1]", "1.5"]),
@@ -111,9 +130,10 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("contradiction", [*KL, "--defense", "norm"], ["--method fedkl", "'norm'"]),
     ("two locks", [*TRAIN, "--defense", "channel+norm"], ["two locks"]),
     ("device", [*TRAIN, "--device", "abacus"], ["'abacus'", "cpu"]),
-    ("missing data", [*TRAIN, "--dataset", "mnist", "--data-root", "{tmp}/empty"],
+    ("missing data", with_(TRAIN, "--dataset", "mnist", "--data-root", "{tmp}/empty"),
      ["'mnist' not found", "Ways to get it", "--data-root"]),
-    ("no folder of images", [*TRAIN, "--dataset", "imagenet"], ["'imagenet' not found", "train/"]),
+    ("no folder of images", with_(TRAIN, "--dataset", "imagenet"),
+     ["'imagenet' not found", "train/"]),
     ("root for digits", [*TRAIN, "--data-root", "{tmp}/empty"], ["scikit-learn"]),
     ("too many images", [*TRAIN, "--samples", "5000"], ["15000 images", "Use fewer"]),
     ("empty partition", [*TRAIN, "--clients", "5000"], ["5000 clients", "at most one per image"]),
@@ -194,8 +214,8 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
      ["--private-stem or --shared-stem does nothing", "pad or open-pad"]),
     ("channel with a budget", [*TRAIN, *CHANNEL, "--on-spent", "error", "--renew-every", "1"],
      ["--on-spent does nothing", "--defense pad"]),
-    ("centralized with a budget", [*KL, "--method", "centralized", "--defense", "pad",
-      "--budget", "9"], ["--budget does nothing", "--method fedavg or fedsgd"]),
+    ("centralized with a budget", with_(KL, "--method", "centralized", "--defense", "pad",
+     "--budget", "9"), ["--budget does nothing", "--method fedavg or fedsgd"]),
     ("stagger of nothing", [*KL, "--stagger"], ["--stagger", "--renew-every 1 or more"]),
     ("steps after no renewal", [*KL, "--renew-steps", "3"], ["--renew-every or --on-spent renew"]),
     ("sgd with epochs", [*TRAIN[:1], "--method", "fedsgd", "--local-epochs", "5", *TRAIN[-2:]],
@@ -233,7 +253,7 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("nothing of an audit", ["audit", "--defenses", "channel", "--budget", "9",
      "--out", "{tmp}/new"], ["--budget does nothing", "--defenses none,norm,fedbn,channel"]),
     ("budget of a first round", [*KL, "--on-spent", "error"],
-     ["round 1", "128 presentations", "budget of 1.", "--batch-size 1"]),
+     ["round 1", "128 presentations", "budget of 1.", "(--budget 128)"]),
     ("key below a file", ["keygen", "{tmp}/file/a.key"], ["cannot write", "a.key"]),
     ("no vector", ["keygen", "{tmp}/a.key", "--from-vector", "{tmp}/file.npy"], ["numpy.save"]),
     ("no vector file", ["keygen", "{tmp}/a.key", "--from-vector", "{tmp}/no.npy"], ["no.npy"]),

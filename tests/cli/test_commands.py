@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_support import SMALL, Call, extended, snapshot
+from cli_support import SMALL, Call, extended, snapshot, with_
 
 import fedkl.federation
 import fedkl.federation.session
@@ -109,7 +109,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(call: Call, tmp_path: Path, workers: s
     folder = tmp_path / "run"
     words = ["train", *SMALL, "--method", "fedkl", "--rounds", "100000", "--out", str(folder)]
     process = subprocess.Popen(
-        [*MAIN, *words, "--eval-every", "0", "--workers", workers],
+        [*MAIN, *with_(words, "--eval-every", "0"), "--workers", workers],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

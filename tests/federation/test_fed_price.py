@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fedhelp import config, digits
 
+from fedkl.errors import FederationError
 from fedkl.federation import Event, RenewalConfig, run
 from fedkl.federation.price import FOUND, price
 from fedkl.federation.renewal import excess, judge, raised
@@ -79,6 +80,38 @@ def test_a_spent_budget_has_its_price() -> None:
     assert price(240) in excess(RenewalConfig(budget=100), 240)
     note = judge(RenewalConfig(budget=100), spent=61, ahead=40, **facts).note
     assert price(101) in note
+
+
+@pytest.mark.parametrize("budget, ahead", [(1, 128), (16, 17), (1, 6_000)])
+def test_what_is_advised_takes_a_round_back_below_the_budget_or_says_what_it_costs(
+    budget: int, ahead: int
+) -> None:
+    facts: dict[str, Any] = {"client": 0, "clients": 2, "round_": 1, "last": 0, "spent": 0}
+    with pytest.raises(FederationError) as refused:
+        judge(RenewalConfig(budget=budget, on_spent="error"), ahead=ahead, **facts)
+    for text in (str(refused.value), excess(RenewalConfig(budget=budget), ahead)):
+        assert price(ahead) in text
+        assert f"accept that (--budget {ahead})" in text
+        assert "(--batch-size times --local-steps; of fedsgd --batch-size alone)" in text
+        assert f"--batch-size {budget}" not in text  # nobody trains on one image
+    accepted = RenewalConfig(budget=ahead, on_spent="error")
+    assert not judge(accepted, ahead=ahead, **facts).renew
+
+
+def test_renewal_is_advised_where_it_helps_and_is_not_there_yet() -> None:
+    advice = "a new pad every round (--renew-every 1)"
+    assert advice in excess(RenewalConfig(), 128)
+    assert advice in excess(RenewalConfig(every=2), 128)
+    for there in (RenewalConfig(every=1), RenewalConfig(on_spent="renew")):
+        assert "--renew-every" not in excess(there, 128)
+    facts: dict[str, Any] = {"client": 0, "clients": 2, "round_": 3, "last": 2}
+    with pytest.raises(FederationError) as refused:
+        judge(RenewalConfig(budget=1, on_spent="error"), spent=1, ahead=1, **facts)
+    assert "--on-spent renew" in str(refused.value)
+    assert "fewer" not in str(refused.value)  # than one image
+    assert f"accept that (--budget 2). {price(2)}" in str(refused.value)
+    kept = RenewalConfig(budget=1, on_spent="renew")
+    assert judge(kept, spent=1, ahead=1, **facts).renew
 
 
 def test_a_run_says_it_before_its_first_round(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def test_preflight_refuses_an_imported_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "renewal, federation, message",
     [
-        ({"budget": 63}, {}, r"round 1: this round alone takes 64 .*--batch-size 63"),
+        ({"budget": 63}, {}, r"round 1: this round alone takes 64 .*--budget 64"),
         ({"budget": 63}, {"fraction": 0.4}, r"round 1: .*budget of 63"),
         ({"budget": 128}, {"rounds": 6}, r"round 3: the pad of client 0 .*--on-spent renew"),
         ({"budget": 128, "every": 3}, {"rounds": 6}, r"round 3: "),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from fedkl.errors import AttackError
+from fedkl.errors import AttackError, ConfigError, unknown
 from fedkl.observation import Observation
 
 Found = TypeVar("Found")
@@ -66,6 +67,19 @@ class Attack(ABC):
 
     name: ClassVar[str]
 
+    def __new__(cls, *_: Any, **settings: Any) -> Self:
+        """Looks at the names of ``settings`` before the constructor gets them.
+
+        Raises:
+            ConfigError: It does not know one of them; with those that it knows.
+        """
+        taken = [*inspect.signature(cls.__init__).parameters.values()][1:]
+        known = [one.name for one in taken]
+        if not any(one.kind is one.VAR_KEYWORD for one in taken):
+            for name in sorted(settings.keys() - known):
+                raise ConfigError(_unknown_setting(cls.__name__, name, known))
+        return super().__new__(cls)
+
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
@@ -93,6 +107,12 @@ class Attack(ABC):
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
         return f"{type(self).__name__}({settings})"
+
+
+def _unknown_setting(attack: str, name: str, known: Sequence[str]) -> str:
+    if not known:
+        return f"got the setting {name!r} of {attack}, which has none; leave it out."
+    return unknown(f"setting of {attack}", name, known)
 
 
 def each(observations: Sequence[Observation], look: Callable[[Observation], Found]) -> list[Found]:

@@ -29,6 +29,9 @@ class ClosedForm(Attack):
 
     name: ClassVar[str] = "closed-form"
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def reconstruct(
         self,
         observations: Sequence[Observation],

@@ -80,8 +80,16 @@ class Network:
         """Looks whether a victim of the same model sent what can be matched.
 
         Raises:
-            AttackError: A shared tensor is missing, of another shape, or not finite.
+            AttackError: A shared tensor is missing, of another shape, or not finite; or it is the
+                update of steps whose learning rate is not given.
         """
+        lr = observation.training.lr
+        if observation.kind == "update" and not lr > 0:
+            raise AttackError(
+                f"got an update made at a learning rate of {lr:g}, expected a positive one: what "
+                "the update tells of the gradient is the change divided by it. Give the client's, "
+                "as in Observation(training=Training(lr=0.1), ...)."
+            )
         for change in observation.changes:
             _check(self.shared, change)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,112 +28,14 @@ from fedkl.attacks.adaptive import adaptive_for
 from fedkl.audit.arsenal import Arsenal
 from fedkl.audit.measure import number
 from fedkl.audit.pictures import save_png
-from fedkl.errors import LARGEST, AttackError, ConfigError, StateError, check_positive, unknown
-from fedkl.federation.config import check_nesterov
+from fedkl.audit.steps import UpdateConfig
+from fedkl.errors import AttackError, ConfigError, StateError, unknown
 from fedkl.files import make_folder, write_json
 from fedkl.locking import LockSpec, copy_state, shared_views, state_problems
 from fedkl.locking.rebuild import rebuild, secret_names
 from fedkl.models import build
-from fedkl.observation import OPEN, Observation, Training, threat_of
+from fedkl.observation import OPEN, Observation, threat_of
 from fedkl.rng import derive
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateConfig:
-    """How an update was made: the contents of ``steps.toml``.
-
-    Attributes:
-        num_classes, channels, image_size: Of the model.
-        batch_size, local_steps, lr, momentum, nesterov, weight_decay: Of the client's SGD; ``lr``
-            may be left out for a single step without momentum and weight decay, where it only
-            scales the gradient.
-        repeats: Every step saw the same batch.
-        train_mode: Batch norms used the batch's own statistics.
-        labels: The true labels, if they are known.
-    """
-
-    num_classes: int = 10
-    channels: int = 3
-    image_size: int = 32
-    batch_size: int = 1
-    local_steps: int = 1
-    repeats: bool = False
-    lr: float | None = None
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    train_mode: bool = True
-    labels: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_classes", "channels", "image_size", "batch_size", "local_steps"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.")
-        if self.lr is not None:
-            check_positive("lr", self.lr)
-        if self.lr is None and (self.local_steps > 1 or self.momentum or self.weight_decay):
-            raise ConfigError(
-                "lr is needed to repeat several steps, momentum or weight decay; set lr in the "
-                "file of steps."
-            )
-        for name in ("momentum", "weight_decay"):
-            if not 0 <= (rate := getattr(self, name)) < (1 if name == "momentum" else LARGEST):
-                raise ConfigError(
-                    f"{name} must be 0 or more (momentum below 1, weight decay below "
-                    f"{LARGEST:g}), got {rate}."
-                )
-        check_nesterov(self.nesterov, self.momentum)
-        if self.labels is not None and not all(0 <= i < self.num_classes for i in self.labels):
-            raise ConfigError(
-                f"got labels {list(self.labels)}; expected classes within 0 … "
-                f"{self.num_classes - 1} (num_classes is {self.num_classes})."
-            )
-        if self.labels is not None and len(self.labels) != self.training.images:
-            raise ConfigError(
-                f"got {len(self.labels)} label(s) for {self.training.images} image(s) behind the "
-                "update (batch_size x local_steps); give one for each, or none."
-            )
-
-    @property
-    def training(self) -> Training:
-        """As an observation has it."""
-        return Training(
-            batch_size=self.batch_size,
-            local_steps=self.local_steps,
-            repeats=self.repeats,
-            lr=1.0 if self.lr is None else self.lr,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            weight_decay=self.weight_decay,
-            train_mode=self.train_mode,
-        )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> UpdateConfig:
-        """From a parsed TOML file.
-
-        Raises:
-            ConfigError: An unknown or ill-typed setting, with the nearest names.
-        """
-        known = cls.__dataclass_fields__
-        values: dict[str, Any] = {}
-        for name, value in data.items():
-            if name not in known:
-                raise ConfigError(unknown("setting of an update", str(name), known))
-            kind = {"lr": float, "labels": tuple}.get(name, type(known[name].default))
-            if kind is float and type(value) is int:
-                value = float(value)
-            if kind is tuple and isinstance(value, list):
-                value = tuple(value)
-            if type(value) is not kind or not _integers(value):
-                wanted = "list of integers" if kind is tuple else kind.__name__
-                raise ConfigError(f"{name}: expected {wanted}, got {value!r}.")
-            values[name] = value
-        return cls(**values)
-
-
-def _integers(value: object) -> bool:
-    return not isinstance(value, tuple) or all(type(item) is int for item in value)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -174,7 +76,8 @@ def observe_update(
             buffers.
 
     Raises:
-        ConfigError: ``gradient`` of an update of several steps, or with momentum or weight decay.
+        ConfigError: ``gradient`` of an update of several steps, or with momentum or weight decay,
+            or a learning rate so small that the gradient overflows.
         StateError: A state does not fit the model, or holds NaN or Inf.
         AttackError: The two are equal: there is nothing to see.
     """
@@ -194,14 +97,7 @@ def observe_update(
         still = own.keys() - {n for n, _ in network.named_parameters(remove_duplicate=False)}
         after = {**{n: before[n] for n in still if n in before}, **after}
     for what, state in (("before", before), ("after", after)):
-        if problems := state_problems(own, state):
-            raise StateError(
-                f"the state {what} does not fit model {model!r}: {'; '.join(problems[:4])}. Name "
-                "the model it was made with, check num_classes, channels and image_size, and of a "
-                "locked model give its own lock spec."
-            )
-        if bad := [n for n, t in state.items() if not bool(torch.isfinite(t).all())]:
-            raise StateError(f"the state {what} holds NaN or Inf in {', '.join(bad[:4])}.")
+        _check_state(own, state, what, model)
     copy_state(own, before, "state before")
     shared = [n for n, _ in network.named_parameters() if n in own]
     change = {n: after[n] if gradient else before[n] - after[n] for n in shared}
@@ -213,6 +109,28 @@ def observe_update(
         t.is_floating_point() and not torch.equal(t, before[n]) for n, t in buffers.items()
     )
     return _observation(network, config, change, buffers if moved else {}, spec)
+
+
+def _check_state(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str, model: str
+) -> None:
+    """Raises unless ``state`` has the names, shapes and dtypes of ``own``, and is finite."""
+    if problems := state_problems(own, state):
+        cast = {n: t.to(own[n].dtype) if n in own else t for n, t in state.items()}
+        remedy = (
+            "Name the model it was made with, check num_classes, channels and image_size, and of a "
+            "locked model give its own lock spec."
+            if state_problems(own, cast)
+            else "Cast them before you save them, as in tensor.to(torch.float32)."
+        )
+        raise StateError(
+            f"the state {what} does not fit model {model!r}: {'; '.join(problems[:4])}. {remedy}"
+        )
+    if bad := [n for n, t in state.items() if not bool(torch.isfinite(t).all())]:
+        raise StateError(
+            f"the state {what} holds NaN or Inf in {', '.join(bad[:4])}; give one of before the "
+            "training diverged."
+        )
 
 
 def _of_one_gradient(config: UpdateConfig) -> UpdateConfig:
@@ -238,8 +156,9 @@ def _observation(
     labels = None if config.labels is None else torch.tensor([list(config.labels)])
     # Without a rate a single step tells its gradient but for the scale.
     single = config.local_steps == 1 and not (config.momentum or config.weight_decay)
-    if single and config.lr is not None:
-        change = {name: value / config.lr for name, value in change.items()}
+    if config.lr is not None:
+        divided = {name: _divided(value, config.lr, name) for name, value in change.items()}
+        change = divided if single else change
     return Observation(
         model=network,
         kind="gradient" if single else "update",
@@ -253,6 +172,16 @@ def _observation(
         spec=None if spec is None else spec.to_dict(),
         statistics=(statistics,) if statistics else (),
     )
+
+
+def _divided(change: Tensor, lr: float, name: str) -> Tensor:
+    found = change / lr
+    if not bool(torch.isfinite(found).all()):
+        raise ConfigError(
+            f"lr is {lr:g}, and the change of {name} divided by it, which tells the gradient, is "
+            f"more than {found.dtype} holds; give the learning rate of the client's steps."
+        )
+    return found
 
 
 def attackers(

@@ -33,12 +33,13 @@ class Certificate:
 
     Attributes:
         directions: Identified directions when the secrets are unknown: singular values of the
-            projected Jacobian above ``tolerance`` times the largest of the unprojected one.
+            projected Jacobian above ``tolerance``, every update in units of its own: 1 is the
+            largest of its unprojected one.
         known: The same when the secrets are known.
         of: Pixels of all images together.
         tolerance: See above. A change of the secrets that cancels an image's change counts as long
             as it is at most 100 prior deviations per prior deviation of the image.
-        spectrum: The singular values, divided by the largest when the secrets are known.
+        spectrum: The singular values in these units.
         bits: Bits about the images when the secrets are unknown, under the prior.
         bits_known: The same when the secrets are known.
         noise: Standard deviation of the noise that ``bits`` assumes on every observed number.
@@ -97,7 +98,8 @@ def certify(
         secrets: The true secrets by name.
         prior: How far pixels and secrets spread.
         updates: Numbers of updates to certify, each at most T; all of them if None.
-        tolerance: Singular values below this times the largest count as zero; at least 1e-7.
+        tolerance: Singular values below this times the largest of an update count as zero; at least
+            1e-7.
         progress: Called with updates done and to do.
 
     Returns:
@@ -138,7 +140,7 @@ class _Growing:
         start = presented.seen(0, presented.images[0], presented.secrets)
         self._noise = prior.noise * float(start.square().mean().sqrt())
         self._alone: list[Tensor] = []
-        self._leftover: Leftover | None = None
+        self._leftover = Leftover(len(self._widths), _RIDGE * tolerance)
         self._information = Information(len(self._widths), self._noise)
 
     def add(self, t: int) -> None:
@@ -146,29 +148,27 @@ class _Growing:
         by_secrets = self._presented.by_secrets(t) * self._widths
         by_inputs = self._presented.by_inputs(t) * self._prior.pixel
         by_secrets, by_inputs = compressed(by_secrets, by_inputs)
-        self._alone.append(torch.linalg.svdvals(by_inputs))
-        if self._leftover is None:
-            largest = float(self._alone[0].max())
-            if not largest > 0:
-                raise AttackError(
-                    "the update does not depend on the image at all; is it the gradient of a "
-                    "model that has collapsed?"
-                )
-            ridge = _RIDGE * self._tolerance * largest
-            self._leftover = Leftover(len(self._widths), ridge)
-        self._leftover.add(by_secrets, by_inputs)
+        alone = torch.linalg.svdvals(by_inputs)
+        largest = float(alone.max())
+        if not largest > 0 and not self._alone:
+            raise AttackError(
+                "the update does not depend on the image at all; is it the gradient of a "
+                "model that has collapsed?"
+            )
+        # In units of its own, which change no direction: beside a large update all of a small one,
+        # as of an image that the model is sure of, would count as nothing. Noise has no such units.
+        unit = largest if largest > 0 else 1.0
+        self._alone.append(alone / unit)
+        self._leftover.add(by_secrets / unit, by_inputs / unit)
         self._information.add(by_secrets, by_inputs)
 
     def certificate(self, presentations: int) -> Certificate:
         """What the updates so far give away; ``presentations`` is what one of them holds."""
-        assert self._leftover is not None
-        alone = torch.cat(self._alone)
-        largest = float(alone.max())
-        spectrum = self._leftover.spectrum() / largest
+        alone, spectrum = torch.cat(self._alone), self._leftover.spectrum()
         updates = len(self._alone)
         return Certificate(
             directions=int((spectrum > self._tolerance).sum()),
-            known=int((alone > self._tolerance * largest).sum()),
+            known=int((alone > self._tolerance).sum()),
             of=updates * self._presented.inputs,
             tolerance=self._tolerance,
             spectrum=tuple(spectrum.tolist()),

@@ -17,6 +17,7 @@ from fedkl.attacks.network import Network
 from fedkl.attacks.statistics import RUNNING, Statistics
 from fedkl.errors import AttackError
 from fedkl.observation import Observation
+from fedkl.rng import borrowed, derive
 
 # Tangents pushed forward at a time: as many as are fast without taking much memory.
 _AT_ONCE = 64
@@ -41,9 +42,9 @@ class Presented:
 
     Raises:
         AttackError: Number or shape does not fit, a secret is missing, the model does not run in
-            float64 or does not give the observed gradient at these images, labels and secrets
-            (dropout, say), or a buffer was sent that tells of the images and cannot be derived by
-            them.
+            float64, is random in training (dropout, say) or does not give the observed gradient at
+            these images, labels and secrets, or a buffer was sent that tells of the images and
+            cannot be derived by them.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Presented:
         self.secrets = torch.cat(parts) if parts else images.new_zeros(0).double()
         self._unit = 1.0
         self._unit = self._told_unit()
+        _check_random(observation, self.images[0])
         self._check(observation)
 
     @property
@@ -141,9 +143,7 @@ class Presented:
             if not apart <= _AGREEMENT:
                 raise AttackError(
                     f"update {t} differs by {apart:.1%} from what the model gives at the images, "
-                    "labels and secrets that were passed; pass the true ones, in order. If they "
-                    "are, the model is random in training: one that drops (dropout) cannot be "
-                    "certified, so set its rates to 0."
+                    "labels and secrets that were passed; pass the true ones, in order."
                 )
 
 
@@ -178,6 +178,24 @@ def _basis(size: int, like: Tensor) -> Iterator[Tensor]:
         block = like.new_zeros(count, size)
         block[torch.arange(count), start + torch.arange(count)] = 1.0
         yield block
+
+
+def _check_random(observation: Observation, images: Tensor) -> None:
+    """Raises if the model draws random numbers, however little they change: what was drawn is lost.
+
+    Raises:
+        AttackError: It does.
+    """
+    model = deepcopy(observation.model).double().train(observation.training.train_mode)
+    with borrowed(derive(0, "random")), torch.no_grad():
+        before = torch.get_rng_state()
+        model(images)
+        drawn = not torch.equal(torch.get_rng_state(), before)
+    if drawn:
+        raise AttackError(
+            "the model is random in training, so that the same images give another update every "
+            "time; one that drops (dropout) cannot be certified, so set its rates to 0."
+        )
 
 
 def _check_statistics(observation: Observation) -> None:

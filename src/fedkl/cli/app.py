@@ -6,11 +6,13 @@ import os
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fedkl._version import __version__
 from fedkl.cli.audit import audit
@@ -23,7 +25,7 @@ from fedkl.cli.keys import keygen
 from fedkl.cli.provenance import arguments
 from fedkl.cli.show import plain, say
 from fedkl.cli.train import train
-from fedkl.errors import ExtraStateWarning, FedKLError, ShortcutWarning
+from fedkl.errors import ConfigError, ExtraStateWarning, FedKLError, ShortcutWarning
 
 DONE, USER, INTERNAL, INTERRUPTED = 0, 2, 70, 130
 
@@ -52,6 +54,28 @@ Exit codes: 0 done, 2 something for you to mend, 130 interrupted, 70 a fault of 
 audit also 0 holds, 1 leaks, 3 inconclusive.
 """
 
+
+class Once(TyperCommand):
+    """A command whose options take one value each: given twice, the last one would count alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As the command's own.
+
+        Raises:
+            ConfigError: An option was given more than once, under whichever of its names.
+        """
+        # The parser empties the list that it gets.
+        *_, order = self.make_parser(ctx).parse_args(args=list(args))
+        for option, times in Counter(order).items():
+            if times > 1 and not option.is_eager:
+                flags = " or ".join([*option.opts, *option.secondary_opts])
+                raise ConfigError(
+                    f"{flags} was given {times} times and takes one value; leave all but one out, "
+                    f"or run the command once for each. Try: {ctx.command_path} --help"
+                )
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     help=HELP,
     rich_markup_mode="rich",
@@ -71,7 +95,7 @@ for command, panel in (
     (inspect, "Keys and models"),
     (keygen, "Keys and models"),
 ):
-    app.command(rich_help_panel=panel)(command)
+    app.command(rich_help_panel=panel, cls=Once)(command)
 
 
 def _version(asked: bool) -> None:

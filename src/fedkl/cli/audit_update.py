@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fedkl.audit import Event
     from fedkl.audit.arsenal import Arsenal
-    from fedkl.audit.update import UpdateConfig
+    from fedkl.audit.steps import UpdateConfig
     from fedkl.locking import LockSpec
 
 
@@ -87,13 +87,8 @@ def audit_update(
         --config steps.toml --out runs/update
     """
     from fedkl.audit import Event
-    from fedkl.audit.update import (
-        UpdateConfig,
-        attackers,
-        audit_update,
-        observe_update,
-        read_state,
-    )
+    from fedkl.audit.steps import UpdateConfig
+    from fedkl.audit.update import attackers, audit_update, observe_update, read_state
 
     check_update_folder(out_folder)
     if data_root is not None and public is None:

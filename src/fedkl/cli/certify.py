@@ -56,7 +56,7 @@ def certify(
     tolerance: Annotated[
         float,
         typer.Option(
-            help="Fraction of the largest singular value below which one counts as zero: a "
+            help="Fraction of an update's largest singular value below which one counts as zero: a "
             "direction that the gradients do not give away."
         ),
     ] = 1e-6,

@@ -11,10 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from fedkl.errors import FederationError, number_of
 from fedkl.federation.config import BUDGET, RenewalConfig, TrainingConfig
 from fedkl.federation.price import price
+
+_FEWER: Final = (
+    "fewer images a round (--batch-size times --local-steps; of fedsgd --batch-size alone)"
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,8 @@ def judge(
     if budget is not None and config.on_spent == "error" and ahead > budget:
         raise FederationError(
             f"round {round_}: this round alone takes {ahead} presentations (images × steps) under "
-            f"one pad of client {client}, over its budget of {budget}. Send fewer images a round "
-            f"(--local-steps 1 --batch-size {budget}), raise --budget, or give --on-spent warn."
+            f"one pad of client {client}, over its budget of {budget}. Send {_FEWER}, or "
+            f"{_accept(ahead)} {price(ahead)}"
         )
     if due(config, client, clients, round_, last):
         return Verdict(renew=True)
@@ -90,8 +95,8 @@ def judge(
         raise FederationError(
             f"round {round_}: the pad of client {client} has served "
             f"{number_of(spent, 'presentation')} and this round takes {ahead} more, over its "
-            f"budget of {budget}. Renew pads (--on-spent renew or --renew-every), raise --budget, "
-            "or send fewer images a round (--local-steps, --batch-size)."
+            f"budget of {budget}. Renew pads (--on-spent renew), or {_accept(spent + ahead)} "
+            f"{price(spent + ahead)}"
         )
     if config.on_spent == "renew":
         return Verdict(renew=spent > 0)
@@ -141,11 +146,16 @@ def excess(config: RenewalConfig, ahead: int) -> str:
     if config.budget is None or ahead <= config.budget:
         return ""
     times = math.ceil(ahead / config.budget)
+    renewing = config.every == 1 or config.on_spent == "renew"
+    renew = "" if renewing else ", and a new pad every round (--renew-every 1), lest rounds add up"
     return (
         f"this run is beyond what a pad hides: a round shows up to {ahead} "
         f"presentations (images × steps) under one pad, {times} times its budget of "
         f"{config.budget}. {price(ahead)} That was one image at a time; how much updates of many "
-        "give away is not known, so do not count on the pad to hide the images. Renewing does not "
-        "help, for a pad serves a round at least: send fewer images a round (--local-steps 1 "
-        f"--batch-size {config.budget} --on-spent renew), or use this run for its accuracy alone."
+        "give away is not known, so do not count on the pad to hide the images. What helps: "
+        f"{_FEWER}{renew}. Otherwise {_accept(ahead)}"
     )
+
+
+def _accept(presentations: int) -> str:
+    return f"accept that (--budget {presentations})."

@@ -57,6 +57,14 @@ def test_who_holds_the_key_finds_everyone() -> None:
     assert float(scores[1:].max()) < 0.9
 
 
+def test_a_single_update_at_a_rate_of_zero_is_refused() -> None:
+    """Its gradient is the change divided by the rate: all scores were NaN."""
+    seen = [replace(one, kind="update") for one in open_victims(2)]
+    with pytest.raises(AttackError, match="learning rate of 0") as caught:
+        run(replay(), seen)
+    assert caught.value.victims == (0, 1)
+
+
 def test_a_public_image_of_the_class_is_shown_and_the_victims_own_if_it_is_one() -> None:
     x, y = digits()
     images, labels = torch.cat([public()[0], x[:10]]), torch.cat([public()[1], y[:10]])
