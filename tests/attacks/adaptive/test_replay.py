@@ -96,8 +96,11 @@ class Turned(Replay):
 
 @pytest.mark.slow
 def test_rotations_need_no_coordinates_of_the_victims() -> None:
-    """Of images 200 in 300 are public, too: so few images resemble no other ones enough."""
-    seen = victims("key-shared", 300)
+    """Of images 350 in 450 are public, too: so few images resemble no other ones enough.
+
+    With 300 it is luck whether guesses settle, and differs from one processor to the next.
+    """
+    seen = victims("key-shared", 450)
     found = {
         how: run(Turned(*public(), sketch=512, restandardize=how), seen)
         for how in (None, "global", "matched")
