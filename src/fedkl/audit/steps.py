@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fedkl.errors import LARGEST, ConfigError, check_positive, unknown
+from fedkl.errors import LARGEST, ConfigError, check_positive, number_of, unknown
 from fedkl.federation.config import check_nesterov
 from fedkl.observation import Training
 
@@ -75,7 +75,8 @@ class UpdateConfig:
             )
         if self.labels is not None and len(self.labels) != self.training.images:
             raise ConfigError(
-                f"got {len(self.labels)} label(s) for {self.training.images} image(s) behind the "
+                f"got {number_of(len(self.labels), 'label')} for "
+                f"{number_of(self.training.images, 'image')} behind the "
                 "update (batch_size x local_steps); give one for each, or none."
             )
 

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from fedkl.audit.config import ALIKE, KEY_HOLDER
-from fedkl.errors import number_of
 from fedkl.metrics import mean_interval, proportion_interval
 from fedkl.observation import THREATS
 
@@ -78,8 +77,8 @@ def summarize(
         )
         if absent := entry["left_out"]:
             entry["reason"] += (
-                f" {absent} of {number_of(entry['n'], 'victim')} beyond the attack: counted as "
-                "guessed, and as given away wherever that could be read as holding."
+                f" {absent} of {entry['n']} victims were beyond the attack: counted as guessed, "
+                "and as given away wherever that could be read as holding."
             )
     return entries
 

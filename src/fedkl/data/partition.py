@@ -33,7 +33,7 @@ def _iid(labels: Tensor, cut: _Cut, generator: torch.Generator) -> list[Tensor]:
     if needed > len(labels):
         raise DataError(
             f"{number_of(cut.clients, 'client')} with {number_of(cut.samples, 'image')} each: that "
-            f"takes {needed}, and there are {len(labels)}. Use fewer clients or samples."
+            f"takes {needed} images, and there are {len(labels)}. Use fewer clients or samples."
         )
     return list(order[:needed].view(cut.clients, cut.samples))
 

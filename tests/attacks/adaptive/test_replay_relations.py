@@ -112,7 +112,7 @@ def test_a_public_image_of_the_class_is_shown() -> None:
 def test_what_it_cannot_do_it_says() -> None:
     with pytest.raises(ConfigError, match="groups of 0"):
         attack(group=0)
-    with pytest.raises(ConfigError, match="1 shadows"):
+    with pytest.raises(ConfigError, match="1 shadow;"):
         attack(shadows=1)
     seen = victims("adaptive", 2)
     batch = replace(seen[0], training=replace(seen[0].training, batch_size=2))

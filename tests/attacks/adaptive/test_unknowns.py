@@ -104,7 +104,7 @@ def test_given_starts_are_taken(small: Victim) -> None:
     start = secrets.start([observation], [0, 0], derive(0))
     assert start[f"secret:{name}"].equal(torch.full((2, 12), -4.0))
     assert start["secret:conv2.inserted_norm.keylock.gamma"].equal(torch.full((2, 12), 2.0))
-    assert "given (1 tensors)" in repr(secrets)
+    assert "given (1 tensor)" in repr(secrets)
 
 
 @pytest.mark.parametrize(
