@@ -110,7 +110,7 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
     ("update: typo", with_(UPDATE, "--config", "{tmp}/typo.toml"), ["'batch_sice'", "batch_size"]),
     ("update: type", with_(UPDATE, "--config", "{tmp}/type.toml"), ["expected float", "'fast'"]),
     ("update: zero", with_(UPDATE, "--config", "{tmp}/zero.toml"), ["batch_size", "at least 1"]),
-    ("update: labels", with_(UPDATE, "--config", "{tmp}/labels.toml"), ["2 labels", "1 images"]),
+    ("update: labels", with_(UPDATE, "--config", "{tmp}/labels.toml"), ["2 labels", "1 image behind"]),
     ("update: class", with_(UPDATE, "--config", "{tmp}/class.toml"), ["labels [4]", "0 … 3"]),
     ("update: huge rate", with_(UPDATE, "--config", "{tmp}/huge.toml"),
      ["lr must be a number of at"]),
