@@ -50,6 +50,9 @@ def test_weights_keep_to_what_was_received_and_the_rest_is_as_it_was() -> None:
     assert found["b"].tolist() == [11.0]
     assert found["mean"].tolist() == [1.0, 1.0]
     assert at_length(received, 10.0, received=received) == received
+    counted = at_length({"w": torch.tensor([3.0, 4.0]), "n": torch.tensor(7)}, 10.0)
+    assert counted["w"].tolist() == [6.0, 8.0]
+    assert counted["n"].equal(torch.tensor(7))
 
 
 def test_what_makes_no_sense_is_refused() -> None:

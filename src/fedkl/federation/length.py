@@ -39,7 +39,8 @@ def at_length(
         length: L2 norm over all that moves, above 0. An update that does not move at all stays.
         received: The weights that training began with, if ``update`` is weights, whose difference
             is what is seen; None: it is a gradient, or a difference already.
-        names: What moves; all if not given. The rest stays as it is.
+        names: What moves; all floating-point tensors if not given. The rest, as running statistics
+            should, stays as it is.
 
     Returns:
         A new dict with the names of ``update``.
@@ -50,7 +51,10 @@ def at_length(
     """
     if not length > 0:
         raise ConfigError(f"the length of an update must be above 0, got {length:g}.")
-    moving = [name for name in update if names is None or name in names]
+    named = (
+        {name for name, t in update.items() if t.is_floating_point()} if names is None else names
+    )
+    moving = [name for name in update if name in named]
     if received is not None and (missing := [n for n in moving if n not in received]):
         raise StateError(
             f"the received weights lack {', '.join(missing[:4])} of the update; give the state "
