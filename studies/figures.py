@@ -29,6 +29,12 @@ LINES = (
     ("pad, ResNet-20, behind stage 2", PURPLE, "resnet20-deep, pad"),
     ("pad, small vision transformer", BROWN, "vit, pad"),
 )
+# Names in results/relations.json.
+RELATED = {
+    "lenet, pad": "lenet, pad",
+    "resnet20, pad": "resnet20, pad",
+    "resnet20-deep, pad": "resnet20, pad behind stage 2",
+}
 # Of the frontier: its name there, block and arm of results/pad.json, name in breakpad.json.
 POINTS = (
     ("pad, behind\nthe first convolution", "resnet20-iid", "pad", "resnet20, pad"),
@@ -59,6 +65,17 @@ def curve(federations: list[dict[str, Any]], who: str) -> dict[int, list[float]]
     return shares
 
 
+def at_one_length(related: dict[str, Any]) -> dict[int, float]:
+    """Of LeNet behind a pad: images under it to the share that is found if sizes are hidden."""
+    alone = [one["shadow"]["shape"] for one in related["shapes"]["lenet, pad, shape"]]
+    shares = {1: statistics.fmean(alone)}
+    federations = related["arms"]["lenet, pad"]
+    for images in sorted({*federations[0]["shadow"]} - {"1"}, key=int):
+        pairs = [one["shadow"][images]["pairs"] for one in federations]
+        shares[int(images)] = statistics.fmean(pairs)
+    return shares
+
+
 def wears_off(replay: dict[str, Any], related: dict[str, Any]) -> Any:
     """The figure of wears-off.png."""
     figure, axes = _axes(9.0, 5.0)
@@ -75,12 +92,17 @@ def wears_off(replay: dict[str, Any], related: dict[str, Any]) -> Any:
             low, high = ([end(shares[n]) for n in x] for end in (min, max))
             axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
     for _, color, name in LINES:
-        if name in related:
-            shares = curve(related[name], "shadow")
+        if (arm := RELATED.get(name or "")) in related["arms"]:
+            shares = curve(related["arms"][arm], "shadow")
             x = sorted(shares)
             means = [statistics.fmean(shares[n]) for n in x]
             axes.plot(x, means, color=color, lw=1.8, ls="--", marker="s", ms=4)
     axes.plot([], [], color=GREY, lw=1.8, ls="--", marker="s", ms=4, label="by sizes and relations")
+    short = at_one_length(related)
+    label = "pad, LeNet, by relations, at one length"
+    axes.plot(
+        [*short], [*short.values()], color=BLUE, lw=1.6, ls=":", marker="^", ms=5, label=label
+    )
     axes.axhline(GUESSING, color=GREY, ls=":", lw=1.2)
     axes.text(1, GUESSING * 0.92, "guessing", color=GREY, fontsize=9, va="top")
     axes.set_ylim(0.005, 1.3)
@@ -168,7 +190,7 @@ def figures(results: Path) -> Iterable[tuple[str, Any]]:
     """Name and figure of every picture."""
     replay = json.loads((results / "breakpad.json").read_text())["parts"]["replay"]["arms"]
     blocks = json.loads((results / "pad.json").read_text())["blocks"]
-    related = json.loads((results / "relations.json").read_text())["arms"]
+    related = json.loads((results / "relations.json").read_text())
     yield "wears-off.png", wears_off(replay, related)
     yield "frontier.png", frontier(replay, blocks)
 

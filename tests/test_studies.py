@@ -246,10 +246,17 @@ def test_pictures_show_the_committed_figures() -> None:
     best = [max(replay[f"lenet, pad, seed {seed}"]["shadow"]["2000"].values()) for seed in range(3)]
     assert line.get_xdata()[-1] == 2000
     assert line.get_ydata()[-1] == pytest.approx(statistics.fmean(best))
-    related = json.loads((results / "relations.json").read_text())["arms"]["lenet, pad"]
+    relations = json.loads((results / "relations.json").read_text())
+    related = relations["arms"]["lenet, pad"]
     sizes = statistics.fmean(one["shadow"]["1"]["size"] for one in related)
     dashed = [x for x in drawn["wears-off.png"].axes[0].lines if x.get_linestyle() == "--"]
     assert any(len(x.get_ydata()) and x.get_ydata()[0] == pytest.approx(sizes) for x in dashed)
+    (dotted,) = [x for x in drawn["wears-off.png"].axes[0].lines if "at one" in x.get_label()]
+    shapes = [one["shadow"]["shape"] for one in relations["shapes"]["lenet, pad, shape"]]
+    pairs = [one["shadow"]["64"]["pairs"] for one in related]
+    ends = [statistics.fmean(shapes), statistics.fmean(pairs)]
+    assert [dotted.get_ydata()[0], dotted.get_ydata()[-1]] == pytest.approx(ends)
+    assert [*dotted.get_xdata()] == [1, 2, 4, 16, 64]
 
 
 def test_an_attacker_of_many_images_may_take_each_by_itself() -> None:
