@@ -137,3 +137,24 @@ def test_at_a_rate_of_zero_nothing_moves_and_nothing_is_stretched() -> None:
     space = workspace("none", dataclasses.replace(SMALL, update_length=0.3), model="fedhelp:mlp")
     shared = snapshot(space.shared)
     assert_same(sent(space, shared, dataclasses.replace(task(), lr=0.0)), shared)
+
+
+@pytest.mark.parametrize(
+    "method, changed, said",
+    [
+        ("fedavg", {}, True),
+        ("fedavg", {"weight_decay": 0.0}, False),
+        ("fedavg", {"update_length": None}, False),
+        ("fedsgd", {}, False),  # the server's decay, of its own weights
+    ],
+)
+def test_a_run_says_that_decay_gives_the_length_away(
+    method: str, changed: dict[str, float | None], said: bool, tmp_path: Path
+) -> None:
+    settings = config(
+        "none",
+        training={"weight_decay": 0.01, "update_length": 0.25, **changed},
+        federation={"method": method},
+    )
+    notes = Session(settings, tmp_path, digits()).warnings()
+    assert any("weight decay of 0.01" in note for note in notes) == said

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkl.errors import ConfigError, StateError
+from fedkl.federation.config import TrainingConfig
 
 
 def length_of(tensors: Mapping[str, Tensor]) -> float:
@@ -72,3 +73,19 @@ def at_length(
     # In double precision: of a tiny update the factor is more than its own dtype holds.
     whole = {n: start[n].double() + change.double() * (length / now) for n, change in moved.items()}
     return {**update, **{n: value.to(update[n].dtype) for n, value in whole.items()}}
+
+
+def decayed(config: TrainingConfig) -> str:
+    """What clients should know who send weights at one length, in words; empty if nothing.
+
+    Args:
+        config: How they train.
+    """
+    if config.update_length is None or not config.weight_decay:
+        return ""
+    return (
+        f"updates are sent at one length, but with a weight decay of {config.weight_decay:g}: how "
+        "much of an update points along the weights, which the server knows, tells how large the "
+        "gradient was all the same. Give --weight-decay 0, or --method fedsgd, where the server "
+        "decays."
+    )
