@@ -23,7 +23,7 @@ def deal(images: int, clients: int, samples: int | None = None) -> None:
 
 ONE: list[tuple[Callable[[], object], str]] = [
     (lambda: deal(1, 2), "^2 clients for 1 image;"),
-    (lambda: deal(3, 1, 9), "^1 client with 9 images each: that takes 9, and there are 3"),
+    (lambda: deal(3, 1, 9), "^1 client with 9 images each: that takes 9 images, and there are 3"),
     (
         lambda: judge(STRICT, client=0, clients=1, round_=2, last=1, spent=1, ahead=1),
         "has served 1 presentation and this round takes 1 more",

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fedkl import at_length
 from fedkl.attacks.network import Network
 from fedkl.audit.steps import UpdateConfig
 from fedkl.audit.update import attackers, audit_update, observe_update
 from fedkl.errors import ConfigError, StateError
 from fedkl.federation import TrainingConfig
+from fedkl.federation.length import length_of
 from fedkl.models import build
 from fedkl.rng import derive
 
@@ -107,6 +109,21 @@ def test_a_gradient_is_an_update_of_one_step() -> None:
     assert update.kind == direct.kind == "gradient"
     for name, value in direct.changes[0].items():
         torch.testing.assert_close(update.changes[0][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps, gradient", [(1, True), (1, False), (2, False)])
+def test_the_true_images_explain_an_update_of_one_length(steps: int, gradient: bool) -> None:
+    """Whatever the rate, and at the length that is seen, if another one was said."""
+    before, after, x, y = made("lenet", steps, wide=True)  # has no buffers
+    sent = at_length(after, 0.7, received=before)
+    if gradient:
+        sent = {n: before[n] - value for n, value in sent.items()}
+    given = config(update_length=3.0, batch_size=3, local_steps=steps)
+    seen = observe_update("lenet", given, before, sent, gradient=gradient)
+    change, _ = Network(seen).sent({}, x, torch.nn.functional.one_hot(y, 4).float())
+    for name, value in seen.changes[0].items():
+        torch.testing.assert_close(change[name], value, rtol=1e-2, atol=1e-3)
+    assert length_of(change) == pytest.approx(length_of(seen.changes[0]), rel=1e-3)
 
 
 def test_what_is_found_is_the_image(tmp_path: Path) -> None:

@@ -55,11 +55,23 @@ def test_weights_keep_to_what_was_received_and_the_rest_is_as_it_was() -> None:
     assert counted["n"].equal(torch.tensor(7))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_smallest_update_is_stretched_as_any_other(dtype: torch.dtype) -> None:
+    """The factor itself may be more than the dtype holds."""
+    tiny = torch.finfo(dtype).smallest_normal / 64
+    found = at_length({"w": torch.tensor([tiny, 0.0], dtype=dtype)}, 2.0)["w"]
+    assert found.dtype == dtype
+    assert found.tolist() == [2.0, 0.0]
+
+
 def test_what_makes_no_sense_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"length of an update must be above 0, got 0"):
+    with pytest.raises(ConfigError, match=r"must be a finite number above 0, got 0"):
         at_length({"w": torch.ones(1)}, 0.0)
     with pytest.raises(StateError, match=r"received weights lack w of the update"):
         at_length({"w": torch.ones(1)}, 1.0, received={})
+    for value in (math.nan, math.inf):
+        with pytest.raises(ConfigError, match=rf"a finite number above 0, got {value}"):
+            at_length({"w": torch.ones(1)}, value)
     for value in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ConfigError, match=r"update_length"):
             TrainingConfig(update_length=value)
@@ -107,3 +119,42 @@ def test_the_server_moves_by_what_one_client_sent(method: str, tmp_path: Path) -
     moved = {n: found[n] - start[n] for n in start if n.endswith(("weight", "bias"))}
     # Gradients are sent at the length, and the server steps along them at the rate.
     assert length_of(moved) == pytest.approx(0.25 if method == "fedavg" else 0.125, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedsgd"])
+def test_a_tied_parameter_counts_once_and_is_sent_alike_under_both_names(method: str) -> None:
+    training = dataclasses.replace(SMALL, update_length=0.3)
+    space = workspace("none", training, model="fedhelp:tied", method=method)
+    shared = snapshot(space.shared)
+    found = sent(space, shared, task())
+    assert torch.equal(found["middle.weight"], found["again.weight"])
+    once = {n: t - (shared[n] if method == "fedavg" else 0) for n, t in found.items()}
+    del once["again.weight"]
+    assert length_of(once) == pytest.approx(0.3, rel=1e-4)
+
+
+def test_at_a_rate_of_zero_nothing_moves_and_nothing_is_stretched() -> None:
+    space = workspace("none", dataclasses.replace(SMALL, update_length=0.3), model="fedhelp:mlp")
+    shared = snapshot(space.shared)
+    assert_same(sent(space, shared, dataclasses.replace(task(), lr=0.0)), shared)
+
+
+@pytest.mark.parametrize(
+    "method, changed, said",
+    [
+        ("fedavg", {}, True),
+        ("fedavg", {"weight_decay": 0.0}, False),
+        ("fedavg", {"update_length": None}, False),
+        ("fedsgd", {}, False),  # the server's decay, of its own weights
+    ],
+)
+def test_a_run_says_that_decay_gives_the_length_away(
+    method: str, changed: dict[str, float | None], said: bool, tmp_path: Path
+) -> None:
+    settings = config(
+        "none",
+        training={"weight_decay": 0.01, "update_length": 0.25, **changed},
+        federation={"method": method},
+    )
+    notes = Session(settings, tmp_path, digits()).warnings()
+    assert any("weight decay of 0.01" in note for note in notes) == said

@@ -25,7 +25,7 @@ class UpdateConfig:
         repeats: Every step saw the same batch.
         train_mode: Batch norms used the batch's own statistics.
         update_length: L2 norm at which updates are sent, if they are sent at one. Where it is not
-            known any number above 0 will do for attacks that compare directions.
+            known any number above 0 will do: the update shows it.
         labels: The true labels, if they are known.
     """
 

@@ -30,6 +30,7 @@ from fedkl.audit.measure import number
 from fedkl.audit.pictures import save_png
 from fedkl.audit.steps import UpdateConfig
 from fedkl.errors import AttackError, ConfigError, StateError, unknown
+from fedkl.federation.length import length_of
 from fedkl.files import make_folder, write_json
 from fedkl.locking import LockSpec, copy_state, shared_views, state_problems
 from fedkl.locking.rebuild import rebuild, secret_names
@@ -156,7 +157,10 @@ def _observation(
     labels = None if config.labels is None else torch.tensor([list(config.labels)])
     # Without a rate a single step tells its gradient but for the scale.
     single = config.local_steps == 1 and not (config.momentum or config.weight_decay)
-    if config.lr is not None:
+    training = config.training
+    if config.update_length is not None:
+        training = replace(training, length=length_of(change))  # which is there to be seen
+    elif config.lr is not None:
         divided = {name: _divided(value, config.lr, name) for name, value in change.items()}
         change = divided if single else change
     return Observation(
@@ -165,7 +169,7 @@ def _observation(
         changes=(change,),
         image_shape=(config.channels, config.image_size, config.image_size),
         num_classes=config.num_classes,
-        training=config.training,
+        training=training,
         threat=OPEN if spec is None else threat_of("adaptive"),
         secrets=() if spec is None else secret_names(network),
         labels=labels,

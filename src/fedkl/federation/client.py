@@ -302,14 +302,18 @@ class Workspace:
         Weights move by the rate of the round, so their length falls as that does. The server
         takes steps of its own along gradients.
         """
-        length = self.training.update_length
+        length, start = self.training.update_length, None
         if length is None:
             return tensors
-        names = {*self.names.values()}
-        if kind == "gradient":
-            return at_length(tensors, length, names=names)
-        start = {name: tensor.to(self.device) for name, tensor in received.items()}
-        return at_length(tensors, length * lr / self.training.lr, received=start, names=names)
+        if kind == "state":
+            start = {name: tensor.to(self.device) for name, tensor in received.items()}
+            length *= lr / self.training.lr
+        if length == 0:  # at a rate of 0 nothing moved
+            return tensors
+        found = at_length(tensors, length, received=start, names={*self.names.values()})
+        # A tied parameter counts once, and is sent alike under all its names.
+        tied = {n: self.names[p] for n, p in self.parameters.items() if n != self.names[p]}
+        return {**found, **{n: found[m].clone() for n, m in tied.items() if {n, m} <= found.keys()}}
 
 
 def client_update(

@@ -94,7 +94,8 @@ class TrainingConfig:
     ``local_steps`` replaces ``local_epochs`` where given. ``schedule`` is over rounds: ``step``
     multiplies the rate by ``decay`` at each of ``milestones``, ``cosine`` goes to zero.
     ``update_length``: every update is sent at this L2 norm, times the schedule where weights are
-    sent (:func:`fedkl.at_length`); None: as it is.
+    sent (:func:`fedkl.at_length`); None: as it is. With weight decay on clients their share of it
+    tells the size all the same.
     """
 
     optimizer: str = "sgd"

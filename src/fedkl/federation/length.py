@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from fedkl.errors import ConfigError, StateError
+from fedkl.federation.config import TrainingConfig
 
 
 def length_of(tensors: Mapping[str, Tensor]) -> float:
@@ -39,18 +41,21 @@ def at_length(
         length: L2 norm over all that moves, above 0. An update that does not move at all stays.
         received: The weights that training began with, if ``update`` is weights, whose difference
             is what is seen; None: it is a gradient, or a difference already.
-        names: What moves; all floating-point tensors if not given. The rest, as running statistics
-            should, stays as it is.
+        names: What moves; all floating-point tensors if not given. The rest stays as it is, as
+            running statistics should (a stretched variance may fall below 0): of a model that
+            shares some, give the names of its parameters.
 
     Returns:
         A new dict with the names of ``update``.
 
     Raises:
-        ConfigError: The length is not above 0.
+        ConfigError: The length is not a finite number above 0.
         StateError: ``received`` lacks a tensor.
     """
-    if not length > 0:
-        raise ConfigError(f"the length of an update must be above 0, got {length:g}.")
+    if not 0 < length < math.inf:
+        raise ConfigError(
+            f"the length of an update must be a finite number above 0, got {length:g}."
+        )
     named = (
         {name for name, t in update.items() if t.is_floating_point()} if names is None else names
     )
@@ -65,4 +70,22 @@ def at_length(
     now = length_of(moved)
     if now == 0:
         return dict(update)
-    return {**update, **{n: start[n] + change * (length / now) for n, change in moved.items()}}
+    # In double precision: of a tiny update the factor is more than its own dtype holds.
+    whole = {n: start[n].double() + change.double() * (length / now) for n, change in moved.items()}
+    return {**update, **{n: value.to(update[n].dtype) for n, value in whole.items()}}
+
+
+def decayed(config: TrainingConfig) -> str:
+    """What clients should know who send weights at one length, in words; empty if nothing.
+
+    Args:
+        config: How they train.
+    """
+    if config.update_length is None or not config.weight_decay:
+        return ""
+    return (
+        f"updates are sent at one length, but with a weight decay of {config.weight_decay:g}: how "
+        "much of an update points along the weights, which the server knows, tells how large the "
+        "gradient was all the same. Give --weight-decay 0, or --method fedsgd, where the server "
+        "decays."
+    )

@@ -19,6 +19,7 @@ from fedkl.errors import ConfigError, KeyFileError
 from fedkl.federation.client import ClientTask, Update, Workspace, client_update
 from fedkl.federation.config import RunConfig
 from fedkl.federation.evaluate import ClientAccuracy, Exam, examine
+from fedkl.federation.length import decayed
 from fedkl.federation.optim import learning_rate
 from fedkl.federation.renewal import Verdict, excess, foresee, judge, presentations, raised
 from fedkl.federation.store import ClientState, ClientStore
@@ -207,11 +208,13 @@ class Session:
         return self.spec is not None and self.spec.scheme == Pad.name
 
     def warnings(self) -> list[str]:
-        """What a user should know about the lock before the first round."""
-        if not self.padded or self.config.federation.method == "centralized":
-            return []
+        """What a user should know about lock and length before the first round."""
+        method = self.config.federation.method
+        found = [decayed(self.config.training)] if method == "fedavg" else []
+        if not self.padded or method == "centralized":
+            return [text for text in found if text]
         most = max(self._ahead(client) for client in range(len(self.parts)))
-        found = [excess(self.config.renewal, most) or raised(self.config.renewal)]
+        found.append(excess(self.config.renewal, most) or raised(self.config.renewal))
         if self.config.model.init is not None:
             found.append(
                 "the stem starts from each client's key, not from the weights given; for the "

@@ -13,6 +13,7 @@ from adaptivehelp import gradients, observe
 from shadowhelp import digits, network_of, open_victims, public, trained_victim
 from torch import nn
 
+from fedkl import at_length
 from fedkl.attacks import Reconstruction
 from fedkl.attacks.adaptive import Replay
 from fedkl.attacks.adaptive.sketch import gradients_of
@@ -78,6 +79,24 @@ def test_images_of_a_batch_are_found_without_a_lock_and_with_the_key() -> None:
     assert rate(run(replay(), unlocked(network_of("model")))) > 0.95
     assert rate(run(replay(), locked("key-shared"))) > 0.3  # norms make the images of a batch one
     assert rate(run(replay(), unlocked(network_of("model"), 36))) > 0.95
+
+
+@pytest.mark.parametrize("length", [0.01, 100.0])
+def test_images_of_a_batch_are_found_at_whatever_length_it_was_sent(length: float) -> None:
+    assert rate(run(replay(), at_one(length, unlocked(network_of("model"))))) > 0.95
+    assert rate(run(replay(), at_one(length, locked("key-shared")))) > 0.3
+
+
+def at_one(length: float, observations: list[Observation]) -> list[Observation]:
+    """The same, labels granted, with every update at ``length``."""
+    return [
+        replace(
+            one,
+            changes=tuple(at_length(change, length) for change in one.changes),
+            training=replace(one.training, length=length),
+        )
+        for one in observations
+    ]
 
 
 def test_of_another_model_it_finds_what_a_guesser_finds() -> None:

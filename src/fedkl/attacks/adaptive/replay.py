@@ -113,7 +113,7 @@ class Replay(Retrieval):
             side = self._side(client, sketch)
             one = Replayed.of(side, self.public.labels, BATCH_RIDGE)
             learned.append(one)
-            read.append(one.within.whole(side.coordinates.enter(seen)))
+            read.append(one.read(seen))
             self._teller(number, count, progress)(float("nan"))
         return self._of_batches(learned, torch.cat(read, dim=1), first)
 
@@ -287,19 +287,32 @@ class Replayed:
 
     def see(self, images: Tensor, label: int) -> Tensor:
         """(M, size) of images (M, C, H, W), as if their label were ``label``."""
-        return self.within(self._entered(images, label), torch.full((len(images),), label))
+        x = self.side.coordinates.enter(self._given_away(images, label))
+        return self.within(x, torch.full((len(images),), label))
 
     def whole(self, images: Tensor, label: int) -> Tensor:
         """The same with the class mean, for sums over images of several classes."""
-        return self.within.whole(self._entered(images, label))
+        return self.read(self._given_away(images, label))
 
     @property
     def every(self) -> Tensor:
         """The public images (M, size) with their class means."""
-        return self.within.whole(self.side.coordinates.enter(self.side.inputs))
+        return self.read(self.side.inputs)
 
-    def _entered(self, images: Tensor, label: int) -> Tensor:
+    def read(self, inputs: Tensor) -> Tensor:
+        """What clients gave away (N, d), with the class mean: (N, size).
+
+        How much an update of one length was stretched is not known, so what stretching adds in
+        these coordinates, some multiple of where nothing at all lies, is left out.
+        """
+        found = self.within.whole(self.side.coordinates.enter(inputs))
+        if self.side.client.network.training.length is None:
+            return found
+        nothing = self.side.coordinates.enter(torch.zeros_like(inputs[:1]))
+        along = normalize(self.within.whole(nothing), dim=1)
+        return found - found @ along.T @ along
+
+    def _given_away(self, images: Tensor, label: int) -> Tensor:
         labels = torch.full((len(images),), label)
         images = images.to(self.side.inputs.dtype)
-        x = given_away(self.side.client, images, labels, self.side.sketch)
-        return self.side.coordinates.enter(x)
+        return given_away(self.side.client, images, labels, self.side.sketch)
