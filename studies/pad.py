@@ -213,7 +213,9 @@ def _resnet(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
 def _arm(arm: str, model: str) -> dict[str, Any]:
     """Settings of an arm."""
     if arm in SAME_LENGTH:
-        return {"defense": ARMS[arm], "training": {"update_length": LENGTHS[model]}}
+        # Weight decay on clients tells the size, since the server knows the weights.
+        training = {"update_length": LENGTHS[model], "weight_decay": 0.0}
+        return {"defense": ARMS[arm], "training": training}
     return {"defense": ARMS[arm]}
 
 

@@ -10,8 +10,9 @@ within their classes, so that there is nothing to find. *norm* has no secrets, *
 private ones without a key.
 
 A second table asks what one gradient tells if updates are sent at one length (`--update-length`):
-its *size* as it is, and its *shape*, which is how it is spread over tensors, entries, rows and
-columns, whatever its size and its coordinates (studies/shapes.py). Federations of its own.
+its *size* as it is; how much of it lies along the public *weights*, tensor by tensor; and its
+*shape*, which is how it is spread over tensors, entries, rows and columns, whatever its size and
+its coordinates (studies/shapes.py). Federations of its own.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int, float]] = {
     for name, cost in {"lenet, pad": 150.0, "resnet20, pad": 500.0, "lenet, fedbn": 150.0}.items()
 }
 MANY = 2_000
+WAYS = ("size", "weights", "shape")
 
 
 def cells_of(arms: str | None, seeds: int | None, victims: int) -> dict[str, Cell]:
@@ -139,13 +141,13 @@ def markdown(document: dict[str, Any]) -> str:
             table(header, rows) + "\n",
             "## One gradient, at one length\n",
             f"Percent of {MANY:,} images a federation, as above.\n",
-            table(["network, lock", "attacker", "size", "shape", "seeds"], shapes) + "\n",
+            table(["network, lock", "attacker", *WAYS, "seeds"], shapes) + "\n",
         ]
     )
 
 
 def _of(cells: list[dict[str, Any]], who: str) -> list[str]:
-    return [interval([cell[who][way] for cell in cells]) for way in ("size", "shape")]
+    return [interval([cell[who][way] for cell in cells]) for way in WAYS]
 
 
 def main() -> None:

@@ -157,7 +157,7 @@ class RelationBench(Bench):
 
 
 class ShapeBench(RelationBench):
-    """Victims, and how often one gradient tells them: by its size, and by all but that."""
+    """Victims, and how often one gradient tells them: by its size, and by what else it has."""
 
     kind = ShapedSketch
 
@@ -165,7 +165,7 @@ class ShapeBench(RelationBench):
         """Identification by way; one client is the victim itself."""
         asked = torch.cat([self.rows.reshape(-1, 1), self.decoys], dim=1)
         found = {}
-        for way, which in {"size": slice(0, 1), "shape": slice(1, None)}.items():
+        for way, which in self.sketch.parts.items():
             shapes = Shapes(torch.stack([c[0][:, which] for c in clients]), self.public.labels)
             pool = torch.stack([c[1][:, which] for c in clients], dim=1)
             scores = [

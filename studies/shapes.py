@@ -1,7 +1,8 @@
 """What is left of one gradient when neither its size nor its coordinates may be asked about.
 
-Whatever a turned and rescaled gradient still has: how its size is spread over tensors, and within
-them over entries, rows and columns. An attacker without the key knows from clients of its own how
+Whatever a turned and rescaled gradient still has: how much of it lies along the public weights
+(nothing, if every layer were blind to the scale of its weights, which the epsilon of norms
+prevents); how its size is spread over tensors, and within them over entries, rows and columns. An attacker without the key knows from clients of its own how
 far these follow from the image.
 """
 
@@ -19,14 +20,26 @@ _LEAST = 1e-30
 
 
 class ShapedSketch(Sketch):
-    """In place of a gradient its size, a logarithm, and then its shape."""
+    """In place of a gradient its size, a logarithm; how it lies to the weights; and its shape."""
+
+    def __init__(self, shared: Tensors, length: int, generator: torch.Generator) -> None:
+        super().__init__(shared, length, generator)
+        self.weights = {name: value.detach().double().flatten() for name, value in shared.items()}
+
+    @property
+    def parts(self) -> dict[str, slice]:
+        """Columns by what they tell: ``size``, ``weights`` (one a tensor), ``shape``."""
+        behind = 1 + len(self.names)
+        return {"size": slice(0, 1), "weights": slice(1, behind), "shape": slice(behind, None)}
 
     def __call__(self, gradients: Tensors) -> Tensor:
-        """(N, 1 + shape)."""
+        """(N, 1 + tensors + shape)."""
         tensors = [gradients[name].double() for name in self.names]
         sizes = torch.stack([t.flatten(1).norm(dim=1) for t in tensors], dim=1)
         size = sizes.norm(dim=1, keepdim=True)
-        parts = [_logarithm(size), _logarithm(sizes / size.clamp_min(_LEAST))]
+        along = [t.flatten(1) @ self.weights[n] for n, t in zip(self.names, tensors, strict=True)]
+        lies = torch.stack(along, dim=1).abs() / size.clamp_min(_LEAST)
+        parts = [_logarithm(size), _logarithm(lies), _logarithm(sizes / size.clamp_min(_LEAST))]
         for tensor, own in zip(tensors, sizes.T, strict=True):
             unit = tensor / own.clamp_min(_LEAST).view(-1, *[1] * (tensor.ndim - 1))
             flat = unit.flatten(1)

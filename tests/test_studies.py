@@ -278,13 +278,15 @@ def test_sizes_and_relations_are_tabled_by_way_and_controls_are_planned() -> Non
         relations.cells_of("lenet", None, 10)
     rates = {"1": {"size": 0.02}, "16": {"pairs": 0.05, "both": 0.08}}
     cells = [{"key": rates, "shadow": rates, "insider": rates, "shuffled": rates}] * 2
-    alone = {who: {"size": 0.03, "shape": 0.01} for who in ("key", "shadow", "insider")}
+    alone = {
+        who: {"size": 0.03, "weights": 0.02, "shape": 0.01} for who in ("key", "shadow", "insider")
+    }
     document = {
         "command": "c", "commit": "a", "date": "d", "victims": 10, "arms": {"lenet, pad": cells},
         "shapes": {"lenet, pad, shape": [alone] * 2},
     }  # fmt: skip
     text = relations.markdown(document)
-    assert "| lenet, pad | insider | 3.0 ± 0.0 | 1.0 ± 0.0 | 2 |" in text
+    assert "| lenet, pad | insider | 3.0 ± 0.0 | 2.0 ± 0.0 | 1.0 ± 0.0 | 2 |" in text
     assert "| lenet, pad | shadow | 2.0 ± 0.0 | both | – | – | 8.0 ± 0.0 | – | 2 |" in text
     assert "| lenet, pad | shadow |  | pairs | – | – | 5.0 ± 0.0 | – | 2 |" in text
 
@@ -303,9 +305,17 @@ def test_a_shape_is_what_neither_size_nor_order_nor_signs_change() -> None:
     order = torch.randperm(6, generator=generator)
     moved = sketch({n: -7 * t[:, order] for n, t in gradient.items()})
     flat = torch.cat([t.flatten(1) for t in gradient.values()], dim=1)
-    torch.testing.assert_close(found[:, 0], flat.double().norm(dim=1).log())
-    torch.testing.assert_close(moved[:, 1:], found[:, 1:])
-    assert float((found[0, 1:] - found[1, 1:]).abs().max()) > 0.1
+    size = flat.double().norm(dim=1)
+    torch.testing.assert_close(found[:, 0], size.log())
+    behind = sketch.parts["shape"]
+    torch.testing.assert_close(moved[:, behind], found[:, behind])
+    assert float((found[0, behind] - found[1, behind]).abs().max()) > 0.1
+    lies = found[:, sketch.parts["weights"]]
+    for row, (name, tensor) in zip(lies.T, gradient.items(), strict=True):
+        inner = (tensor.double() * tensor[0].double()).flatten(1).sum(dim=1)
+        torch.testing.assert_close(row, (inner.abs() / size).log(), msg=name)
+    larger = sketch({n: 7 * t for n, t in gradient.items()})
+    torch.testing.assert_close(larger[:, 1:], found[:, 1:])
 
 
 @pytest.mark.parametrize("shadows", [1, 4])
