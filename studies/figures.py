@@ -67,8 +67,8 @@ def curve(federations: list[dict[str, Any]], who: str) -> dict[int, list[float]]
 
 def at_one_length(related: dict[str, Any]) -> dict[int, float]:
     """Of LeNet behind a pad: images under it to the share that is found if sizes are hidden."""
-    alone = [one["shadow"]["shape"] for one in related["shapes"]["lenet, pad, shape"]]
-    shares = {1: statistics.fmean(alone)}
+    alone = [one["shadow"] for one in related["shapes"]["lenet, pad, shape"]]
+    shares = {1: max(statistics.fmean(one[way] for one in alone) for way in ("weights", "shape"))}
     federations = related["arms"]["lenet, pad"]
     for images in sorted({*federations[0]["shadow"]} - {"1"}, key=int):
         pairs = [one["shadow"][images]["pairs"] for one in federations]
@@ -99,7 +99,7 @@ def wears_off(replay: dict[str, Any], related: dict[str, Any]) -> Any:
             axes.plot(x, means, color=color, lw=1.8, ls="--", marker="s", ms=4)
     axes.plot([], [], color=GREY, lw=1.8, ls="--", marker="s", ms=4, label="by sizes and relations")
     short = at_one_length(related)
-    label = "pad, LeNet, by relations, at one length"
+    label = "the same at one length, pad, LeNet"
     axes.plot(
         [*short], [*short.values()], color=BLUE, lw=1.6, ls=":", marker="^", ms=5, label=label
     )

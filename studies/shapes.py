@@ -2,8 +2,8 @@
 
 Whatever a turned and rescaled gradient still has: how much of it lies along the public weights
 (nothing, if every layer were blind to the scale of its weights, which the epsilon of norms
-prevents); how its size is spread over tensors, and within them over entries, rows and columns. An attacker without the key knows from clients of its own how
-far these follow from the image.
+prevents); how its size is spread over tensors, and within them over entries, rows and columns. An
+attacker without the key knows from clients of its own how far these follow from the image.
 """
 
 from __future__ import annotations

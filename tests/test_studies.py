@@ -252,7 +252,7 @@ def test_pictures_show_the_committed_figures() -> None:
     dashed = [x for x in drawn["wears-off.png"].axes[0].lines if x.get_linestyle() == "--"]
     assert any(len(x.get_ydata()) and x.get_ydata()[0] == pytest.approx(sizes) for x in dashed)
     (dotted,) = [x for x in drawn["wears-off.png"].axes[0].lines if "at one" in x.get_label()]
-    shapes = [one["shadow"]["shape"] for one in relations["shapes"]["lenet, pad, shape"]]
+    shapes = [one["shadow"]["weights"] for one in relations["shapes"]["lenet, pad, shape"]]
     pairs = [one["shadow"]["64"]["pairs"] for one in related]
     ends = [statistics.fmean(shapes), statistics.fmean(pairs)]
     assert [dotted.get_ydata()[0], dotted.get_ydata()[-1]] == pytest.approx(ends)

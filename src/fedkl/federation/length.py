@@ -32,9 +32,10 @@ def at_length(
     """The update, shortened or stretched to ``length``; its direction stays.
 
     The size of a gradient is large where the model errs, for every client and under every key, so
-    that it tells images apart (docs/theory.md, "Sizes and relations need no coordinates"). Where
-    all updates have one length, agreed in public, it tells nothing. As normalized gradients do in
-    training with differential privacy (Bu et al. 2023, "Automatic clipping"), without the noise.
+    that it tells images apart (docs/theory.md, "Sizes and relations need no coordinates"); not so
+    if all updates have one length, agreed in public. The direction tells what it told: this is
+    what training with differential privacy does to gradients (Bu et al. 2023, "Automatic
+    clipping"), without the noise, and without what that proves. Train without weight decay.
 
     Args:
         update: What a client is about to send, by name.
