@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import provenance, run_cells, say, table, write
+from cells import merged, provenance, run_cells, say, table, write
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED = 1000
@@ -149,10 +149,10 @@ class Cell:
     def settings(self, mnist: str | None) -> dict[str, Any]:
         """Nested settings of the run."""
         block = BLOCKS[self.block]
-        merged = _merge(block.settings, block.arms[self.arm])
+        found = merged(block.settings, block.arms[self.arm])
         rounds = block.tuning_rounds if self.tuning and not self.plain else block.rounds
-        merged = _merge(
-            merged,
+        found = merged(
+            found,
             {
                 "seed": self.seed,
                 "training": {"lr": self.lr},
@@ -160,17 +160,9 @@ class Cell:
                 "evaluation": {"every": rounds, "wrong_keys": 1} if self.tuning else {"every": 0},
             },
         )
-        if merged["data"]["dataset"] == "mnist" and mnist:
-            merged["data"]["root"] = mnist
-        return merged
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merge(merged[name], value) if both else value
-    return merged
+        if found["data"]["dataset"] == "mnist" and mnist:
+            found["data"]["root"] = mnist
+        return found
 
 
 def work(name: str, job: tuple[Cell, str | None, str]) -> dict[str, Any]:

@@ -50,8 +50,8 @@ from pathlib import Path
 from typing import Any
 
 from breakpadtables import EVERY, PARTS, PRESENTATIONS, REPLAYED, markdown
-from cells import provenance, run_cells, say, write
-from padarms import LENET, RESNET, VIT, WIDE, merged
+from cells import merged, provenance, run_cells, say, write
+from padarms import LENET, RESNET, VIT, WIDE
 from padtables import joined
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import provenance, run_cells, say, write
+from cells import merged, provenance, run_cells, say, write
 from ownmix import alone, on_own_mix
 from padarms import (
     ARMS,
@@ -58,7 +58,6 @@ from padarms import (
     RESNET,
     SAME_LENGTH,
     VIT,
-    merged,
 )
 from padtables import joined, markdown, summarize
 

@@ -84,12 +84,3 @@ RENEWALS: dict[str, dict[str, Any]] = {
     "staggered": {"every": 3, "stagger": True},
     "all at once, 100 steps": {"every": 3, "steps": 100},
 }
-
-
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the settings of ``over``, section by section."""
-    found = dict(base)
-    for name, value in over.items():
-        both = isinstance(value, dict) and isinstance(found.get(name), dict)
-        found[name] = merged(found[name], value) if both else value
-    return found

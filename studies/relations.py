@@ -43,8 +43,12 @@ KINDS: dict[str, tuple[str, dict[str, Any], int, float]] = {  # network, lock, s
 
 
 SHAPES: dict[str, tuple[str, dict[str, Any], int, float]] = {
-    f"{name}, shape": (*KINDS[name][:3], cost)
-    for name, cost in {"lenet, pad": 150.0, "resnet20, pad": 500.0, "lenet, fedbn": 150.0}.items()
+    f"{name}, shape": (*KINDS[name][:2], most, cost)
+    for name, most, cost in (
+        ("lenet, pad", 3, 80.0),
+        ("resnet20, pad", 1, 950.0),
+        ("lenet, fedbn", 1, 90.0),
+    )
 }
 MANY = 2_000
 WAYS = ("size", "weights", "shape")

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from accuracy import interval
-from cells import provenance, run_cells, say, table, write
-from padarms import LENET, RESNET, VIT, merged
+from cells import merged, provenance, run_cells, say, table, write
+from padarms import LENET, RESNET, VIT
 from padtables import of_all
 
 ROOT = Path(__file__).resolve().parent.parent

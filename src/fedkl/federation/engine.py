@@ -287,14 +287,15 @@ class _Engine:
     ) -> Iterator[Result]:
         for done, result in enumerate(results, 1):
             rounds = self.config.federation.rounds
-            self.emit(Event("client", number, rounds, done, of, result.facts["loss"]))
+            loss = result.facts.get("loss", math.nan)  # clients behind a wire keep theirs
+            self.emit(Event("client", number, rounds, done, of, loss))
             self._count_pads(result.facts)
             if result.facts.get("kept"):  # clients behind a wire keep their states to themselves
                 self.state.kept[str(result.job.client)] = number
             if reason := result.facts.get("withheld"):
                 tally.refused[result.job.client] = reason
                 continue
-            losses.append(result.facts["loss"])
+            losses.append(loss)
             yield result
 
     def _count_pads(self, facts: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -209,7 +208,7 @@ class GridPool(Pool):
         return {
             by_node[node]: Result(
                 todo[by_node[node]],
-                {"kind": facts["kind"], "examples": facts["examples"], "loss": math.nan},
+                {"kind": facts["kind"], "examples": facts["examples"]},
                 summed.mean,
             )
             for node, facts in summed.facts.items()

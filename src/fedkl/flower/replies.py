@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -57,7 +56,6 @@ def result_of(reply: Message, job: Job, shared: Mapping[str, Tensor], *, packed:
         facts = {
             "kind": str(reply.content[CONFIG]["kind"]),
             "examples": _count(metrics[EXAMPLES]),
-            "loss": math.nan,  # clients keep it to themselves
         }
         read = unpacked if packed else decoded
         return Result(job, facts, read(reply.content[ARRAYS], shared))
