@@ -27,7 +27,8 @@ replay
     No learning but of the secrets: the attacker repeats the step on every image in question and
     compares gradients, across pads after rotations fitted to many victims (the attack "replay").
     Three federations of each network under a pad, one under the channel lock, and one of clients
-    whose channel locks start apart, as pads do.
+    whose channel locks start apart, as pads do; three of each under a pad of one key, which all
+    clients hold: its insiders are key holders.
 replay-renewals
     The same over pads that are renewed every 16 presentations.
 renewals
@@ -51,7 +52,7 @@ from typing import Any
 
 from breakpadtables import EVERY, PARTS, PRESENTATIONS, REPLAYED, markdown
 from cells import merged, provenance, run_cells, say, write
-from padarms import LENET, RESNET, VIT, WIDE
+from padarms import LENET, ONE_KEY, RESNET, VIT, WIDE
 from padtables import joined
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +148,7 @@ def cells_of(part: str, victims: int) -> list[Cell]:
     if part == "replay":
         kinds = [(m, "pad", PAD, 3) for m in MODELS] + [(m, "channel", CHANNEL, 1) for m in PLAIN]
         kinds += [("resnet20", "channel of own starts", OWN_STARTS, 1)]
+        kinds += [(m, "pad of one key", ONE_KEY, 3) for m in NETWORKS]
         return [
             Cell(part, f"{m}, {arm}, seed {n}", lock, 2 * victims, n, 4_000, 2, m)
             for m, arm, lock, seeds in kinds

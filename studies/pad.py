@@ -25,6 +25,9 @@ clients
 renewal
     Pads renewed every 3 rounds, all at once or staggered, with few or more lock-only steps.
 
+In lenet-*, resnet20-iid, resnet20-dirichlet and clients also a pad of one key, which all clients
+hold: against the server alone.
+
 Every run also gives each client's accuracy on its own mix of labels. What a thief with a few
 labelled images makes of the models: studies/thieves.py. Keys are fresh in every cell: figures
 repeat within their intervals, not to the digit.
@@ -63,6 +66,7 @@ from padtables import joined, markdown, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED = 1000
+ALL, ONE = ("alone", "norm", "fedbn"), "pad of one key"
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,10 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
             "lenet-iid",
             n,
             {},
-            ("alone", "norm", "fedbn", "channel", "pad", "pad-open-head", *SAME_LENGTH),
+            (*ALL, "channel", "pad", "pad-open-head", ONE, *SAME_LENGTH),
         ),
         "lenet-dirichlet": lambda n: _lenet(
-            "lenet-dirichlet", n, DIRICHLET, ("alone", "norm", "fedbn", "pad", "pad-open-head")
+            "lenet-dirichlet", n, DIRICHLET, (*ALL, "pad", "pad-open-head", ONE)
         ),
         "resnet20-frontier": _frontier,
         "resnet20-iid": lambda n: _resnet("resnet20-iid", n, {}),
@@ -156,7 +160,7 @@ def _clients(seeds: int) -> list[Cell]:
         )
         for seed in range(min(seeds, 1))
         for clients in (10, 100)
-        for arm in ("alone", "norm", "pad", "pad-open-head")
+        for arm in ("alone", "norm", "pad", "pad-open-head", ONE)
     ]
 
 
@@ -205,7 +209,7 @@ def _resnet(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
             (250.0 if "pad" in arm else 150.0) * (2 if block == "resnet20-long" else 1),
         )
         for seed in range(seeds)
-        for arm in ("alone", "norm", "fedbn", "pad", *(more if block == "resnet20-iid" else ()))
+        for arm in (*ALL, "pad", ONE, *(more if block == "resnet20-iid" else ()))
     ]
 
 

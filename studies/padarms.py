@@ -6,6 +6,7 @@ from typing import Any
 
 PAD = {"name": "pad"}
 WIDE = {"inner_scale_law": "wide", "inner_spread": 1.0}
+ONE_KEY = {**PAD, "one_key": True, "learned": "channel"}  # all clients hold the same
 MILD = {"spread": 0.1, "scale_law": "near-one", "inner_spread": 0.1}  # signs at random all the same
 ARMS: dict[str, dict[str, Any]] = {
     "alone": {"name": "norm"},  # every client for itself: what is a federation worth?
@@ -18,6 +19,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "pad-wide": {**PAD, **WIDE},
     "no key": {"name": "open-pad", "head": True},  # private stem, head and maps, from equal starts
     "hardly any pad": {**PAD, **MILD},
+    "pad of one key": ONE_KEY,
     "norm at one length": {"name": "norm"},
     "pad at one length": PAD,
 }

@@ -26,7 +26,7 @@ from typing import Any
 from accuracy import interval
 from breakpad import ROOT, Cell, trained
 from cells import provenance, run_cells, say, table, write
-from padarms import BLOCK
+from padarms import BLOCK, ONE_KEY
 
 FOUR = 4
 EPOCHS = 8
@@ -36,6 +36,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], int, float]] = {  # network, lock, s
     "resnet20, pad": ("resnet20", {"name": "pad"}, 3, 800.0),
     "resnet20, pad behind stage 2": ("resnet20-deep", {"name": "pad"}, 3, 700.0),
     "vit, pad behind block 1": ("vit", {"name": "pad", **BLOCK}, 3, 600.0),
+    "lenet, pad of one key": ("lenet", ONE_KEY, 3, 300.0),
+    "resnet20, pad of one key": ("resnet20", ONE_KEY, 3, 700.0),
     "lenet, channel": ("lenet", {"name": "channel"}, 1, 400.0),
     "lenet, fedbn": ("lenet", {"name": "fedbn"}, 1, 400.0),
     "lenet, norm": ("lenet", {"name": "norm"}, 1, 100.0),

@@ -26,7 +26,7 @@ from typing import Any
 
 from accuracy import interval
 from cells import merged, provenance, run_cells, say, table, write
-from padarms import LENET, RESNET, VIT
+from padarms import LENET, ONE_KEY, RESNET, VIT
 from padtables import of_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +43,7 @@ LOCKS: dict[str, dict[str, Any]] = {
     "channel": {"name": "channel"},
     "pad": {"name": "pad"},
     "pad, shared head": {"name": "pad", "head": False},
+    "pad of one key": ONE_KEY,
     "pad, behind stage 2": {"name": "pad", "behind": "layer2"},
 }
 
@@ -60,9 +61,17 @@ class Part:
 
 ALL = (SCRATCH, "norm", "fedbn", "channel", "pad")
 PARTS: dict[str, Part] = {
-    "lenet": Part(LENET, (*ALL, "pad, shared head"), (0.001, 0.003, 0.01), 5, 120.0),
+    "lenet": Part(
+        LENET, (*ALL, "pad of one key", "pad, shared head"), (0.001, 0.003, 0.01), 5, 120.0
+    ),
     "vit": Part(merged(LENET, VIT), ALL, (0.001, 0.003, 0.01), 3, 250.0),
-    "resnet20": Part(merged(LENET, RESNET), (*ALL, "pad, behind stage 2"), (0.003, 0.01), 3, 500.0),
+    "resnet20": Part(
+        merged(LENET, RESNET),
+        (*ALL, "pad of one key", "pad, behind stage 2"),
+        (0.003, 0.01),
+        3,
+        500.0,
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,6 +85,16 @@ def test_other_iterations_than_those_of_the_effort_are_told() -> None:
     assert "'quick'" in line
     assert "5 iterations" in small_audit(iterations=5).cost
     assert "iterations" not in small_audit().cost
+
+
+@pytest.mark.parametrize("defense, said", [("pad", 1), ("channel", 1), ("fedbn", 0)])
+def test_one_key_for_all_is_against_the_server_alone(defense: str, said: int) -> None:
+    audit = small_audit(defenses=("none", defense), **HARD)
+    own = caveats(audit, {}, 10)
+    lock = replace(audit.run.defense, name="pad", one_key=True)
+    one = caveats(replace(audit, run=replace(audit.run, defense=lock)), {}, 10)
+    assert len(one) - len(own) == said
+    assert f"{defense}: all clients hold one key" * said in "".join(one)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,11 @@ def caveats(
             f"asked, instead of those of effort {audit.effort!r}."
         )
     found += _outsiders_alone([d for d in _with("channel", audit) if d in holding])
+    if audit.run.defense.one_key and (one := [d for d in audit.judged if _keyed(d)]):
+        found.append(
+            f"{', '.join(one)}: all clients hold one key (--one-key), so this is about the server "
+            "alone: any client that sees another's update reads it as the rows holding the key do."
+        )
     pads = _with("pad", audit)
     if not pads:
         return found
@@ -56,6 +61,10 @@ def caveats(
 def _with(lock: str, audit: AuditConfig) -> list[str]:
     """The defenses that are judged and have that lock."""
     return [d for d in audit.judged if lock in map(str.strip, d.split("+"))]
+
+
+def _keyed(defense: str) -> bool:
+    return bool({"channel", "pad"} & set(map(str.strip, defense.split("+"))))
 
 
 def _outsiders_alone(names: Sequence[str]) -> list[str]:

@@ -185,6 +185,9 @@ SETTINGS: Final = (
             needs=(PRIVATE,)),
     Setting("defense.group_key", "--group-key/--no-group-key", bool, True,
             "Clients share a key that says where their locks start.", needs=(CHANNEL, GROUPED)),
+    Setting("defense.one_key", "--one-key/--own-keys", bool, False,
+            "All clients hold one and the same key: against the server alone, since each of them "
+            "then sees through the others' locks.", needs=(KEYED, TOGETHER)),
     Setting("defense.spread", "--spread", float, None,
             "Standard deviation, in units of the norm's output, of the secret shift β of a pad's "
             "first lock; for channel, that of the scale γ at the start.", needs=(KEYED,),

@@ -26,6 +26,8 @@ class DefenseConfig:
         share_statistics: Share the running statistics of locked norms, as the released code does.
         group_key: Locks of all clients start at the same γ and β, drawn from a key that the clients
             share and the server does not have. Not for the paper's presets.
+        one_key: All clients hold one and the same key, which keeps out the server alone: whoever
+            has it sees through every client's lock.
         spread, gain: Of ``channel`` and ``pad``.
         shift_spread, activation, bias, law, length, chain: Further settings of ``channel``;
             None is its (or the preset's) default.
@@ -41,6 +43,7 @@ class DefenseConfig:
     norm: str = "batch"
     share_statistics: bool = False
     group_key: bool = True
+    one_key: bool = False
     spread: float | None = None
     gain: float | None = None
     shift_spread: float | None = None

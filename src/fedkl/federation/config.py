@@ -264,10 +264,29 @@ class RunConfig:
         _at_least("workers", self.workers, 1)
         _at_least("checkpoint_every", self.checkpoint_every, 1)
         _at_least("seed", self.seed, 0)
+        if self.defense.one_key:
+            _renewed_together(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and TOML."""
         return dataclasses.asdict(self)
+
+
+def _renewed_together(config: RunConfig) -> None:
+    """Clients with one key have one pad only as long as nobody renews it alone."""
+    renewal, federation = config.renewal, config.federation
+    alone = {
+        "--stagger": renewal.every > 0 and renewal.stagger,
+        "--on-spent renew": renewal.on_spent == "renew",
+        "--fraction below 1": renewal.every > 0 and federation.fraction < 1,
+        "--dropout above 0": renewal.every > 0 and federation.dropout > 0,
+    }
+    if found := [said for said, is_so in alone.items() if is_so]:
+        raise ConfigError(
+            f"got --one-key with {' and '.join(found)}, where clients renew their pads at "
+            "different times; one key means one pad for all: renew it with --renew-every, with all "
+            "clients in every round, or give clients keys of their own."
+        )
 
 
 def config_from(data: Mapping[str, Any], *, source: str = "the configuration") -> RunConfig:

@@ -91,7 +91,7 @@ class Session:
         self.bundle = load_data(config) if bundle is None else bundle
         self.parts = _parts(config, self.bundle)
         defense = make_defense(config.defense)
-        self.store = ClientStore(folder, keyed=defense.keyed)
+        self.store = ClientStore(folder, keyed=defense.keyed, one=config.defense.one_key)
         plain = build(
             config.model.name,
             num_classes=self.bundle.num_classes,
@@ -118,6 +118,11 @@ class Session:
             join_steps=0 if centralized else config.federation.join_steps,
             group=self.store.group() if _grouped(config, defense) else None,
         )
+
+    @property
+    def group(self) -> Key | None:
+        """The key that all clients have: where locks start, or the only one; None without."""
+        return self.store.group() if self.store.one else self.workspace.group
 
     def initial(self) -> dict[str, Tensor]:
         """Global shared state before the first round."""
@@ -152,7 +157,7 @@ class Session:
         )
         generator = derive(config.seed, "client", job.client, "round", job.round)
         result = client_update(self.workspace, shared, task, generator)
-        spent = result.presentations + (0 if verdict.renew else state.spent)
+        spent = result.presentations * self._users + (0 if verdict.renew else state.spent)
         kept = ClientState(job.round, result.private, result.moments, spent)
         # A client that diverged goes back to its last good state instead of staying refused.
         keep = bool(result.private or result.moments) and _finite(kept)
@@ -200,7 +205,13 @@ class Session:
 
     def _ahead(self, client: int) -> int:
         method = self.config.federation.method
-        return presentations(self.config.training, method, len(self.parts[client]))
+        one = presentations(self.config.training, method, len(self.parts[client]))
+        return one * self._users
+
+    @property
+    def _users(self) -> int:
+        """How many clients use a pad up. A client counts the others' images as many as its own."""
+        return len(self.parts) if self.store.one else 1
 
     @property
     def padded(self) -> bool:

@@ -105,12 +105,14 @@ class ClientStore:
     Args:
         folder: The run's folder; ``keys/`` and ``clients/`` are made below it.
         keyed: Whether clients have keys.
+        one: Whether they all have the group's: a client's file is then a link to it.
     """
 
-    def __init__(self, folder: Path, *, keyed: bool) -> None:
+    def __init__(self, folder: Path, *, keyed: bool, one: bool = False) -> None:
         self.keys = folder / "keys"
         self.states = folder / "clients"
         self.keyed = keyed
+        self.one = keyed and one
         # Fingerprint and file of every key besides the client's own that states are made with.
         self.known: dict[str, tuple[str, Path]] = {}
         for path in [self.states, *([self.keys] if keyed else [])]:
@@ -118,14 +120,30 @@ class ClientStore:
             os.chmod(path, 0o700)
 
     def key(self, client: int) -> Key | None:
-        """The client's key; made on first use, from the operating system's randomness."""
+        """The client's key; made on first use, from the operating system's randomness.
+
+        Raises:
+            KeyFileError: It cannot be read, is gone though there is a lock, or is not the one that
+                all clients are to have.
+        """
         if not self.keyed:
             return None
-        path = self._key_path(client)
+        path, group = self._key_path(client), self.group() if self.one else None
         if not path.exists():
             _refuse_to_replace(path, bool(self.rounds(client)), f"client {client} has a lock")
-            Key.generate().save(path)
-        return open_key(path)
+            if group is None:
+                Key.generate().save(path)
+            else:
+                with contextlib.suppress(FileExistsError):  # another process was faster
+                    path.symlink_to("group.key")
+        key = open_key(path)
+        if group is not None and key != group:
+            raise KeyFileError(
+                f"{path} is key {key.fingerprint}, and all clients are to have one, "
+                f"{group.fingerprint} ({self.keys / 'group.key'}); put a copy of that in its "
+                "place, or run without --one-key."
+            )
+        return key
 
     def _key_path(self, client: int) -> Path:
         return self.keys / f"client-{client:05d}.key"

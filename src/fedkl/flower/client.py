@@ -143,7 +143,7 @@ class _Visit:
 
     def _hello(self) -> Message:
         session = self.node.session
-        group = session.workspace.group
+        group = session.group
         facts = {
             "protocol": PROTOCOL,
             "client": self.place.client,
@@ -171,7 +171,7 @@ class _Visit:
 def _last_look(place: Place, node: Node, tensors: dict[str, Tensor]) -> None:
     """The update once more against the client's secrets, whatever made it."""
     space = node.session.workspace
-    secrets = Secrets.of(space.model, [node.session.store.key(place.client), space.group])
+    secrets = Secrets.of(space.model, [node.session.store.key(place.client), node.session.group])
     secrets.refuse({f"tensor {n}": t.detach().cpu().numpy() for n, t in tensors.items()})
 
 

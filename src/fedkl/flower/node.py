@@ -224,7 +224,7 @@ def _link(place: Place) -> None:
 def _check_keys(place: Place, session: Session) -> None:
     """Raises when the keys are not those that this client has taken part with."""
     key = session.store.key(place.client)
-    group = session.workspace.group
+    group = session.group
     now = {
         "key": None if key is None else key.fingerprint,
         "group": None if group is None else group.fingerprint,

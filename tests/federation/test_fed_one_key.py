@@ -1,0 +1,128 @@
+"""One key for all clients: one pad, counted once for all, and nobody with another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fedhelp import assert_outcome, config, digits, outcome
+
+from fedkl.errors import ConfigError, FederationError, KeyFileError
+from fedkl.federation import run
+from fedkl.federation.session import Session
+from fedkl.federation.store import ClientStore
+from fedkl.key import Key
+from fedkl.locking import affines
+
+ONE = {"one_key": True}
+
+
+@pytest.mark.parametrize("defense", ["pad", "channel"])
+def test_all_locks_start_alike_and_are_learned_by_each_client(defense: str, tmp_path: Path) -> None:
+    wanted = config(defense, defense_settings=ONE, data={"samples": 64})
+    result = run(wanted, tmp_path, bundle=digits())
+    keys = sorted((tmp_path / "keys").iterdir())
+    assert [k.name for k in keys] == [*(f"client-0000{n}.key" for n in range(3)), "group.key"]
+    assert len({Key.load(k).fingerprint for k in keys}) == 1
+    session = Session(wanted, tmp_path, digits())
+    assert session.group == Key.load(tmp_path / "keys" / "group.key")
+    starts, learned = [], []
+    for client in range(3):
+        key, state = session.store.key(client), session.store.load(client, before=3)
+        session.workspace.enter(result.shared, key, None)
+        starts.append(
+            [t.clone() for pair in affines(session.workspace.model).values() for t in pair]
+        )
+        session.workspace.enter(result.shared, key, state.private)
+        learned.append([t.clone() for p in affines(session.workspace.model).values() for t in p])
+    for other in starts[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(starts[0], other, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(learned[0], learned[1], strict=True))
+
+
+def test_clients_have_keys_of_their_own_otherwise(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, keyed=True)
+    assert store.key(0) != store.key(1)
+    assert not (tmp_path / "keys" / "group.key").exists()
+    none = ClientStore(tmp_path / "none", keyed=False, one=True)
+    assert none.key(0) is None
+    assert not none.one
+
+
+def test_the_images_of_all_clients_count(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"data": {"samples": 64}, "federation": {"rounds": 2, "clients": 3}}
+    own = run(config("pad", **settings), tmp_path / "own", bundle=digits())
+    settings = {"data": {"samples": 64}, "federation": {"rounds": 2, "clients": 3}}
+    one = run(config("pad", defense_settings=ONE, **settings), tmp_path / "one", bundle=digits())
+    assert own.pads["most_presentations"] == 2 * 64
+    assert one.pads["most_presentations"] == 3 * 2 * 64
+    strict = config(
+        "pad",
+        defense_settings=ONE,
+        data={"samples": 64},
+        federation={"rounds": 1},
+        renewal={"budget": 191, "on_spent": "error"},
+    )
+    with pytest.raises(FederationError, match=r"192 presentations .*budget of 191"):
+        run(strict, tmp_path / "strict", bundle=digits())
+
+
+def test_renewed_by_all_at_once_and_resumed(tmp_path: Path) -> None:
+    def wanted(rounds: int) -> Any:
+        federation = {"rounds": rounds, "join_steps": 2}
+        return config(
+            "pad",
+            defense_settings=ONE,
+            data={"samples": 64},
+            federation=federation,
+            renewal={"every": 1},
+        )
+
+    whole = tmp_path / "whole"
+    run(wanted(2), whole, bundle=digits())
+    part = tmp_path / "part"
+    (part / "keys").mkdir(parents=True)
+    Key.load(whole / "keys" / "group.key").save(part / "keys" / "group.key")
+    run(wanted(1), part, bundle=digits())
+    run(wanted(2), part, resume=True, bundle=digits())
+    assert_outcome(outcome(part), outcome(whole))
+    epochs = set()
+    for client in range(3):
+        private = ClientStore(part, keyed=True, one=True).load(client, before=3).private or {}
+        epochs |= {int(t) for name, t in private.items() if name.endswith("keylock.epoch")}
+    assert epochs == {1}
+
+
+def test_a_client_with_another_key_is_told_so(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, keyed=True, one=True)
+    first = store.key(0)
+    assert first == store.key(1) == store.group()
+    path = tmp_path / "keys" / "client-00001.key"
+    path.unlink()
+    Key.generate().save(path)
+    with pytest.raises(KeyFileError, match=r"client-00001.key .*one, .*without --one-key"):
+        store.key(1)
+    path.unlink()
+    first.save(path)  # a copy does as well as a link
+    assert store.key(1) == first
+
+
+@pytest.mark.parametrize(
+    "over, said",
+    [
+        ({"renewal": {"every": 2, "stagger": True}}, "--stagger"),
+        ({"renewal": {"on_spent": "renew"}}, "--on-spent renew"),
+        ({"renewal": {"every": 2}, "federation": {"fraction": 0.5}}, "--fraction"),
+        ({"renewal": {"every": 2}, "federation": {"dropout": 0.1}}, "--dropout"),
+    ],
+)
+def test_nobody_renews_alone(over: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"--one-key with {said}.*--renew-every"):
+        config("pad", defense_settings=ONE, **over)
+    config("pad", **over)
+
+
+def test_absent_clients_do_no_harm_where_nothing_is_renewed() -> None:
+    config("pad", defense_settings=ONE, federation={"fraction": 0.5, "dropout": 0.1})

@@ -1,0 +1,66 @@
+"""One key for all clients, over a grid: the key that everybody's node config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fedhelp import assert_same, config, fixed_seed
+from flowhelp import loopback, serve
+
+from fedkl.errors import KeyFileError
+from fedkl.federation import run
+from fedkl.flower import FlowerConfig
+from fedkl.flower.node import node_at, place_of
+from fedkl.key import Key
+
+ONE = config(
+    "pad",
+    defense_settings={"one_key": True},
+    data={"samples": 64},
+    federation={"clients": 3, "rounds": 2, "min_clients": 2},
+    evaluation={"every": 0, "images": 20, "wrong_keys": 1},
+)
+
+
+def group_in(folder: Path, number: int) -> Path:
+    keys = folder / "keys"
+    keys.mkdir(parents=True)
+    fixed_seed(number).save(keys / "group.key")
+    return folder
+
+
+def test_the_same_bits_as_in_one_process(tmp_path: Path) -> None:
+    here, there = group_in(tmp_path / "here", -1), group_in(tmp_path / "there", -1)
+    flower = FlowerConfig(folder=str(there))
+    one, two = run(ONE, here), serve(loopback(ONE, flower), ONE, flower)
+    assert_same(one.shared, two.shared)
+    assert Key.load(there / "keys" / "client-00002.key") == fixed_seed(-1)
+
+
+def test_a_client_with_a_key_of_its_own_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its pad would be another one: what it teaches does not add up with the others'."""
+    flower = FlowerConfig(folder=str(tmp_path / "server"), retries=0, timeout=2.0)
+    for number in range(3):
+        group_in(tmp_path / f"n{number}", 5 if number == 1 else -1)
+    grid = loopback(ONE, flower, folders=lambda n: tmp_path / f"n{n}")
+    assert len(serve(grid, ONE, flower).accuracy.own_per_client) == 2
+    told = [r.getMessage() for r in caplog.records if "another group key" in r.getMessage()]
+    assert len(told) == 1
+
+
+def test_the_node_config_names_it_once(tmp_path: Path) -> None:
+    fixed_seed(-1).save(tmp_path / "all.key")
+    node = {
+        "partition-id": 1,
+        "fedkl-folder": str(tmp_path / "n"),
+        "group-key-file": str(tmp_path / "all.key"),
+    }
+    session = node_at(place_of(node, "", 3), ONE, None).session
+    assert session.store.key(1) == session.group == fixed_seed(-1)
+    fixed_seed(7).save(tmp_path / "own.key")
+    node |= {"fedkl-folder": str(tmp_path / "m"), "key-file": str(tmp_path / "own.key")}
+    with pytest.raises(KeyFileError, match="all clients are to have one"):
+        node_at(place_of(node, "", 3), ONE, None)
