@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,17 @@ def test_the_same_bits_as_in_one_process(tmp_path: Path) -> None:
     one, two = run(ONE, here), serve(loopback(ONE, flower), ONE, flower)
     assert_same(one.shared, two.shared)
     assert Key.load(there / "keys" / "client-00002.key") == fixed_seed(-1)
+
+
+def test_secure_aggregation_beside_it(tmp_path: Path) -> None:
+    """Against each other: what is summed under one pad is the same as without."""
+    wanted = dataclasses.replace(ONE, federation=dataclasses.replace(ONE.federation, rounds=1))
+    here, there = group_in(tmp_path / "here", -1), group_in(tmp_path / "there", -1)
+    flower = FlowerConfig(folder=str(there), secagg=True, retries=0)
+    one, two = run(wanted, here), serve(loopback(wanted, flower), wanted, flower)
+    step = 2 * 4.0 / 2**22  # of the quantization
+    apart = max(float((one.shared[n] - two.shared[n]).abs().max()) for n in one.shared)
+    assert 0 < apart <= step
 
 
 def test_a_client_with_a_key_of_its_own_is_refused(
