@@ -13,8 +13,8 @@ from fedhelp import config, digits
 
 from fedkl.errors import FederationError
 from fedkl.federation import Event, RenewalConfig, run
-from fedkl.federation.price import FOUND, price
-from fedkl.federation.renewal import excess, judge, raised
+from fedkl.federation.price import AT_ONE_LENGTH, FOUND, price
+from fedkl.federation.renewal import excess, foresee, judge, raised
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -62,6 +62,49 @@ def test_the_table_is_that_of_the_results() -> None:
             found = [one["shadow"][str(point.images)] for one in arms[f"{lock}, pad"]]
             mean = statistics.fmean(f["size" if point.images == 1 else "both"] for f in found)
             assert getattr(point, lock) == pytest.approx(100 * mean, abs=0.051)
+
+
+def test_the_table_at_one_length_is_that_of_the_results() -> None:
+    document = json.loads((RESULTS / "relations.json").read_text(encoding="utf-8"))
+    for lock in ("lenet", "resnet20"):
+        alone = [one["shadow"] for one in document["shapes"][f"{lock}, pad, shape"]]
+        best = max(statistics.fmean(one[way] for one in alone) for way in ("weights", "shape"))
+        assert getattr(AT_ONE_LENGTH[0], lock) == pytest.approx(100 * best, abs=0.051)
+        pairs = [one["shadow"] for one in document["arms"][f"{lock}, pad"]]
+        for point in AT_ONE_LENGTH[1:3]:
+            mean = statistics.fmean(one[str(point.images)]["pairs"] for one in pairs)
+            assert getattr(point, lock) == pytest.approx(100 * mean, abs=0.051)
+    # Rotations compare directions alone; of many in groups of 64 no less is found than of 64.
+    assert [point.images for point in AT_ONE_LENGTH] == [1, 16, 64, 256, 1_000, 2_000]
+    assert AT_ONE_LENGTH[-2:] == FOUND[-2:]
+    assert FOUND[-3].lenet == AT_ONE_LENGTH[-3].lenet > AT_ONE_LENGTH[2].lenet
+    assert AT_ONE_LENGTH[-3].resnet20 == AT_ONE_LENGTH[2].resnet20
+
+
+def test_what_is_said_is_of_updates_as_they_are_sent() -> None:
+    sent = {"at_length": True}
+    assert price(1, **sent) == (
+        "Of one image under one pad and at one length our best attack found 1.3 % on LeNet and "
+        "1.1 % on ResNet-20, where guessing finds 1 % (docs/findings.md)."
+    )
+    assert "and at one length, the next number that was measured, our" in price(5, **sent)
+    facts: dict[str, Any] = {"client": 0, "clients": 2, "round_": 3, "last": 2}
+    strict = RenewalConfig(budget=1, on_spent="error")
+    with pytest.raises(FederationError) as refused:
+        judge(strict, spent=1, ahead=1, **sent, **facts)
+    assert price(2, **sent) in str(refused.value)
+    with pytest.raises(FederationError) as refused:
+        judge(strict, spent=0, ahead=9, **sent, **facts)
+    assert price(9, **sent) in str(refused.value)
+    with pytest.raises(FederationError) as refused:
+        foresee(strict, [1, 1], 2, **sent)
+    assert price(2, **sent) in str(refused.value)
+    assert (
+        price(101, **sent)
+        in judge(RenewalConfig(budget=100), spent=61, ahead=40, **sent, **facts).note
+    )
+    assert price(17, **sent) in raised(RenewalConfig(budget=17), **sent)
+    assert price(240, **sent) in excess(RenewalConfig(budget=100), 240, **sent)
 
 
 def test_a_raised_budget_has_its_price() -> None:
@@ -115,13 +158,18 @@ def test_renewal_is_advised_where_it_helps_and_is_not_there_yet() -> None:
 
 
 def test_a_run_says_it_before_its_first_round(tmp_path: Path) -> None:
-    def notes(folder: str, **renewal: Any) -> list[str]:
+    def notes(folder: str, length: float | None = None, **renewal: Any) -> list[str]:
         wanted = config(
             "pad",
             renewal=renewal,
             federation={"rounds": 1, "join_steps": 2},
             data={"samples": 64},
-            training={"local_steps": 1, "batch_size": 16},
+            training={
+                "local_steps": 1,
+                "batch_size": 16,
+                "update_length": length,
+                "weight_decay": 0.0,
+            },
         )
         found: list[Event] = []
         run(wanted, tmp_path / folder, bundle=digits(), on_event=found.append)
@@ -133,3 +181,5 @@ def test_a_run_says_it_before_its_first_round(tmp_path: Path) -> None:
     assert price(16) in usual
     (spent,) = notes("spent", budget=15)
     assert price(16) in spent
+    (short,) = notes("short", length=1.0)
+    assert price(16, at_length=True) in short

@@ -10,8 +10,9 @@ from typing import Final
 class Point:
     """One measured point.
 
-    Up to 64 images of ``results/relations.md`` (shadow, both), from 256 on of
-    ``results/breakpad.md`` (replay, shadow, candidates).
+    Up to 64 images of ``results/relations.md`` (shadow, both; at one length the better of weights
+    and shape of one, and pairs), from 256 on of ``results/breakpad.md`` (replay, shadow,
+    candidates), which no length changes.
 
     Attributes:
         images: Images under one pad, each a gradient of its own.
@@ -36,18 +37,28 @@ FOUND: Final = (
 )
 
 
-def price(presentations: int) -> str:
+AT_ONE_LENGTH: Final = (
+    Point(1, 1.3, 1.1),
+    Point(16, 5.0, 6.0),
+    Point(64, 5.6, 10.7),
+    Point(256, 10.3, 10.7),
+    *FOUND[-2:],
+)
+
+
+def price(presentations: int, *, at_length: bool = False) -> str:
     """One sentence: what was found at the nearest measured number at or above ``presentations``.
 
     Above the largest number it is that of the largest. Updates of several images or steps were
-    not measured.
+    not measured. ``at_length``: every update is sent at one length (:func:`fedkl.at_length`).
     """
-    point = next((p for p in FOUND if p.images >= presentations), FOUND[-1])
-    aside = ""
+    table = AT_ONE_LENGTH if at_length else FOUND
+    point = next((p for p in table if p.images >= presentations), table[-1])
+    aside = " and at one length" if at_length else ""
     if point.images > presentations:
-        aside = ", the next number that was measured,"
+        aside += ", the next number that was measured,"
     elif point.images < presentations:
-        aside = " already"
+        aside += " already"
     images = "one image" if point.images == 1 else f"{point.images:,} images"
     return (
         f"Of {images} under one pad{aside} our best attack found "

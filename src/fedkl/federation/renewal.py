@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from fedkl.errors import FederationError, number_of
@@ -66,6 +67,7 @@ def judge(
     last: int,
     spent: int,
     ahead: int,
+    at_length: bool = False,
 ) -> Verdict:
     """Whether a client renews its pad before round ``round_``.
 
@@ -75,17 +77,18 @@ def judge(
         round_, last: This round, and the last one it took part in (0: none).
         spent: Presentations so far under its pad.
         ahead: Presentations of this round.
+        at_length: Whether updates are sent at one length, for what is said of them.
 
     Raises:
         FederationError: The budget does not cover this round, and ``on_spent`` is ``error``.
     """
-    budget = config.budget
+    budget, cost = config.budget, partial(price, at_length=at_length)
     # Before the calendar: a fresh pad does not cover such a round either.
     if budget is not None and config.on_spent == "error" and ahead > budget:
         raise FederationError(
             f"round {round_}: this round alone takes {ahead} presentations (images × steps) under "
             f"one pad of client {client}, over its budget of {budget}. Send {_FEWER}, or "
-            f"{_accept(ahead)} {price(ahead)}"
+            f"{_accept(ahead)} {cost(ahead)}"
         )
     if due(config, client, clients, round_, last):
         return Verdict(renew=True)
@@ -96,7 +99,7 @@ def judge(
             f"round {round_}: the pad of client {client} has served "
             f"{number_of(spent, 'presentation')} and this round takes {ahead} more, over its "
             f"budget of {budget}. Renew pads (--on-spent renew), or {_accept(spent + ahead)} "
-            f"{price(spent + ahead)}"
+            f"{cost(spent + ahead)}"
         )
     if config.on_spent == "renew":
         return Verdict(renew=spent > 0)
@@ -106,17 +109,20 @@ def judge(
     return Verdict(
         renew=False,
         note=f"round {round_}: the pad of client {client} is spent ({spent + ahead} presentations, "
-        f"budget {budget}); --on-spent renew would draw another. {price(spent + ahead)}",
+        f"budget {budget}); --on-spent renew would draw another. {cost(spent + ahead)}",
     )
 
 
-def foresee(config: RenewalConfig, ahead: Sequence[int], rounds: int) -> None:
+def foresee(
+    config: RenewalConfig, ahead: Sequence[int], rounds: int, *, at_length: bool = False
+) -> None:
     """Plays the budgets through: raises now what :func:`judge` would raise in a later round.
 
     Args:
         config: The settings.
         ahead: Presentations of one round, by client.
         rounds: Rounds that every client takes part in, from the first on.
+        at_length: As in :func:`judge`.
 
     Raises:
         FederationError: As :func:`judge`; names the first round that the budget does not cover.
@@ -127,21 +133,21 @@ def foresee(config: RenewalConfig, ahead: Sequence[int], rounds: int) -> None:
     for round_ in range(1, rounds + 1):
         for client, count in enumerate(ahead):
             facts = {"client": client, "clients": len(ahead), "round_": round_, "last": round_ - 1}
-            verdict = judge(config, spent=spent[client], ahead=count, **facts)
+            verdict = judge(config, spent=spent[client], ahead=count, at_length=at_length, **facts)
             spent[client] = count + (0 if verdict.renew else spent[client])
 
 
-def raised(config: RenewalConfig) -> str:
+def raised(config: RenewalConfig, *, at_length: bool = False) -> str:
     """What a budget above the default costs, else ""; one that does not count has no number."""
     if config.budget is None or config.budget <= BUDGET:
         return ""
     return (
         f"the budget of {config.budget} presentations (images × steps) under one pad is above the "
-        f"default of {BUDGET}. {price(config.budget)}"
+        f"default of {BUDGET}. {price(config.budget, at_length=at_length)}"
     )
 
 
-def excess(config: RenewalConfig, ahead: int) -> str:
+def excess(config: RenewalConfig, ahead: int, *, at_length: bool = False) -> str:
     """A warning where one round is over the budget by itself, else ""."""
     if config.budget is None or ahead <= config.budget:
         return ""
@@ -151,8 +157,9 @@ def excess(config: RenewalConfig, ahead: int) -> str:
     return (
         f"this run is beyond what a pad hides: a round shows up to {ahead} "
         f"presentations (images × steps) under one pad, {times} times its budget of "
-        f"{config.budget}. {price(ahead)} That was one image at a time; how much updates of many "
-        "give away is not known, so do not count on the pad to hide the images. What helps: "
+        f"{config.budget}. {price(ahead, at_length=at_length)} That was one image at a time; how "
+        "much updates of many give away is not known, so do not count on the pad to hide the "
+        "images. What helps: "
         f"{_FEWER}{renew}. Otherwise {_accept(ahead)}"
     )
 

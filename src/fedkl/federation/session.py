@@ -185,6 +185,7 @@ class Session:
             last=0 if state.private is None else state.round,
             spent=state.spent,
             ahead=self._ahead(job.client),
+            at_length=self._at_length,
         )
 
     def outlook(self, job: Job) -> tuple[int, int]:
@@ -214,6 +215,10 @@ class Session:
         return len(self.parts) if self.store.one else 1
 
     @property
+    def _at_length(self) -> bool:
+        return self.config.training.update_length is not None
+
+    @property
     def padded(self) -> bool:
         """Whether the lock has a pad, which is used up by presentations."""
         return self.spec is not None and self.spec.scheme == Pad.name
@@ -225,7 +230,10 @@ class Session:
         if not self.padded or method == "centralized":
             return [text for text in found if text]
         most = max(self._ahead(client) for client in range(len(self.parts)))
-        found.append(excess(self.config.renewal, most) or raised(self.config.renewal))
+        sent = {"at_length": self._at_length}
+        found.append(
+            excess(self.config.renewal, most, **sent) or raised(self.config.renewal, **sent)
+        )
         if self.config.model.init is not None:
             found.append(
                 "the stem starts from each client's key, not from the weights given; for the "
@@ -245,7 +253,8 @@ class Session:
         # Whoever is asked, its first round is certain; all of them only where nobody is left out.
         everybody = federation.sampled == len(self.parts) and not federation.dropout
         ahead = [self._ahead(client) for client in range(len(self.parts))]
-        foresee(self.config.renewal, ahead, federation.rounds if everybody else 1)
+        rounds = federation.rounds if everybody else 1
+        foresee(self.config.renewal, ahead, rounds, at_length=self._at_length)
 
     def _state(self, client: int, *, before: int) -> ClientState:
         if not (self.workspace.private or self.workspace.training.keep_momentum):
