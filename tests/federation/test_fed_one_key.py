@@ -95,6 +95,13 @@ def test_renewed_by_all_at_once_and_resumed(tmp_path: Path) -> None:
     assert epochs == {1}
 
 
+def test_the_key_is_there_before_workers_could_each_make_one(tmp_path: Path) -> None:
+    wanted = config("pad", defense_settings=ONE, data={"samples": 64}, workers=2)
+    Session(wanted, tmp_path, digits())
+    assert [path.name for path in (tmp_path / "keys").iterdir()] == ["group.key"]
+    run(wanted, tmp_path, bundle=digits())
+
+
 def test_a_client_with_another_key_is_told_so(tmp_path: Path) -> None:
     store = ClientStore(tmp_path, keyed=True, one=True)
     first = store.key(0)

@@ -92,6 +92,8 @@ class Session:
         self.parts = _parts(config, self.bundle)
         defense = make_defense(config.defense)
         self.store = ClientStore(folder, keyed=defense.keyed, one=config.defense.one_key)
+        if self.store.one:
+            self.store.group()  # made here, before workers could each make one
         plain = build(
             config.model.name,
             num_classes=self.bundle.num_classes,
