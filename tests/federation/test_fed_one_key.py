@@ -11,7 +11,7 @@ from fedhelp import assert_outcome, config, digits, outcome
 
 from fedkl.errors import ConfigError, FederationError, KeyFileError
 from fedkl.federation import run
-from fedkl.federation.session import Session
+from fedkl.federation.session import Job, Session
 from fedkl.federation.store import ClientStore
 from fedkl.key import Key
 from fedkl.locking import affines
@@ -88,11 +88,36 @@ def test_renewed_by_all_at_once_and_resumed(tmp_path: Path) -> None:
     run(wanted(1), part, bundle=digits())
     run(wanted(2), part, resume=True, bundle=digits())
     assert_outcome(outcome(part), outcome(whole))
-    epochs = set()
-    for client in range(3):
-        private = ClientStore(part, keyed=True, one=True).load(client, before=3).private or {}
-        epochs |= {int(t) for name, t in private.items() if name.endswith("keylock.epoch")}
-    assert epochs == {1}
+    assert epochs(part, before=3) == {1}
+
+
+def epochs(folder: Path, before: int) -> set[int]:
+    """Of the pads that the three clients have after the round ``before`` - 1."""
+    store = ClientStore(folder, keyed=True, one=True)
+    states = [store.load(client, before=before).private or {} for client in range(3)]
+    return {int(t) for s in states for name, t in s.items() if name.endswith("keylock.epoch")}
+
+
+def test_who_diverged_or_comes_late_has_everybodys_pad(tmp_path: Path) -> None:
+    wanted = config("pad", defense_settings=ONE, data={"samples": 64}, renewal={"every": 1})
+    session = Session(wanted, tmp_path, digits())
+    shared = session.initial()
+    broken = {n: torch.full_like(t, float("nan")) for n, t in shared.items() if t.ndim == 2}
+    for client in (0, 1):
+        session.run(Job("train", client, 1), shared)
+    session.run(Job("train", 0, 2), shared)
+    withheld = session.run(Job("train", 1, 2), {**shared, **broken})
+    assert "diverged in round 2" in withheld.facts["withheld"]
+    for client in range(3):  # the third for the first time
+        job = Job("train", client, 3)
+        ahead = session.outlook(job)
+        found = session.run(job, shared)
+        assert (ahead[1], found.facts["renewed"], found.facts["spent"]) == (2, True, 3 * 64)
+    assert epochs(tmp_path, before=4) == {2}
+    session.run(Job("train", 0, 4), shared)
+    session.run(Job("examine", 1, 4), shared)  # it has not taken part in the last round
+    private = session.workspace.private.items()
+    assert {int(t) for name, t in private if name.endswith("keylock.epoch")} == {3}
 
 
 def test_the_key_is_there_before_workers_could_each_make_one(tmp_path: Path) -> None:

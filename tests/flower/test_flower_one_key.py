@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from fedhelp import assert_same, config, fixed_seed
 from flowhelp import loopback, serve
+from flwr.app import Message, MessageType
 
 from fedkl.errors import KeyFileError
 from fedkl.federation import run
+from fedkl.federation.store import ClientStore
 from fedkl.flower import FlowerConfig
 from fedkl.flower.node import node_at, place_of
 from fedkl.key import Key
@@ -48,6 +50,28 @@ def test_secure_aggregation_beside_it(tmp_path: Path) -> None:
     step = 2 * 4.0 / 2**22  # of the quantization
     apart = max(float((one.shared[n] - two.shared[n]).abs().max()) for n in one.shared)
     assert 0 < apart <= step
+
+
+def test_a_client_that_was_cut_off_has_the_pad_of_the_others_again(tmp_path: Path) -> None:
+    federation = dataclasses.replace(ONE.federation, rounds=3)
+    renewal = dataclasses.replace(ONE.renewal, every=1)
+    wanted = dataclasses.replace(ONE, federation=federation, renewal=renewal)
+    flower = FlowerConfig(folder=str(group_in(tmp_path / "run", -1)), retries=0, timeout=2.0)
+    grid, asked = loopback(wanted, flower), []
+
+    def lost(node: int, message: Message) -> bool:
+        if node != 999 or message.metadata.message_type != MessageType.TRAIN:
+            return False
+        asked.append(node)
+        return len(asked) == 2
+
+    grid.lose = lost
+    serve(grid, wanted, flower)
+    store = ClientStore(tmp_path / "run", keyed=True, one=True)
+    assert store.rounds(1) == [1, 3]
+    for client in range(3):
+        private = store.load(client, before=4).private or {}
+        assert {int(t) for n, t in private.items() if n.endswith("keylock.epoch")} == {2}
 
 
 def test_a_client_with_a_key_of_its_own_is_refused(

@@ -57,6 +57,11 @@ def due(config: RenewalConfig, client: int, clients: int, round_: int, last: int
     return (round_ - 1 - later) // config.every > max(0, (last - 1 - later) // config.every)
 
 
+def epoch_at(config: RenewalConfig, round_: int) -> int:
+    """Number of the pad that all clients have in round ``round_`` if they have one key."""
+    return max(0, round_ - 1) // config.every if config.every else 0
+
+
 def judge(
     config: RenewalConfig,
     *,

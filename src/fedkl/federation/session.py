@@ -21,11 +21,18 @@ from fedkl.federation.config import RunConfig
 from fedkl.federation.evaluate import ClientAccuracy, Exam, examine
 from fedkl.federation.length import decayed
 from fedkl.federation.optim import learning_rate
-from fedkl.federation.renewal import Verdict, excess, foresee, judge, presentations, raised
+from fedkl.federation.renewal import (
+    Verdict,
+    epoch_at,
+    excess,
+    foresee,
+    judge,
+    presentations,
+    raised,
+)
 from fedkl.federation.store import ClientState, ClientStore
 from fedkl.key import Key
 from fedkl.locking import LockSpec, Pad, is_locked, lock_spec
-from fedkl.locking.sites import LOCK_NAME
 from fedkl.models import build
 from fedkl.rng import derive
 
@@ -143,9 +150,10 @@ class Session:
     def _train(self, job: Job, shared: Mapping[str, Tensor]) -> Result:
         config = self.config
         state = self._state(job.client, before=job.round)
-        verdict = self._verdict(job, state)
+        verdict, epoch = self._verdict(job, state)
         task = ClientTask(
             renew=verdict.renew,
+            epoch=epoch,
             renew_steps=config.renewal.steps,
             keep_learned=config.renewal.keep_learned,
             client=job.client,
@@ -176,10 +184,12 @@ class Session:
             facts |= {"renewed": verdict.renew, "spent": spent, "note": verdict.note}
         return Result(job, facts, update.tensors)
 
-    def _verdict(self, job: Job, state: ClientState) -> Verdict:
+    def _verdict(self, job: Job, state: ClientState) -> tuple[Verdict, int]:
+        """Whether the client draws another pad before the round, and the epoch of what it has."""
+        now = state.epoch
         if not self.padded or self.config.federation.method == "centralized":
-            return Verdict(renew=False)
-        return judge(
+            return Verdict(renew=False), now
+        verdict = judge(
             self.config.renewal,
             client=job.client,
             clients=len(self.parts),
@@ -188,6 +198,11 @@ class Session:
             spent=state.spent,
             ahead=self._ahead(job.client),
         )
+        if not self.store.one:
+            return verdict, now + verdict.renew
+        # That of the calendar: who was absent, or is new, would else be left with another pad.
+        epoch = max(now, epoch_at(self.config.renewal, job.round))
+        return (Verdict(renew=True) if epoch > now else verdict), epoch
 
     def outlook(self, job: Job) -> tuple[int, int]:
         """How :meth:`run` would begin a ``train`` job, which changes nothing yet.
@@ -201,9 +216,7 @@ class Session:
             CheckpointError, KeyFileError: As :meth:`fedkl.federation.store.ClientStore.load`.
         """
         state = self._state(job.client, before=job.round)
-        private = state.private or {}
-        epochs = [int(t) for n, t in private.items() if n.split(".")[-2:] == [LOCK_NAME, "epoch"]]
-        return state.round, max(epochs, default=0) + self._verdict(job, state).renew
+        return state.round, self._verdict(job, state)[1]
 
     def _ahead(self, client: int) -> int:
         method = self.config.federation.method
@@ -263,6 +276,9 @@ class Session:
             lr = learning_rate(config.training, job.round, config.federation.rounds)
             generator = derive(config.seed, "examine", job.client, job.round)
             first = state.private is None
+            epoch = epoch_at(config.renewal, job.round)
+            if key is not None and self.store.one and self.padded and epoch > state.epoch:
+                self.workspace.renew(key, epoch, keep_learned=config.renewal.keep_learned)
             self.workspace.join(shared, self.parts[job.client], generator, lr, first=first)
         if job.round > 0:
             self._settle(job, shared)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fedkl.errors import KeyFileError
 from fedkl.files import make_folder, read_tensors, write_tensors
 from fedkl.key import Key
+from fedkl.locking.sites import LOCK_NAME
 
 _PRIVATE: Final = "private/"
 _MOMENT: Final = "moment/"
@@ -94,6 +95,13 @@ class ClientState:
     private: Mapping[str, Tensor] | None
     moments: Mapping[str, Tensor]
     spent: int = 0
+
+    @property
+    def epoch(self) -> int:
+        """Of the pad that it goes with; 0 for other locks."""
+        private = self.private or {}
+        epochs = [int(t) for n, t in private.items() if n.split(".")[-2:] == [LOCK_NAME, "epoch"]]
+        return max(epochs, default=0)
 
     def __repr__(self) -> str:
         return f"ClientState(round={self.round})"
