@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fedhelp import assert_outcome, config, digits, outcome
+from fedhelp import assert_outcome, config, digits, fixed_key, outcome
 
-from fedkl.errors import ConfigError, FederationError, KeyFileError
+from fedkl.errors import ConfigError, FederationError, FedKLError, KeyFileError
 from fedkl.federation import run
+from fedkl.federation.preflight import preflight
 from fedkl.federation.session import Job, Session
 from fedkl.federation.store import ClientStore
 from fedkl.key import Key
@@ -139,6 +140,54 @@ def test_a_client_with_another_key_is_told_so(tmp_path: Path) -> None:
     path.unlink()
     first.save(path)  # a copy does as well as a link
     assert store.key(1) == first
+
+
+def test_without_links_there_are_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.symlink", refused)
+    store = ClientStore(tmp_path, keyed=True, one=True)
+    assert store.key(0) == store.key(1) == store.group()
+    assert not (tmp_path / "keys" / "client-00000.key").is_symlink()
+
+
+def test_a_folder_that_was_copied_without_links_goes_on(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"defense_settings": ONE, "data": {"samples": 64}}
+    run(config("pad", federation={"rounds": 1}, **settings), tmp_path, bundle=digits())
+    for path in (tmp_path / "keys").glob("client-*.key"):
+        path.unlink()
+    wanted = config("pad", federation={"rounds": 2}, **settings)
+    preflight(wanted, tmp_path, resume=True, bundle=digits())
+    run(wanted, tmp_path, resume=True, bundle=digits())
+    (tmp_path / "keys" / "group.key").unlink()
+    with pytest.raises(KeyFileError, match=r"group.key is missing, but client 0 has a lock"):
+        run(wanted, tmp_path, resume=True, bundle=digits())
+
+
+@pytest.mark.parametrize(
+    "names, kind, said",
+    [
+        (["client-00000"], "seed", "group.key is missing, but there is .*client-00000.key"),
+        (["group", "client-00001"], "seed", "client-00001.key is key .*to have one"),
+        (["group"], "vector", "a pad takes a random key"),
+        (["group"], "encrypted", "group.key is encrypted"),
+    ],
+)
+def test_keys_that_do_not_do_are_found_before_a_run_begins(
+    names: list[str], kind: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").mkdir()
+    for name in names:
+        key = fixed_key(0) if kind == "vector" else Key.generate()
+        words = "x" if kind == "encrypted" else None
+        key.save(tmp_path / "keys" / f"{name}.key", passphrase=words)
+    with pytest.raises(FedKLError, match=said):
+        preflight(config("pad", defense_settings=ONE), tmp_path, bundle=digits())
+    there = sorted(path.name for path in tmp_path.rglob("*"))
+    assert there == sorted(["keys", *(f"{name}.key" for name in names)])
+    with pytest.raises(FedKLError, match=said):
+        run(config("pad", defense_settings=ONE), tmp_path, bundle=digits())
 
 
 @pytest.mark.parametrize(

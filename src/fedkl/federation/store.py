@@ -84,6 +84,41 @@ def check_key(path: Path, now: str, state: Path, meta: Mapping[str, str], whose:
         )
 
 
+def check_one(keys: Path) -> None:
+    """Raises unless the keys of clients that are in the folder ``keys`` already are the group's.
+
+    Raises:
+        KeyFileError: One is another, or cannot be used; or there are such, and no ``group.key``.
+    """
+    group = keys / "group.key"
+    for path in sorted(keys.glob("client-*.key")):
+        if not group.exists():
+            raise KeyFileError(
+                f"{group} is missing, but there is {path}, and with --one-key all clients have "
+                "that one. Put the key that they are to have there, or run without --one-key."
+            )
+        _refuse_another(path, open_key(path), group, open_key(group))
+
+
+def _refuse_another(path: Path, key: Key, whole: Path, group: Key) -> None:
+    if key != group:
+        raise KeyFileError(
+            f"{path} is key {key.fingerprint}, and all clients are to have one, "
+            f"{group.fingerprint} ({whole}); put a copy of that in its place, or run without "
+            "--one-key."
+        )
+
+
+def _give(path: Path, group: Key) -> None:
+    """Makes the file of a client that has the group's key: a link, or a copy without links."""
+    try:
+        path.symlink_to("group.key")
+    except FileExistsError:  # another process was faster
+        pass
+    except OSError:  # a file system, or a user, without links
+        group.save(path)
+
+
 @dataclass(frozen=True)
 class ClientState:
     """Private state and optimizer moments of a client after round ``round`` (0: never).
@@ -138,19 +173,14 @@ class ClientStore:
             return None
         path, group = self._key_path(client), self.group() if self.one else None
         if not path.exists():
-            _refuse_to_replace(path, bool(self.rounds(client)), f"client {client} has a lock")
             if group is None:
+                _refuse_to_replace(path, bool(self.rounds(client)), f"client {client} has a lock")
                 Key.generate().save(path)
-            else:
-                with contextlib.suppress(FileExistsError):  # another process was faster
-                    path.symlink_to("group.key")
+            else:  # a state that was made with another key says so itself
+                _give(path, group)
         key = open_key(path)
-        if group is not None and key != group:
-            raise KeyFileError(
-                f"{path} is key {key.fingerprint}, and all clients are to have one, "
-                f"{group.fingerprint} ({self.keys / 'group.key'}); put a copy of that in its "
-                "place, or run without --one-key."
-            )
+        if group is not None:
+            _refuse_another(path, key, self.keys / "group.key", group)
         return key
 
     def _key_path(self, client: int) -> Path:
@@ -161,6 +191,8 @@ class ClientStore:
         path = self.keys / "group.key"
         if not path.exists():
             _refuse_to_replace(path, any(self.states.iterdir()), "there are locks")
+            if self.one:
+                check_one(self.keys)
             Key.generate().save(path)
         key = open_key(path)
         self.known[GROUP] = (key.fingerprint, path)
