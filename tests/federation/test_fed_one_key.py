@@ -70,6 +70,32 @@ def test_the_images_of_all_clients_count(tmp_path: Path) -> None:
         run(strict, tmp_path / "strict", bundle=digits())
 
 
+def test_what_is_said_of_a_budget_can_be_done(tmp_path: Path) -> None:
+    """Of one image each the count is that of the clients; and nobody renews alone."""
+    settings: dict[str, Any] = {
+        "defense_settings": ONE,
+        "data": {"samples": 8},
+        "training": {"batch_size": 8, "local_steps": 1},
+        "model": {"name": "fedhelp:mlp"},
+    }
+    session = Session(config("pad", **settings), tmp_path, digits())
+    (warning,) = session.warnings()
+    assert "24 presentations (images × steps, times clients, who have one key)" in warning
+    assert "fewer clients, or keys of their own" in warning
+    federation = {"rounds": 2, "min_clients": 1}
+    strict = config(
+        "pad", federation=federation, renewal={"budget": 24, "on_spent": "error"}, **settings
+    )
+    with pytest.raises(FederationError, match=r"Renew pads \(--renew-every\)"):
+        Session(strict, tmp_path, digits()).check_budget()
+    warned = config("pad", federation=federation, renewal={"budget": 24}, **settings)
+    notes: list[str] = []
+    run(warned, tmp_path / "run", bundle=digits(), on_event=lambda e: notes.append(e.message))
+    spent = [note for note in notes if "is spent (48 presentations, budget 24)" in note]
+    assert len(spent) == 3
+    assert all("; --renew-every would draw another" in note for note in spent)
+
+
 def test_renewed_by_all_at_once_and_resumed(tmp_path: Path) -> None:
     def wanted(rounds: int) -> Any:
         federation = {"rounds": rounds, "join_steps": 2}

@@ -20,6 +20,11 @@ from fedkl.federation.price import price
 _FEWER: Final = (
     "fewer images a round (--batch-size times --local-steps; of fedsgd --batch-size alone)"
 )
+_COUNTED: Final = {False: "images × steps", True: "images × steps, times clients, who have one key"}
+
+
+def _fewer(together: bool) -> str:
+    return f"{_FEWER}, fewer clients, or keys of their own" if together else _FEWER
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def judge(
     last: int,
     spent: int,
     ahead: int,
+    together: bool = False,
 ) -> Verdict:
     """Whether a client renews its pad before round ``round_``.
 
@@ -80,6 +86,7 @@ def judge(
         round_, last: This round, and the last one it took part in (0: none).
         spent: Presentations so far under its pad.
         ahead: Presentations of this round.
+        together: Whether all clients have one pad; ``spent`` and ``ahead`` count for all of them.
 
     Raises:
         FederationError: The budget does not cover this round, and ``on_spent`` is ``error``.
@@ -88,9 +95,9 @@ def judge(
     # Before the calendar: a fresh pad does not cover such a round either.
     if budget is not None and config.on_spent == "error" and ahead > budget:
         raise FederationError(
-            f"round {round_}: this round alone takes {ahead} presentations (images × steps) under "
-            f"one pad of client {client}, over its budget of {budget}. Send {_FEWER}, or "
-            f"{_accept(ahead)} {price(ahead)}"
+            f"round {round_}: this round alone takes {ahead} presentations ({_COUNTED[together]}) "
+            f"under one pad of client {client}, over its budget of {budget}. Send "
+            f"{_fewer(together)}, or {_accept(ahead)} {price(ahead)}"
         )
     if due(config, client, clients, round_, last):
         return Verdict(renew=True)
@@ -100,8 +107,8 @@ def judge(
         raise FederationError(
             f"round {round_}: the pad of client {client} has served "
             f"{number_of(spent, 'presentation')} and this round takes {ahead} more, over its "
-            f"budget of {budget}. Renew pads (--on-spent renew), or {_accept(spent + ahead)} "
-            f"{price(spent + ahead)}"
+            f"budget of {budget}. Renew pads ({_renewing(together)}), or "
+            f"{_accept(spent + ahead)} {price(spent + ahead)}"
         )
     if config.on_spent == "renew":
         return Verdict(renew=spent > 0)
@@ -111,17 +118,20 @@ def judge(
     return Verdict(
         renew=False,
         note=f"round {round_}: the pad of client {client} is spent ({spent + ahead} presentations, "
-        f"budget {budget}); --on-spent renew would draw another. {price(spent + ahead)}",
+        f"budget {budget}); {_renewing(together)} would draw another. {price(spent + ahead)}",
     )
 
 
-def foresee(config: RenewalConfig, ahead: Sequence[int], rounds: int) -> None:
+def foresee(
+    config: RenewalConfig, ahead: Sequence[int], rounds: int, *, together: bool = False
+) -> None:
     """Plays the budgets through: raises now what :func:`judge` would raise in a later round.
 
     Args:
         config: The settings.
         ahead: Presentations of one round, by client.
         rounds: Rounds that every client takes part in, from the first on.
+        together: As in :func:`judge`.
 
     Raises:
         FederationError: As :func:`judge`; names the first round that the budget does not cover.
@@ -132,7 +142,7 @@ def foresee(config: RenewalConfig, ahead: Sequence[int], rounds: int) -> None:
     for round_ in range(1, rounds + 1):
         for client, count in enumerate(ahead):
             facts = {"client": client, "clients": len(ahead), "round_": round_, "last": round_ - 1}
-            verdict = judge(config, spent=spent[client], ahead=count, **facts)
+            verdict = judge(config, spent=spent[client], ahead=count, together=together, **facts)
             spent[client] = count + (0 if verdict.renew else spent[client])
 
 
@@ -146,8 +156,8 @@ def raised(config: RenewalConfig) -> str:
     )
 
 
-def excess(config: RenewalConfig, ahead: int) -> str:
-    """A warning where one round is over the budget by itself, else ""."""
+def excess(config: RenewalConfig, ahead: int, *, together: bool = False) -> str:
+    """A warning where one round is over the budget by itself, else ""; ``together`` as above."""
     if config.budget is None or ahead <= config.budget:
         return ""
     times = math.ceil(ahead / config.budget)
@@ -155,11 +165,15 @@ def excess(config: RenewalConfig, ahead: int) -> str:
     renew = "" if renewing else ", and a new pad every round (--renew-every 1), lest rounds add up"
     return (
         f"this run is beyond what a pad hides: a round shows up to {ahead} "
-        f"presentations (images × steps) under one pad, {times} times its budget of "
+        f"presentations ({_COUNTED[together]}) under one pad, {times} times its budget of "
         f"{config.budget}. {price(ahead)} That was one image at a time; how much updates of many "
         "give away is not known, so do not count on the pad to hide the images. What helps: "
-        f"{_FEWER}{renew}. Otherwise {_accept(ahead)}"
+        f"{_fewer(together)}{renew}. Otherwise {_accept(ahead)}"
     )
+
+
+def _renewing(together: bool) -> str:
+    return "--renew-every" if together else "--on-spent renew"
 
 
 def _accept(presentations: int) -> str:

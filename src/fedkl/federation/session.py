@@ -197,6 +197,7 @@ class Session:
             last=0 if state.private is None else state.round,
             spent=state.spent,
             ahead=self._ahead(job.client),
+            together=self.store.one,
         )
         if not self.store.one:
             return verdict, now + verdict.renew
@@ -225,7 +226,7 @@ class Session:
 
     @property
     def _users(self) -> int:
-        """How many clients use a pad up. A client counts the others' images as many as its own."""
+        """How many use a pad up; a client counts the others' images as many as its own."""
         return len(self.parts) if self.store.one else 1
 
     @property
@@ -240,7 +241,8 @@ class Session:
         if not self.padded or method == "centralized":
             return [text for text in found if text]
         most = max(self._ahead(client) for client in range(len(self.parts)))
-        found.append(excess(self.config.renewal, most) or raised(self.config.renewal))
+        over = excess(self.config.renewal, most, together=self.store.one)
+        found.append(over or raised(self.config.renewal))
         if self.config.model.init is not None:
             found.append(
                 "the stem starts from each client's key, not from the weights given; for the "
@@ -259,8 +261,9 @@ class Session:
         federation = self.config.federation
         # Whoever is asked, its first round is certain; all of them only where nobody is left out.
         everybody = federation.sampled == len(self.parts) and not federation.dropout
+        rounds = federation.rounds if everybody else 1
         ahead = [self._ahead(client) for client in range(len(self.parts))]
-        foresee(self.config.renewal, ahead, federation.rounds if everybody else 1)
+        foresee(self.config.renewal, ahead, rounds, together=self.store.one)
 
     def _state(self, client: int, *, before: int) -> ClientState:
         if not (self.workspace.private or self.workspace.training.keep_momentum):
@@ -272,14 +275,13 @@ class Session:
         key = self.store.key(job.client)
         self.workspace.enter(shared, key, state.private)
         if job.round > 0 and state.round < job.round:
-            config = self.config
+            config, mine = self.config, self.parts[job.client]
             lr = learning_rate(config.training, job.round, config.federation.rounds)
             generator = derive(config.seed, "examine", job.client, job.round)
-            first = state.private is None
             epoch = epoch_at(config.renewal, job.round)
             if key is not None and self.store.one and self.padded and epoch > state.epoch:
                 self.workspace.renew(key, epoch, keep_learned=config.renewal.keep_learned)
-            self.workspace.join(shared, self.parts[job.client], generator, lr, first=first)
+            self.workspace.join(shared, mine, generator, lr, first=state.private is None)
         if job.round > 0:
             self._settle(job, shared)
         found = examine(
