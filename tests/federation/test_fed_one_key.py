@@ -168,6 +168,18 @@ def test_a_client_with_another_key_is_told_so(tmp_path: Path) -> None:
     assert store.key(1) == first
 
 
+@pytest.mark.parametrize("linked", [True, False])
+def test_one_key_is_nobodys_own(linked: bool, tmp_path: Path) -> None:
+    """Keys taken from such a run: each client would count its own images alone."""
+    first = ClientStore(tmp_path, keyed=True, one=True).key(0)
+    path = tmp_path / "keys" / "client-00000.key"
+    if not linked:
+        path.unlink()
+        first.save(path)
+    with pytest.raises(KeyFileError, match="key of its own, or run with --one-key"):
+        ClientStore(tmp_path, keyed=True).key(0)
+
+
 def test_without_links_there_are_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(1, "Operation not permitted")

@@ -87,6 +87,19 @@ def test_a_client_with_a_key_of_its_own_is_refused(
     assert len(told) == 1
 
 
+def test_a_key_that_can_be_guessed_by_its_fingerprint_is_not_shown(tmp_path: Path) -> None:
+    """Of sixteen signs there are 65,536, and the server would have what tells the right one."""
+    Key.from_vector([1.0, -1.0] * 8).save(tmp_path / "all.key")
+    channel = config("channel", defense_settings={"one_key": True, "length": 16})
+    node = {
+        "partition-id": 1,
+        "fedkl-folder": str(tmp_path / "n"),
+        "group-key-file": str(tmp_path / "all.key"),
+    }
+    with pytest.raises(KeyFileError, match=r"imported vector.*fingerprint"):
+        node_at(place_of(node, "", 3), channel, None)
+
+
 def test_the_node_config_names_it_once(tmp_path: Path) -> None:
     fixed_seed(-1).save(tmp_path / "all.key")
     node = {
@@ -100,3 +113,8 @@ def test_the_node_config_names_it_once(tmp_path: Path) -> None:
     node |= {"fedkl-folder": str(tmp_path / "m"), "key-file": str(tmp_path / "own.key")}
     with pytest.raises(KeyFileError, match="all clients are to have one"):
         node_at(place_of(node, "", 3), ONE, None)
+    node = {k: v for k, v in node.items() if k != "group-key-file"}
+    node |= {"fedkl-folder": str(tmp_path / "o")}
+    with pytest.raises(KeyFileError, match=r"group.key is missing, but there is"):
+        node_at(place_of(node, "", 3), ONE, None)
+    assert not (tmp_path / "o" / "keys" / "group.key").exists()

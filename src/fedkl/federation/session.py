@@ -240,13 +240,12 @@ class Session:
         found = [decayed(self.config.training)] if method == "fedavg" else []
         if not self.padded or method == "centralized":
             return [text for text in found if text]
-        most = max(self._ahead(client) for client in range(len(self.parts)))
-        over = excess(self.config.renewal, most, together=self.store.one)
-        found.append(over or raised(self.config.renewal))
+        most, renewal = max(map(self._ahead, range(len(self.parts)))), self.config.renewal
+        found.append(excess(renewal, most, together=self.store.one) or raised(renewal))
         if self.config.model.init is not None:
             found.append(
-                "the stem starts from each client's key, not from the weights given; for the "
-                "layers behind, which the server knows, the pad makes no claim."
+                "the stem starts from the key, not from the weights given; for the layers behind, "
+                "which the server knows, the pad makes no claim."
             )
         return [text for text in found if text]
 

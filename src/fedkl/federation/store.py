@@ -7,6 +7,7 @@ before, so what a killed run had written already does not matter.
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -167,7 +168,7 @@ class ClientStore:
 
         Raises:
             KeyFileError: It cannot be read, is gone though there is a lock, or is not the one that
-                all clients are to have.
+                all clients are to have; or it is, and they are to have their own.
         """
         if not self.keyed:
             return None
@@ -178,9 +179,15 @@ class ClientStore:
                 Key.generate().save(path)
             else:  # a state that was made with another key says so itself
                 _give(path, group)
-        key = open_key(path)
+        key, whole = open_key(path), self.keys / "group.key"
         if group is not None:
-            _refuse_another(path, key, self.keys / "group.key", group)
+            _refuse_another(path, key, whole, group)
+        elif whole.exists() and filecmp.cmp(path, whole, shallow=False):
+            raise KeyFileError(
+                f"{path} is the key that all clients have ({whole}), so its lock would be "
+                "everybody's and counted for one; give the client a key of its own, or run with "
+                "--one-key."
+            )
         return key
 
     def _key_path(self, client: int) -> Path:
