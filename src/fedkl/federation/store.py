@@ -124,7 +124,7 @@ def _give(path: Path, group: Key) -> None:
 class ClientState:
     """Private state and optimizer moments of a client after round ``round`` (0: never).
 
-    ``spent`` counts the presentations under the pad it has.
+    ``spent`` counts the presentations under the pad it has; of one key, those of all clients.
     """
 
     round: int
