@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from fedhelp import assert_outcome, config, digits, outcome
+from fedhelp import assert_outcome, config, digits, fixed_key, outcome
 
-from fedkl.errors import ConfigError, FederationError, KeyFileError
+from fedkl.errors import ConfigError, FederationError, FedKLError, KeyFileError
 from fedkl.federation import run
-from fedkl.federation.session import Session
+from fedkl.federation.preflight import preflight
+from fedkl.federation.session import Job, Session
 from fedkl.federation.store import ClientStore
 from fedkl.key import Key
 from fedkl.locking import affines
@@ -69,6 +70,32 @@ def test_the_images_of_all_clients_count(tmp_path: Path) -> None:
         run(strict, tmp_path / "strict", bundle=digits())
 
 
+def test_what_is_said_of_a_budget_can_be_done(tmp_path: Path) -> None:
+    """Of one image each the count is that of the clients; and nobody renews alone."""
+    settings: dict[str, Any] = {
+        "defense_settings": ONE,
+        "data": {"samples": 8},
+        "training": {"batch_size": 8, "local_steps": 1},
+        "model": {"name": "fedhelp:mlp"},
+    }
+    session = Session(config("pad", **settings), tmp_path, digits())
+    (warning,) = session.warnings()
+    assert "24 presentations (images × steps, times clients, who have one key)" in warning
+    assert "fewer clients, or keys of their own" in warning
+    federation = {"rounds": 2, "min_clients": 1}
+    strict = config(
+        "pad", federation=federation, renewal={"budget": 24, "on_spent": "error"}, **settings
+    )
+    with pytest.raises(FederationError, match=r"Renew pads \(--renew-every\)"):
+        Session(strict, tmp_path, digits()).check_budget()
+    warned = config("pad", federation=federation, renewal={"budget": 24}, **settings)
+    notes: list[str] = []
+    run(warned, tmp_path / "run", bundle=digits(), on_event=lambda e: notes.append(e.message))
+    spent = [note for note in notes if "is spent (48 presentations, budget 24)" in note]
+    assert len(spent) == 3
+    assert all("; --renew-every would draw another" in note for note in spent)
+
+
 def test_renewed_by_all_at_once_and_resumed(tmp_path: Path) -> None:
     def wanted(rounds: int) -> Any:
         federation = {"rounds": rounds, "join_steps": 2}
@@ -88,11 +115,43 @@ def test_renewed_by_all_at_once_and_resumed(tmp_path: Path) -> None:
     run(wanted(1), part, bundle=digits())
     run(wanted(2), part, resume=True, bundle=digits())
     assert_outcome(outcome(part), outcome(whole))
-    epochs = set()
-    for client in range(3):
-        private = ClientStore(part, keyed=True, one=True).load(client, before=3).private or {}
-        epochs |= {int(t) for name, t in private.items() if name.endswith("keylock.epoch")}
-    assert epochs == {1}
+    assert epochs(part, before=3) == {1}
+
+
+def epochs(folder: Path, before: int) -> set[int]:
+    """Of the pads that the three clients have after the round ``before`` - 1."""
+    store = ClientStore(folder, keyed=True, one=True)
+    states = [store.load(client, before=before).private or {} for client in range(3)]
+    return {int(t) for s in states for name, t in s.items() if name.endswith("keylock.epoch")}
+
+
+def test_who_diverged_or_comes_late_has_everybodys_pad(tmp_path: Path) -> None:
+    wanted = config("pad", defense_settings=ONE, data={"samples": 64}, renewal={"every": 1})
+    session = Session(wanted, tmp_path, digits())
+    shared = session.initial()
+    broken = {n: torch.full_like(t, float("nan")) for n, t in shared.items() if t.ndim == 2}
+    for client in (0, 1):
+        session.run(Job("train", client, 1), shared)
+    session.run(Job("train", 0, 2), shared)
+    withheld = session.run(Job("train", 1, 2), {**shared, **broken})
+    assert "diverged in round 2" in withheld.facts["withheld"]
+    for client in range(3):  # the third for the first time
+        job = Job("train", client, 3)
+        ahead = session.outlook(job)
+        found = session.run(job, shared)
+        assert (ahead[1], found.facts["renewed"], found.facts["spent"]) == (2, True, 3 * 64)
+    assert epochs(tmp_path, before=4) == {2}
+    session.run(Job("train", 0, 4), shared)
+    session.run(Job("examine", 1, 4), shared)  # it has not taken part in the last round
+    private = session.workspace.private.items()
+    assert {int(t) for name, t in private if name.endswith("keylock.epoch")} == {3}
+
+
+def test_the_key_is_there_before_workers_could_each_make_one(tmp_path: Path) -> None:
+    wanted = config("pad", defense_settings=ONE, data={"samples": 64}, workers=2)
+    Session(wanted, tmp_path, digits())
+    assert [path.name for path in (tmp_path / "keys").iterdir()] == ["group.key"]
+    run(wanted, tmp_path, bundle=digits())
 
 
 def test_a_client_with_another_key_is_told_so(tmp_path: Path) -> None:
@@ -109,13 +168,71 @@ def test_a_client_with_another_key_is_told_so(tmp_path: Path) -> None:
     assert store.key(1) == first
 
 
+@pytest.mark.parametrize("linked", [True, False])
+def test_one_key_is_nobodys_own(linked: bool, tmp_path: Path) -> None:
+    """Keys taken from such a run: each client would count its own images alone."""
+    first = ClientStore(tmp_path, keyed=True, one=True).key(0)
+    path = tmp_path / "keys" / "client-00000.key"
+    if not linked:
+        path.unlink()
+        first.save(path)
+    with pytest.raises(KeyFileError, match="key of its own, or run with --one-key"):
+        ClientStore(tmp_path, keyed=True).key(0)
+
+
+def test_without_links_there_are_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.symlink", refused)
+    store = ClientStore(tmp_path, keyed=True, one=True)
+    assert store.key(0) == store.key(1) == store.group()
+    assert not (tmp_path / "keys" / "client-00000.key").is_symlink()
+
+
+def test_a_folder_that_was_copied_without_links_goes_on(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"defense_settings": ONE, "data": {"samples": 64}}
+    run(config("pad", federation={"rounds": 1}, **settings), tmp_path, bundle=digits())
+    for path in (tmp_path / "keys").glob("client-*.key"):
+        path.unlink()
+    wanted = config("pad", federation={"rounds": 2}, **settings)
+    preflight(wanted, tmp_path, resume=True, bundle=digits())
+    run(wanted, tmp_path, resume=True, bundle=digits())
+    (tmp_path / "keys" / "group.key").unlink()
+    with pytest.raises(KeyFileError, match=r"group.key is missing, but client 0 has a lock"):
+        run(wanted, tmp_path, resume=True, bundle=digits())
+
+
+@pytest.mark.parametrize(
+    "names, kind, said",
+    [
+        (["client-00000"], "seed", "group.key is missing, but there is .*client-00000.key"),
+        (["group", "client-00001"], "seed", "client-00001.key is key .*to have one"),
+        (["group"], "vector", "a pad takes a random key"),
+        (["group"], "encrypted", "group.key is encrypted"),
+    ],
+)
+def test_keys_that_do_not_do_are_found_before_a_run_begins(
+    names: list[str], kind: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").mkdir()
+    for name in names:
+        key = fixed_key(0) if kind == "vector" else Key.generate()
+        words = "x" if kind == "encrypted" else None
+        key.save(tmp_path / "keys" / f"{name}.key", passphrase=words)
+    with pytest.raises(FedKLError, match=said):
+        preflight(config("pad", defense_settings=ONE), tmp_path, bundle=digits())
+    there = sorted(path.name for path in tmp_path.rglob("*"))
+    assert there == sorted(["keys", *(f"{name}.key" for name in names)])
+    with pytest.raises(FedKLError, match=said):
+        run(config("pad", defense_settings=ONE), tmp_path, bundle=digits())
+
+
 @pytest.mark.parametrize(
     "over, said",
     [
         ({"renewal": {"every": 2, "stagger": True}}, "--stagger"),
         ({"renewal": {"on_spent": "renew"}}, "--on-spent renew"),
-        ({"renewal": {"every": 2}, "federation": {"fraction": 0.5}}, "--fraction"),
-        ({"renewal": {"every": 2}, "federation": {"dropout": 0.1}}, "--dropout"),
     ],
 )
 def test_nobody_renews_alone(over: dict[str, Any], said: str) -> None:
@@ -124,5 +241,15 @@ def test_nobody_renews_alone(over: dict[str, Any], said: str) -> None:
     config("pad", **over)
 
 
-def test_absent_clients_do_no_harm_where_nothing_is_renewed() -> None:
-    config("pad", defense_settings=ONE, federation={"fraction": 0.5, "dropout": 0.1})
+def test_absent_clients_come_back_to_everybodys_pad(tmp_path: Path) -> None:
+    federation = {"rounds": 6, "fraction": 0.5, "clients": 4, "join_steps": 1}
+    few = {"defense_settings": ONE, "data": {"samples": 16}, "renewal": {"every": 1}}
+    run(config("pad", federation=federation, **few), tmp_path, bundle=digits())
+    store, seen = ClientStore(tmp_path, keyed=True, one=True), 0
+    for client in range(4):
+        for last in store.rounds(client):
+            private = store.load(client, before=last + 1).private or {}
+            found = {int(t) for n, t in private.items() if n.endswith("keylock.epoch")}
+            assert found == {last - 1}
+            seen += 1
+    assert seen >= 4

@@ -14,7 +14,7 @@ from fedhelp import config, digits
 from fedkl.errors import FederationError
 from fedkl.federation import Event, RenewalConfig, run
 from fedkl.federation.price import AT_ONE_LENGTH, FOUND, price
-from fedkl.federation.renewal import excess, foresee, judge, raised
+from fedkl.federation.renewal import Use, excess, foresee, judge, raised
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -82,7 +82,7 @@ def test_the_table_at_one_length_is_that_of_the_results() -> None:
 
 
 def test_what_is_said_is_of_updates_as_they_are_sent() -> None:
-    sent = {"at_length": True}
+    sent, use = {"at_length": True}, Use(at_length=True)
     assert price(1, **sent) == (
         "Of one image under one pad and at one length our best attack found 1.3 % on LeNet and "
         "1.1 % on ResNet-20, where guessing finds 1 % (docs/findings.md)."
@@ -91,20 +91,20 @@ def test_what_is_said_is_of_updates_as_they_are_sent() -> None:
     facts: dict[str, Any] = {"client": 0, "clients": 2, "round_": 3, "last": 2}
     strict = RenewalConfig(budget=1, on_spent="error")
     with pytest.raises(FederationError) as refused:
-        judge(strict, spent=1, ahead=1, **sent, **facts)
+        judge(strict, spent=1, ahead=1, use=use, **facts)
     assert price(2, **sent) in str(refused.value)
     with pytest.raises(FederationError) as refused:
-        judge(strict, spent=0, ahead=9, **sent, **facts)
+        judge(strict, spent=0, ahead=9, use=use, **facts)
     assert price(9, **sent) in str(refused.value)
     with pytest.raises(FederationError) as refused:
-        foresee(strict, [1, 1], 2, **sent)
+        foresee(strict, [1, 1], 2, use)
     assert price(2, **sent) in str(refused.value)
     assert (
         price(101, **sent)
-        in judge(RenewalConfig(budget=100), spent=61, ahead=40, **sent, **facts).note
+        in judge(RenewalConfig(budget=100), spent=61, ahead=40, use=use, **facts).note
     )
-    assert price(17, **sent) in raised(RenewalConfig(budget=17), **sent)
-    assert price(240, **sent) in excess(RenewalConfig(budget=100), 240, **sent)
+    assert price(17, **sent) in raised(RenewalConfig(budget=17), use)
+    assert price(240, **sent) in excess(RenewalConfig(budget=100), 240, use)
 
 
 def test_a_raised_budget_has_its_price() -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from fedhelp import assert_same, config, fixed_seed
 from flowhelp import loopback, serve
+from flwr.app import Message, MessageType
 
 from fedkl.errors import KeyFileError
 from fedkl.federation import run
+from fedkl.federation.store import ClientStore
 from fedkl.flower import FlowerConfig
 from fedkl.flower.node import node_at, place_of
 from fedkl.key import Key
@@ -50,6 +52,28 @@ def test_secure_aggregation_beside_it(tmp_path: Path) -> None:
     assert 0 < apart <= step
 
 
+def test_a_client_that_was_cut_off_has_the_pad_of_the_others_again(tmp_path: Path) -> None:
+    federation = dataclasses.replace(ONE.federation, rounds=3)
+    renewal = dataclasses.replace(ONE.renewal, every=1)
+    wanted = dataclasses.replace(ONE, federation=federation, renewal=renewal)
+    flower = FlowerConfig(folder=str(group_in(tmp_path / "run", -1)), retries=0, timeout=2.0)
+    grid, asked = loopback(wanted, flower), []
+
+    def lost(node: int, message: Message) -> bool:
+        if node != 999 or message.metadata.message_type != MessageType.TRAIN:
+            return False
+        asked.append(node)
+        return len(asked) == 2
+
+    grid.lose = lost
+    serve(grid, wanted, flower)
+    store = ClientStore(tmp_path / "run", keyed=True, one=True)
+    assert store.rounds(1) == [1, 3]
+    for client in range(3):
+        private = store.load(client, before=4).private or {}
+        assert {int(t) for n, t in private.items() if n.endswith("keylock.epoch")} == {2}
+
+
 def test_a_client_with_a_key_of_its_own_is_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -61,6 +85,19 @@ def test_a_client_with_a_key_of_its_own_is_refused(
     assert len(serve(grid, ONE, flower).accuracy.own_per_client) == 2
     told = [r.getMessage() for r in caplog.records if "another group key" in r.getMessage()]
     assert len(told) == 1
+
+
+def test_a_key_that_can_be_guessed_by_its_fingerprint_is_not_shown(tmp_path: Path) -> None:
+    """Of sixteen signs there are 65,536, and the server would have what tells the right one."""
+    Key.from_vector([1.0, -1.0] * 8).save(tmp_path / "all.key")
+    channel = config("channel", defense_settings={"one_key": True, "length": 16})
+    node = {
+        "partition-id": 1,
+        "fedkl-folder": str(tmp_path / "n"),
+        "group-key-file": str(tmp_path / "all.key"),
+    }
+    with pytest.raises(KeyFileError, match=r"imported vector.*fingerprint"):
+        node_at(place_of(node, "", 3), channel, None)
 
 
 def test_the_node_config_names_it_once(tmp_path: Path) -> None:
@@ -76,3 +113,8 @@ def test_the_node_config_names_it_once(tmp_path: Path) -> None:
     node |= {"fedkl-folder": str(tmp_path / "m"), "key-file": str(tmp_path / "own.key")}
     with pytest.raises(KeyFileError, match="all clients are to have one"):
         node_at(place_of(node, "", 3), ONE, None)
+    node = {k: v for k, v in node.items() if k != "group-key-file"}
+    node |= {"fedkl-folder": str(tmp_path / "o")}
+    with pytest.raises(KeyFileError, match=r"group.key is missing, but there is"):
+        node_at(place_of(node, "", 3), ONE, None)
+    assert not (tmp_path / "o" / "keys" / "group.key").exists()

@@ -50,7 +50,8 @@ def caveats(
     if audit.run.defense.one_key and (one := [d for d in audit.judged if _keyed(d)]):
         found.append(
             f"{', '.join(one)}: all clients hold one key (--one-key), so this is about the server "
-            "alone: any client that sees another's update reads it as the rows holding the key do."
+            "alone: a client that sees another's update reads nearly as much of it as the rows "
+            "holding the key, which know what that client has learned besides."
         )
     pads = _with("pad", audit)
     if not pads:

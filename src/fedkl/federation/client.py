@@ -63,7 +63,8 @@ class Update:
 class ClientTask:
     """What a client starts a round with. ``private`` None: it has not taken part yet.
 
-    ``renew``: draw the next pad before anything else, then take ``renew_steps`` lock-only steps.
+    ``renew``: draw pad number ``epoch`` (None: the next) before anything else, then take
+    ``renew_steps`` lock-only steps.
     """
 
     client: int
@@ -77,6 +78,7 @@ class ClientTask:
     renew: bool = False
     renew_steps: int = 0
     keep_learned: bool = False
+    epoch: int | None = None
 
     def __repr__(self) -> str:
         return f"ClientTask(client={self.client}, round={self.round}, examples={len(self.index)})"
@@ -166,13 +168,14 @@ class Workspace:
         if key is not None:
             set_key(self.model, key)
 
-    def renew(self, key: Key, *, keep_learned: bool = False) -> None:
-        """Puts the client's next pad in place of its present one.
+    def renew(self, key: Key, epoch: int | None = None, *, keep_learned: bool = False) -> None:
+        """Puts the client's next pad, or that of a later epoch, in place of its present one.
 
         Raises:
             LockError: The lock has no pad.
         """
-        renew(self.model, key, epoch_of(self.model) + 1, keep_learned=keep_learned)
+        epoch = epoch_of(self.model) + 1 if epoch is None else epoch
+        renew(self.model, key, epoch, keep_learned=keep_learned)
 
     def join(
         self,
@@ -339,7 +342,7 @@ def client_update(
     workspace.enter(shared, task.key, task.private)
     if task.renew:
         assert task.key is not None
-        workspace.renew(task.key, keep_learned=task.keep_learned)
+        workspace.renew(task.key, task.epoch, keep_learned=task.keep_learned)
         if not task.keep_learned:
             moments = {
                 n: t for n, t in task.moments.items() if f".{LOCK_NAME}." not in n.replace(":", ".")
@@ -347,7 +350,7 @@ def client_update(
             task = dataclasses.replace(task, moments=moments)
     if task.join or task.renew:
         first = task.private is None
-        steps = task.renew_steps if task.renew else None
+        steps = task.renew_steps if task.renew and not first else None
         workspace.join(shared, task.index, generator, task.lr, first=first, steps=steps)
     workspace.presented = 0
     if workspace.method == "fedsgd":

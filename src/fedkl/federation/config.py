@@ -273,19 +273,17 @@ class RunConfig:
 
 
 def _renewed_together(config: RunConfig) -> None:
-    """Clients with one key have one pad only as long as nobody renews it alone."""
-    renewal, federation = config.renewal, config.federation
+    """Clients with one key have one pad, which is renewed by the calendar or not at all."""
+    renewal = config.renewal
     alone = {
         "--stagger": renewal.every > 0 and renewal.stagger,
         "--on-spent renew": renewal.on_spent == "renew",
-        "--fraction below 1": renewal.every > 0 and federation.fraction < 1,
-        "--dropout above 0": renewal.every > 0 and federation.dropout > 0,
     }
     if found := [said for said, is_so in alone.items() if is_so]:
         raise ConfigError(
             f"got --one-key with {' and '.join(found)}, where clients renew their pads at "
-            "different times; one key means one pad for all: renew it with --renew-every, with all "
-            "clients in every round, or give clients keys of their own."
+            "different times; one key means one pad for all: renew it with --renew-every, or give "
+            "clients keys of their own."
         )
 
 

@@ -36,8 +36,9 @@ class RunResult:
     """A finished run; ``to_dict`` is ``summary.json``.
 
     ``pads`` has, for locks with a pad, ``renewals`` (over all clients) and ``most_presentations``
-    (that any pad has served); ``budgets`` has what a pad was allowed, and from which round on, for
-    that may change when a run is resumed.
+    (that any pad has served; of one key for all, those of the busiest client times the number of
+    clients, which is no less than their sum); ``budgets`` has what a pad was allowed, and from
+    which round on, for that may change when a run is resumed.
     """
 
     config: RunConfig

@@ -12,7 +12,7 @@ from fedkl.federation.engine import sample
 from fedkl.federation.folder import check_folder
 from fedkl.federation.remains import check_resumable
 from fedkl.federation.session import Session, check_device, load_data
-from fedkl.federation.store import open_key
+from fedkl.federation.store import check_one, open_key
 from fedkl.files import read_json
 
 
@@ -75,7 +75,11 @@ def check_dropouts(config: RunConfig, clients: int) -> None:
 
 def _check_keys(session: Session, folder: Path) -> None:
     shared = session.initial()
-    for path in sorted((folder / "keys").glob("client-*.key")):
+    paths = sorted((folder / "keys").glob("client-*.key"))
+    if session.store.one:
+        check_one(folder / "keys")
+        paths = [path for path in [folder / "keys" / "group.key"] if path.exists()]
+    for path in paths:
         key = open_key(path)
         if key.kind == "vector":  # only an imported key can be of the wrong length
             session.workspace.enter(shared, key, None)

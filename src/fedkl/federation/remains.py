@@ -97,7 +97,8 @@ def check_remains(folder: Path, config: RunConfig, *, clients: bool = True) -> C
     elif clients:
         _check_states(folder, config, latest)
     if clients and make_defense(config.defense).keyed:
-        check_keys(folder, before=1 if latest is None else latest.round + 1)
+        before = 1 if latest is None else latest.round + 1
+        check_keys(folder, before=before, one=config.defense.one_key)
     return latest
 
 
@@ -146,7 +147,7 @@ def _signs(folder: Path, every: int) -> Iterator[str]:
         yield f"clients/ has private states after round {last}"
 
 
-def check_keys(folder: Path, *, before: int) -> None:
+def check_keys(folder: Path, *, before: int, one: bool = False) -> None:
     """Raises when a client with a private state has no key any more, or another one.
 
     A new key would be made in its place, and with it the lock's weights are worth nothing.
@@ -154,22 +155,27 @@ def check_keys(folder: Path, *, before: int) -> None:
     Args:
         folder: Of the run.
         before: States of this round and later ones do not count: the rounds are played again.
+        one: Whether the group's key is that of clients whose file is not there.
 
     Raises:
         KeyFileError: Names the first such client.
     """
-    states = _states(folder)
+    states, group = _states(folder), folder / "keys" / "group.key"
+
+    def key_of(name: str) -> Path:
+        own = folder / "keys" / f"client-{name}.key"
+        return group if one and not own.exists() else own
+
     for name in dict.fromkeys(state.parent.name for state in states):
-        path = folder / "keys" / f"client-{name}.key"
+        path = key_of(name)
         if not path.exists():
             raise KeyFileError(
                 f"{path} is missing, but client {int(name)} has a lock that was trained "
                 "with it. Restore the key from a copy, or start again in another folder."
             )
     newest = {state.parent.name: state for state in states if round_for(state) < before}
-    group = folder / "keys" / "group.key"
     for name, state in newest.items():
-        path, meta = folder / "keys" / f"client-{name}.key", read_meta(state)
+        path, meta = key_of(name), read_meta(state)
         check_key(path, open_key(path).fingerprint, state, meta, OWN)
         if group.exists():
             check_key(group, open_key(group).fingerprint, state, meta, GROUP)

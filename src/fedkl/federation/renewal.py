@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 from fedkl.errors import FederationError, number_of
@@ -21,6 +20,42 @@ from fedkl.federation.price import price
 _FEWER: Final = (
     "fewer images a round (--batch-size times --local-steps; of fedsgd --batch-size alone)"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """How a run uses pads, for what is said of their price and of what helps.
+
+    Attributes:
+        together: All clients have one pad; presentations count for all of them.
+        at_length: Every update is sent at one length.
+    """
+
+    together: bool = False
+    at_length: bool = False
+
+    @property
+    def counted(self) -> str:
+        """What is multiplied to count presentations."""
+        one = "images × steps"
+        return f"{one}, times clients, who have one key" if self.together else one
+
+    @property
+    def fewer(self) -> str:
+        """How to send fewer of them."""
+        return f"{_FEWER}, fewer clients, or keys of their own" if self.together else _FEWER
+
+    @property
+    def renewing(self) -> str:
+        """The option that would renew the pad."""
+        return "--renew-every" if self.together else "--on-spent renew"
+
+    def price(self, presentations: int) -> str:
+        """As :func:`fedkl.federation.price.price`."""
+        return price(presentations, at_length=self.at_length)
+
+
+USUAL: Final = Use()
 
 
 @dataclass(frozen=True)
@@ -58,6 +93,11 @@ def due(config: RenewalConfig, client: int, clients: int, round_: int, last: int
     return (round_ - 1 - later) // config.every > max(0, (last - 1 - later) // config.every)
 
 
+def epoch_at(config: RenewalConfig, round_: int) -> int:
+    """Number of the pad that all clients have in round ``round_`` if they have one key."""
+    return max(0, round_ - 1) // config.every if config.every else 0
+
+
 def judge(
     config: RenewalConfig,
     *,
@@ -67,7 +107,7 @@ def judge(
     last: int,
     spent: int,
     ahead: int,
-    at_length: bool = False,
+    use: Use = USUAL,
 ) -> Verdict:
     """Whether a client renews its pad before round ``round_``.
 
@@ -77,18 +117,18 @@ def judge(
         round_, last: This round, and the last one it took part in (0: none).
         spent: Presentations so far under its pad.
         ahead: Presentations of this round.
-        at_length: Whether updates are sent at one length, for what is said of them.
+        use: How the run uses pads.
 
     Raises:
         FederationError: The budget does not cover this round, and ``on_spent`` is ``error``.
     """
-    budget, cost = config.budget, partial(price, at_length=at_length)
+    budget = config.budget
     # Before the calendar: a fresh pad does not cover such a round either.
     if budget is not None and config.on_spent == "error" and ahead > budget:
         raise FederationError(
-            f"round {round_}: this round alone takes {ahead} presentations (images × steps) under "
-            f"one pad of client {client}, over its budget of {budget}. Send {_FEWER}, or "
-            f"{_accept(ahead)} {cost(ahead)}"
+            f"round {round_}: this round alone takes {ahead} presentations ({use.counted}) "
+            f"under one pad of client {client}, over its budget of {budget}. Send "
+            f"{use.fewer}, or {_accept(ahead)} {use.price(ahead)}"
         )
     if due(config, client, clients, round_, last):
         return Verdict(renew=True)
@@ -98,8 +138,8 @@ def judge(
         raise FederationError(
             f"round {round_}: the pad of client {client} has served "
             f"{number_of(spent, 'presentation')} and this round takes {ahead} more, over its "
-            f"budget of {budget}. Renew pads (--on-spent renew), or {_accept(spent + ahead)} "
-            f"{cost(spent + ahead)}"
+            f"budget of {budget}. Renew pads ({use.renewing}), or "
+            f"{_accept(spent + ahead)} {use.price(spent + ahead)}"
         )
     if config.on_spent == "renew":
         return Verdict(renew=spent > 0)
@@ -109,20 +149,18 @@ def judge(
     return Verdict(
         renew=False,
         note=f"round {round_}: the pad of client {client} is spent ({spent + ahead} presentations, "
-        f"budget {budget}); --on-spent renew would draw another. {cost(spent + ahead)}",
+        f"budget {budget}); {use.renewing} would draw another. {use.price(spent + ahead)}",
     )
 
 
-def foresee(
-    config: RenewalConfig, ahead: Sequence[int], rounds: int, *, at_length: bool = False
-) -> None:
+def foresee(config: RenewalConfig, ahead: Sequence[int], rounds: int, use: Use = USUAL) -> None:
     """Plays the budgets through: raises now what :func:`judge` would raise in a later round.
 
     Args:
         config: The settings.
         ahead: Presentations of one round, by client.
         rounds: Rounds that every client takes part in, from the first on.
-        at_length: As in :func:`judge`.
+        use: How the run uses pads.
 
     Raises:
         FederationError: As :func:`judge`; names the first round that the budget does not cover.
@@ -133,21 +171,21 @@ def foresee(
     for round_ in range(1, rounds + 1):
         for client, count in enumerate(ahead):
             facts = {"client": client, "clients": len(ahead), "round_": round_, "last": round_ - 1}
-            verdict = judge(config, spent=spent[client], ahead=count, at_length=at_length, **facts)
+            verdict = judge(config, spent=spent[client], ahead=count, use=use, **facts)
             spent[client] = count + (0 if verdict.renew else spent[client])
 
 
-def raised(config: RenewalConfig, *, at_length: bool = False) -> str:
+def raised(config: RenewalConfig, use: Use = USUAL) -> str:
     """What a budget above the default costs, else ""; one that does not count has no number."""
     if config.budget is None or config.budget <= BUDGET:
         return ""
     return (
-        f"the budget of {config.budget} presentations (images × steps) under one pad is above the "
-        f"default of {BUDGET}. {price(config.budget, at_length=at_length)}"
+        f"the budget of {config.budget} presentations ({use.counted}) under one pad is above the "
+        f"default of {BUDGET}. {use.price(config.budget)}"
     )
 
 
-def excess(config: RenewalConfig, ahead: int, *, at_length: bool = False) -> str:
+def excess(config: RenewalConfig, ahead: int, use: Use = USUAL) -> str:
     """A warning where one round is over the budget by itself, else ""."""
     if config.budget is None or ahead <= config.budget:
         return ""
@@ -156,11 +194,19 @@ def excess(config: RenewalConfig, ahead: int, *, at_length: bool = False) -> str
     renew = "" if renewing else ", and a new pad every round (--renew-every 1), lest rounds add up"
     return (
         f"this run is beyond what a pad hides: a round shows up to {ahead} "
-        f"presentations (images × steps) under one pad, {times} times its budget of "
-        f"{config.budget}. {price(ahead, at_length=at_length)} That was one image at a time; how "
-        "much updates of many give away is not known, so do not count on the pad to hide the "
-        "images. What helps: "
-        f"{_FEWER}{renew}. Otherwise {_accept(ahead)}"
+        f"presentations ({use.counted}) under one pad, {times} times its budget of "
+        f"{config.budget}. {use.price(ahead)} That was one image at a time; how much updates of "
+        "many give away is not known, so do not count on the pad to hide the images. What helps: "
+        f"{use.fewer}{renew}. Otherwise {_accept(ahead)}"
+    )
+
+
+def withheld(client: int, round_: int) -> str:
+    """Why a client whose training diverged sends nothing."""
+    return (
+        f"client {client}: training diverged in round {round_} (NaN or infinity in the private "
+        "state), expected finite numbers; nothing was sent, for a lock that cannot be kept cannot "
+        "be counted. Lower the learning rate."
     )
 
 

@@ -21,11 +21,20 @@ from fedkl.federation.config import RunConfig
 from fedkl.federation.evaluate import ClientAccuracy, Exam, examine
 from fedkl.federation.length import decayed
 from fedkl.federation.optim import learning_rate
-from fedkl.federation.renewal import Verdict, excess, foresee, judge, presentations, raised
+from fedkl.federation.renewal import (
+    Use,
+    Verdict,
+    epoch_at,
+    excess,
+    foresee,
+    judge,
+    presentations,
+    raised,
+    withheld,
+)
 from fedkl.federation.store import ClientState, ClientStore
 from fedkl.key import Key
 from fedkl.locking import LockSpec, Pad, is_locked, lock_spec
-from fedkl.locking.sites import LOCK_NAME
 from fedkl.models import build
 from fedkl.rng import derive
 
@@ -92,6 +101,8 @@ class Session:
         self.parts = _parts(config, self.bundle)
         defense = make_defense(config.defense)
         self.store = ClientStore(folder, keyed=defense.keyed, one=config.defense.one_key)
+        if self.store.one:
+            self.store.group()  # made here, before workers could each make one
         plain = build(
             config.model.name,
             num_classes=self.bundle.num_classes,
@@ -141,9 +152,10 @@ class Session:
     def _train(self, job: Job, shared: Mapping[str, Tensor]) -> Result:
         config = self.config
         state = self._state(job.client, before=job.round)
-        verdict = self._verdict(job, state)
+        verdict, epoch = self._verdict(job, state)
         task = ClientTask(
             renew=verdict.renew,
+            epoch=epoch,
             renew_steps=config.renewal.steps,
             keep_learned=config.renewal.keep_learned,
             client=job.client,
@@ -168,16 +180,18 @@ class Session:
         facts |= {"kept": keep}
         if self.padded and not keep:
             # Its next try has the pad and the count of before: nothing may have left under them.
-            facts |= {"renewed": False, "spent": state.spent, "withheld": _withheld(job)}
-            return Result(job, facts, {})
+            facts |= {"renewed": False, "spent": state.spent}
+            return Result(job, facts | {"withheld": withheld(job.client, job.round)}, {})
         if self.padded:
             facts |= {"renewed": verdict.renew, "spent": spent, "note": verdict.note}
         return Result(job, facts, update.tensors)
 
-    def _verdict(self, job: Job, state: ClientState) -> Verdict:
+    def _verdict(self, job: Job, state: ClientState) -> tuple[Verdict, int]:
+        """Whether the client draws another pad before the round, and the epoch of what it has."""
+        now = state.epoch
         if not self.padded or self.config.federation.method == "centralized":
-            return Verdict(renew=False)
-        return judge(
+            return Verdict(renew=False), now
+        verdict = judge(
             self.config.renewal,
             client=job.client,
             clients=len(self.parts),
@@ -185,8 +199,13 @@ class Session:
             last=0 if state.private is None else state.round,
             spent=state.spent,
             ahead=self._ahead(job.client),
-            at_length=self._at_length,
+            use=self._use,
         )
+        if not self.store.one:
+            return verdict, now + verdict.renew
+        # That of the calendar: who was absent, or is new, would else be left with another pad.
+        epoch = max(now, epoch_at(self.config.renewal, job.round))
+        return (Verdict(renew=True) if epoch > now else verdict), epoch
 
     def outlook(self, job: Job) -> tuple[int, int]:
         """How :meth:`run` would begin a ``train`` job, which changes nothing yet.
@@ -200,9 +219,7 @@ class Session:
             CheckpointError, KeyFileError: As :meth:`fedkl.federation.store.ClientStore.load`.
         """
         state = self._state(job.client, before=job.round)
-        private = state.private or {}
-        epochs = [int(t) for n, t in private.items() if n.split(".")[-2:] == [LOCK_NAME, "epoch"]]
-        return state.round, max(epochs, default=0) + self._verdict(job, state).renew
+        return state.round, self._verdict(job, state)[1]
 
     def _ahead(self, client: int) -> int:
         method = self.config.federation.method
@@ -211,12 +228,13 @@ class Session:
 
     @property
     def _users(self) -> int:
-        """How many clients use a pad up. A client counts the others' images as many as its own."""
+        """How many use a pad up; a client counts the others' images as many as its own."""
         return len(self.parts) if self.store.one else 1
 
     @property
-    def _at_length(self) -> bool:
-        return self.config.training.update_length is not None
+    def _use(self) -> Use:
+        length = self.config.training.update_length
+        return Use(together=self.store.one, at_length=length is not None)
 
     @property
     def padded(self) -> bool:
@@ -229,15 +247,12 @@ class Session:
         found = [decayed(self.config.training)] if method == "fedavg" else []
         if not self.padded or method == "centralized":
             return [text for text in found if text]
-        most = max(self._ahead(client) for client in range(len(self.parts)))
-        sent = {"at_length": self._at_length}
-        found.append(
-            excess(self.config.renewal, most, **sent) or raised(self.config.renewal, **sent)
-        )
+        most, renewal = max(map(self._ahead, range(len(self.parts)))), self.config.renewal
+        found.append(excess(renewal, most, self._use) or raised(renewal, self._use))
         if self.config.model.init is not None:
             found.append(
-                "the stem starts from each client's key, not from the weights given; for the "
-                "layers behind, which the server knows, the pad makes no claim."
+                "the stem starts from the key, not from the weights given; for the layers behind, "
+                "which the server knows, the pad makes no claim."
             )
         return [text for text in found if text]
 
@@ -252,9 +267,9 @@ class Session:
         federation = self.config.federation
         # Whoever is asked, its first round is certain; all of them only where nobody is left out.
         everybody = federation.sampled == len(self.parts) and not federation.dropout
-        ahead = [self._ahead(client) for client in range(len(self.parts))]
         rounds = federation.rounds if everybody else 1
-        foresee(self.config.renewal, ahead, rounds, at_length=self._at_length)
+        ahead = [self._ahead(client) for client in range(len(self.parts))]
+        foresee(self.config.renewal, ahead, rounds, self._use)
 
     def _state(self, client: int, *, before: int) -> ClientState:
         if not (self.workspace.private or self.workspace.training.keep_momentum):
@@ -266,11 +281,13 @@ class Session:
         key = self.store.key(job.client)
         self.workspace.enter(shared, key, state.private)
         if job.round > 0 and state.round < job.round:
-            config = self.config
+            config, mine = self.config, self.parts[job.client]
             lr = learning_rate(config.training, job.round, config.federation.rounds)
             generator = derive(config.seed, "examine", job.client, job.round)
-            first = state.private is None
-            self.workspace.join(shared, self.parts[job.client], generator, lr, first=first)
+            epoch = epoch_at(config.renewal, job.round)
+            if key is not None and self.store.one and self.padded and epoch > state.epoch:
+                self.workspace.renew(key, epoch, keep_learned=config.renewal.keep_learned)
+            self.workspace.join(shared, mine, generator, lr, first=state.private is None)
         if job.round > 0:
             self._settle(job, shared)
         found = examine(
@@ -332,14 +349,6 @@ class Session:
 def _finite(state: ClientState) -> bool:
     tensors = [*(state.private or {}).values(), *state.moments.values()]
     return all(bool(torch.isfinite(t).all()) for t in tensors)
-
-
-def _withheld(job: Job) -> str:
-    return (
-        f"client {job.client}: training diverged in round {job.round} (NaN or infinity in the "
-        "private state), expected finite numbers; nothing was sent, for a lock that cannot be kept "
-        "cannot be counted. Lower the learning rate."
-    )
 
 
 def _grouped(config: RunConfig, defense: Defense) -> bool:

@@ -7,6 +7,7 @@ before, so what a killed run had written already does not matter.
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from fedkl.errors import KeyFileError
 from fedkl.files import make_folder, read_tensors, write_tensors
 from fedkl.key import Key
+from fedkl.locking.sites import LOCK_NAME
 
 _PRIVATE: Final = "private/"
 _MOMENT: Final = "moment/"
@@ -83,17 +85,59 @@ def check_key(path: Path, now: str, state: Path, meta: Mapping[str, str], whose:
         )
 
 
+def check_one(keys: Path) -> None:
+    """Raises unless the keys of clients that are in the folder ``keys`` already are the group's.
+
+    Raises:
+        KeyFileError: One is another, or cannot be used; or there are such, and no ``group.key``.
+    """
+    group = keys / "group.key"
+    for path in sorted(keys.glob("client-*.key")):
+        if not group.exists():
+            raise KeyFileError(
+                f"{group} is missing, but there is {path}, and with --one-key all clients have "
+                "that one. Put the key that they are to have there, or run without --one-key."
+            )
+        _refuse_another(path, open_key(path), group, open_key(group))
+
+
+def _refuse_another(path: Path, key: Key, whole: Path, group: Key) -> None:
+    if key != group:
+        raise KeyFileError(
+            f"{path} is key {key.fingerprint}, and all clients are to have one, "
+            f"{group.fingerprint} ({whole}); put a copy of that in its place, or run without "
+            "--one-key."
+        )
+
+
+def _give(path: Path, group: Key) -> None:
+    """Makes the file of a client that has the group's key: a link, or a copy without links."""
+    try:
+        path.symlink_to("group.key")
+    except FileExistsError:  # another process was faster
+        pass
+    except OSError:  # a file system, or a user, without links
+        group.save(path)
+
+
 @dataclass(frozen=True)
 class ClientState:
     """Private state and optimizer moments of a client after round ``round`` (0: never).
 
-    ``spent`` counts the presentations under the pad it has.
+    ``spent`` counts the presentations under the pad it has; of one key, those of all clients.
     """
 
     round: int
     private: Mapping[str, Tensor] | None
     moments: Mapping[str, Tensor]
     spent: int = 0
+
+    @property
+    def epoch(self) -> int:
+        """Of the pad that it goes with; 0 for other locks."""
+        private = self.private or {}
+        epochs = [int(t) for n, t in private.items() if n.split(".")[-2:] == [LOCK_NAME, "epoch"]]
+        return max(epochs, default=0)
 
     def __repr__(self) -> str:
         return f"ClientState(round={self.round})"
@@ -124,24 +168,25 @@ class ClientStore:
 
         Raises:
             KeyFileError: It cannot be read, is gone though there is a lock, or is not the one that
-                all clients are to have.
+                all clients are to have; or it is, and they are to have their own.
         """
         if not self.keyed:
             return None
         path, group = self._key_path(client), self.group() if self.one else None
         if not path.exists():
-            _refuse_to_replace(path, bool(self.rounds(client)), f"client {client} has a lock")
             if group is None:
+                _refuse_to_replace(path, bool(self.rounds(client)), f"client {client} has a lock")
                 Key.generate().save(path)
-            else:
-                with contextlib.suppress(FileExistsError):  # another process was faster
-                    path.symlink_to("group.key")
-        key = open_key(path)
-        if group is not None and key != group:
+            else:  # a state that was made with another key says so itself
+                _give(path, group)
+        key, whole = open_key(path), self.keys / "group.key"
+        if group is not None:
+            _refuse_another(path, key, whole, group)
+        elif whole.exists() and filecmp.cmp(path, whole, shallow=False):
             raise KeyFileError(
-                f"{path} is key {key.fingerprint}, and all clients are to have one, "
-                f"{group.fingerprint} ({self.keys / 'group.key'}); put a copy of that in its "
-                "place, or run without --one-key."
+                f"{path} is the key that all clients have ({whole}), so its lock would be "
+                "everybody's and counted for one; give the client a key of its own, or run with "
+                "--one-key."
             )
         return key
 
@@ -153,6 +198,8 @@ class ClientStore:
         path = self.keys / "group.key"
         if not path.exists():
             _refuse_to_replace(path, any(self.states.iterdir()), "there are locks")
+            if self.one:
+                check_one(self.keys)
             Key.generate().save(path)
         key = open_key(path)
         self.known[GROUP] = (key.fingerprint, path)

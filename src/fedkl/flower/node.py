@@ -225,6 +225,12 @@ def _check_keys(place: Place, session: Session) -> None:
     """Raises when the keys are not those that this client has taken part with."""
     key = session.store.key(place.client)
     group = session.group
+    if session.store.one and group is not None and group.kind == "vector":
+        raise KeyFileError(
+            f"{session.store.keys / 'group.key'} is an imported vector, and with --one-key the "
+            "server gets the fingerprint of the clients' key, against which whoever can list the "
+            "candidates can try them; give all clients a random one, made with 'fedkl keygen'."
+        )
     now = {
         "key": None if key is None else key.fingerprint,
         "group": None if group is None else group.fingerprint,
