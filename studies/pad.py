@@ -26,7 +26,7 @@ renewal
     Pads renewed every 3 rounds, all at once or staggered, with few or more lock-only steps.
 
 In lenet-*, resnet20-iid, resnet20-dirichlet and clients also a pad of one key, which all clients
-hold: against the server alone.
+hold: against the server alone; where labels are unequal, also with a shared head.
 
 Every run also gives each client's accuracy on its own mix of labels. What a thief with a few
 labelled images makes of the models: studies/thieves.py. Keys are fresh in every cell: figures
@@ -66,7 +66,7 @@ from padtables import joined, markdown, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED = 1000
-ALL, ONE = ("alone", "norm", "fedbn"), "pad of one key"
+ALL, ONE, SHARED = ("alone", "norm", "fedbn"), "pad of one key", "one key and head"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
             (*ALL, "channel", "pad", "pad-open-head", ONE, *SAME_LENGTH),
         ),
         "lenet-dirichlet": lambda n: _lenet(
-            "lenet-dirichlet", n, DIRICHLET, (*ALL, "pad", "pad-open-head", ONE)
+            "lenet-dirichlet", n, DIRICHLET, (*ALL, "pad", "pad-open-head", ONE, SHARED)
         ),
         "resnet20-frontier": _frontier,
         "resnet20-iid": lambda n: _resnet("resnet20-iid", n, {}),
@@ -199,7 +199,7 @@ def _frontier(seeds: int) -> list[Cell]:
 
 
 def _resnet(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
-    more = (*CAUSES, *SAME_LENGTH)
+    more = {"resnet20-iid": (*CAUSES, *SAME_LENGTH), "resnet20-dirichlet": (SHARED,)}
     return [
         Cell(
             block,
@@ -209,7 +209,7 @@ def _resnet(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
             (250.0 if "pad" in arm else 150.0) * (2 if block == "resnet20-long" else 1),
         )
         for seed in range(seeds)
-        for arm in (*ALL, "pad", ONE, *(more if block == "resnet20-iid" else ()))
+        for arm in (*ALL, "pad", ONE, *more.get(block, ()))
     ]
 
 

@@ -20,6 +20,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "no key": {"name": "open-pad", "head": True},  # private stem, head and maps, from equal starts
     "hardly any pad": {**PAD, **MILD},
     "pad of one key": ONE_KEY,
+    "one key and head": {**ONE_KEY, "head": False},
     "norm at one length": {"name": "norm"},
     "pad at one length": PAD,
 }
