@@ -39,7 +39,6 @@ RELATED = {
 POINTS = (
     ("pad, behind\nthe first convolution", "resnet20-iid", "pad", "resnet20, pad"),
     ("pad, behind stage 2", "resnet20-depth", "pad, behind stage 2", "resnet20-deep, pad"),
-    ("pad of one key", "resnet20-iid", "pad of one key", "resnet20, pad of one key"),
     ("channel,\nown starts", "resnet20-iid", "channel of own starts",
      "resnet20, channel of own starts"),
     ("channel,\ncommon start", "resnet20-iid", "channel", "resnet20, channel"),
