@@ -140,7 +140,7 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(
         [
             "# Sizes and relations: what a pad cannot hide\n",
-            f"`{document['command']}`, commit {document['commit']}, {document['date']}.\n",
+            "\n".join(_made(document)) + "\n",
             about + "\n",
             f"Percent of {document['victims']:,} images a federation, mean ± 95 % interval over "
             "federations (Student's t). Chance: 1 %.\n",
@@ -150,6 +150,16 @@ def markdown(document: dict[str, Any]) -> str:
             table(["network, lock", "attacker", *WAYS, "seeds"], shapes) + "\n",
         ]
     )
+
+
+def _made(document: dict[str, Any]) -> list[str]:
+    """Which arms came of which command, the last one first."""
+    groups: dict[str, list[str]] = {}
+    for arm, made in document["made"].items():
+        how = f"`{made['command']}` at commit {made['commit']}, {made['date']}"
+        groups.setdefault(how, []).append(arm)
+    dated = sorted(groups.items(), key=lambda one: one[0].rpartition(" ")[2], reverse=True)
+    return [f"- {'; '.join(arms)}: {how}" for how, arms in dated]
 
 
 def _of(cells: list[dict[str, Any]], who: str) -> list[str]:
@@ -181,11 +191,19 @@ def main() -> None:
     path = args.out / "relations.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     arms = {**known.get("arms", {}), **known.get("shapes", {})}
+    command = f"python studies/relations.py --victims {args.victims}"
+    command += f' --arms "{args.arms}"' if args.arms else ""
+    command += f" --seeds {args.seeds}" if args.seeds else ""
+    before = {name: known.get(name) for name in ("command", "commit", "date")}
+    made = known.get("made", dict.fromkeys(arms, before))
+    now = provenance(command)
     for arm in {cell.arm for cell in cells.values()}:
         arms[arm] = [one for one in found.values() if one["arm"] == arm]
+        made[arm] = {name: now[name] for name in before}
     document = {
-        **provenance(f"python studies/relations.py --victims {args.victims}"),
+        **now,
         "victims": args.victims,
+        "made": {arm: made[arm] for arm in plan if arm in arms},
         "arms": {arm: arms[arm] for arm in KINDS if arm in arms},
         "shapes": {arm: arms[arm] for arm in SHAPES if arm in arms},
     }

@@ -282,10 +282,16 @@ def test_sizes_and_relations_are_tabled_by_way_and_controls_are_planned() -> Non
         who: {"size": 0.03, "weights": 0.02, "shape": 0.01} for who in ("key", "shadow", "insider")
     }
     document = {
-        "command": "c", "commit": "a", "date": "d", "victims": 10, "arms": {"lenet, pad": cells},
-        "shapes": {"lenet, pad, shape": [alone] * 2},
+        "victims": 10, "arms": {"lenet, pad": cells}, "shapes": {"lenet, pad, shape": [alone] * 2},
+        "made": {
+            "lenet, pad": {"command": "c", "commit": "a", "date": "2026-11-27"},
+            "lenet, pad, shape": {"command": "d", "commit": "b", "date": "2026-12-01"},
+        },
     }  # fmt: skip
     text = relations.markdown(document)
+    first, second = text.splitlines()[2:4]
+    assert first == "- lenet, pad, shape: `d` at commit b, 2026-12-01"
+    assert second == "- lenet, pad: `c` at commit a, 2026-11-27"
     assert "| lenet, pad | insider | 3.0 ± 0.0 | 2.0 ± 0.0 | 1.0 ± 0.0 | 2 |" in text
     assert "| lenet, pad | shadow | 2.0 ± 0.0 | both | – | – | 8.0 ± 0.0 | – | 2 |" in text
     assert "| lenet, pad | shadow |  | pairs | – | – | 5.0 ± 0.0 | – | 2 |" in text
