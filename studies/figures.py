@@ -39,6 +39,7 @@ RELATED = {
 POINTS = (
     ("pad, behind\nthe first convolution", "resnet20-iid", "pad", "resnet20, pad"),
     ("pad, behind stage 2", "resnet20-depth", "pad, behind stage 2", "resnet20-deep, pad"),
+    ("pad of one\nkey for all", "resnet20-iid", "pad of one key", "resnet20, pad of one key"),
     ("channel,\nown starts", "resnet20-iid", "channel of own starts",
      "resnet20, channel of own starts"),
     ("channel,\ncommon start", "resnet20-iid", "channel", "resnet20, channel"),
@@ -146,7 +147,8 @@ def frontier(replay: dict[str, Any], blocks: dict[str, Any]) -> Any:
         )
         axes.plot(mean, at[1], "o", mfc="white", color=BLUE, ms=6, zorder=3)
         below = at[1000] > 0.9
-        offset, side = ((0, -28), "center") if below else ((8, 6), "left")
+        aside = -30 if "one\nkey" in label else 34  # next to each other, at the top
+        offset, side = ((aside, -32), "center") if below else ((8, 6), "left")
         axes.annotate(
             label, (mean, at[1000]), xytext=offset, textcoords="offset points", fontsize=9, ha=side
         )
