@@ -82,6 +82,7 @@ def test_what_is_said_of_a_budget_can_be_done(tmp_path: Path) -> None:
     (warning,) = session.warnings()
     assert "24 presentations (images × steps, times clients, who have one key)" in warning
     assert "fewer clients, or keys of their own" in warning
+    assert "Keys were the clients' own" in warning
     federation = {"rounds": 2, "min_clients": 1}
     strict = config(
         "pad", federation=federation, renewal={"budget": 24, "on_spent": "error"}, **settings

@@ -105,6 +105,7 @@ def test_what_is_said_is_of_updates_as_they_are_sent() -> None:
     )
     assert price(17, **sent) in raised(RenewalConfig(budget=17), use)
     assert price(240, **sent) in excess(RenewalConfig(budget=100), 240, use)
+    assert "Keys were" not in excess(RenewalConfig(budget=100), 240, use)
 
 
 def test_a_raised_budget_has_its_price() -> None:
