@@ -19,7 +19,8 @@ from fedkl.federation import (
     client_update,
     run,
 )
-from fedkl.federation.session import Job, Session
+from fedkl.federation.jobs import Job
+from fedkl.federation.session import Session
 from fedkl.federation.store import ClientStore
 
 

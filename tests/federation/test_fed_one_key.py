@@ -11,8 +11,9 @@ from fedhelp import assert_outcome, config, digits, fixed_key, outcome
 
 from fedkl.errors import ConfigError, FederationError, FedKLError, KeyFileError
 from fedkl.federation import run
+from fedkl.federation.jobs import Job
 from fedkl.federation.preflight import preflight
-from fedkl.federation.session import Job, Session
+from fedkl.federation.session import Session
 from fedkl.federation.store import ClientStore
 from fedkl.key import Key
 from fedkl.locking import affines

@@ -9,7 +9,8 @@ import torch
 from fedhelp import config, digits, make_keys, with_keys
 
 from fedkl.federation import run
-from fedkl.federation.session import Job, Session
+from fedkl.federation.jobs import Job
+from fedkl.federation.session import Session
 
 LOCK = {"length": 16}
 

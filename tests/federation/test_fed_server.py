@@ -22,9 +22,10 @@ from torch.nn.functional import cross_entropy
 from fedkl.errors import ConfigError, FederationError, FedKLError, LockError, UpdateError
 from fedkl.federation import Event, TrainingConfig, aggregate, client_update, run
 from fedkl.federation.engine import sample
+from fedkl.federation.jobs import Job, Result
 from fedkl.federation.pool import ProcessPool
 from fedkl.federation.preflight import preflight
-from fedkl.federation.session import Job, Result, Session
+from fedkl.federation.session import Session
 from fedkl.key import Key
 from fedkl.rng import derive
 

@@ -13,7 +13,8 @@ from fedhelp import config, digits
 from fedkl.federation import Workspace, run
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.evaluate import correct_share, reestimate
-from fedkl.federation.session import SETTLE_RATE, Job, Session
+from fedkl.federation.jobs import Job
+from fedkl.federation.session import SETTLE_RATE, Session
 from fedkl.rng import derive
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedkl.errors import CheckpointError, FederationError, UpdateError
 from fedkl.federation import Event, RunConfig, run
-from fedkl.federation.session import Job, Result
+from fedkl.federation.jobs import Job, Result
 from fedkl.flower import FlowerConfig
 from fedkl.flower.answers import digest_of
 from fedkl.flower.node import Node, job_text

@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from fedkl.errors import ConfigError, FederationError, KeyFileError, StateError, UpdateError
 from fedkl.federation import RunConfig
-from fedkl.federation.session import Job
+from fedkl.federation.jobs import Job
 from fedkl.flower import FlowerConfig, client_app, settings_from
 from fedkl.flower.node import Node as FlowerNode
 from fedkl.flower.node import node_at, place_of

@@ -24,6 +24,7 @@ from fedkl.federation.config import RunConfig
 from fedkl.federation.evaluate import Accuracy, combine
 from fedkl.federation.events import Event, RunResult
 from fedkl.federation.folder import claimed
+from fedkl.federation.jobs import Job, Result
 from fedkl.federation.logbook import Logbook
 from fedkl.federation.optim import (
     learning_rate,
@@ -33,7 +34,7 @@ from fedkl.federation.optim import (
 )
 from fedkl.federation.pool import Pool, ProcessPool, SerialPool
 from fedkl.federation.remains import check_resumable
-from fedkl.federation.session import Job, Result, Session, check_device
+from fedkl.federation.session import Session, check_device
 from fedkl.files import write_json
 from fedkl.rng import derive
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fedkl import errors
 from fedkl.errors import FederationError, FedKLError
-from fedkl.federation.session import Job, Result, Session
+from fedkl.federation.jobs import Job, Result
+from fedkl.federation.session import Session
 
 _AHEAD: Final = 2  # jobs in a worker's hands: one at work, one waiting
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,9 +15,10 @@ from torch import Tensor
 from fedkl.data import DataBundle, load, partition
 from fedkl.defenses import Composed, Defense, LockDefense, make_defense
 from fedkl.errors import ConfigError, KeyFileError
-from fedkl.federation.client import ClientTask, Update, Workspace, client_update
+from fedkl.federation.client import ClientTask, Workspace, client_update
 from fedkl.federation.config import RunConfig
-from fedkl.federation.evaluate import ClientAccuracy, Exam, examine
+from fedkl.federation.evaluate import Exam, examine
+from fedkl.federation.jobs import Job, Result
 from fedkl.federation.length import decayed
 from fedkl.federation.optim import learning_rate
 from fedkl.federation.renewal import (
@@ -39,51 +39,6 @@ from fedkl.models import build
 from fedkl.rng import derive
 
 SETTLE_RATE: Final = 0.1  # of the learning rate, for a client's private part after the last round
-
-
-@dataclass(frozen=True)
-class Job:
-    """One thing to do for one client.
-
-    Attributes:
-        kind: ``train`` or ``examine``.
-        client: Number of the client.
-        round: The round to train, or the last finished round to examine.
-        split: ``validation`` or ``test``, to examine.
-        keep: Rounds whose client states are still needed: the checkpoints' and the best one.
-    """
-
-    kind: str
-    client: int
-    round: int
-    split: str = "validation"
-    keep: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of a job: plain facts, and the update's tensors.
-
-    Facts of a client that sends nothing have the reason under ``withheld``, and no tensors.
-    """
-
-    job: Job
-    facts: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-
-    def update(self) -> Update:
-        """The update of a ``train`` job."""
-        return Update(
-            self.job.client,
-            self.job.round,
-            self.facts["kind"],
-            self.tensors,
-            self.facts["examples"],
-        )
-
-    def accuracy(self) -> ClientAccuracy:
-        """The figures of an ``examine`` job."""
-        return ClientAccuracy(**{**self.facts, "wrong": tuple(self.facts["wrong"])})
 
 
 class Session:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedkl.errors import ConfigError, FedKLError
 from fedkl.federation import RunConfig
-from fedkl.federation.session import Result
+from fedkl.federation.jobs import Result
 from fedkl.federation.trust import suspicious
 from fedkl.flower.guard import Secrets
 from fedkl.flower.layers import layers

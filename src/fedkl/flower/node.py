@@ -20,7 +20,8 @@ from fedkl.defenses import Composed, Defense
 from fedkl.errors import ConfigError, KeyFileError, UpdateError
 from fedkl.federation import RunConfig
 from fedkl.federation.engine import one_thread
-from fedkl.federation.session import Job, Result, Session
+from fedkl.federation.jobs import Job, Result
+from fedkl.federation.session import Session
 from fedkl.files import make_folder, read_json, write_json
 from fedkl.flower.answers import Answer, Answers, alone, digest_of
 from fedkl.flower.settings import FlowerConfig, digest

@@ -14,8 +14,9 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedkl.errors import FederationError, FedKLError, UpdateError, number_of
+from fedkl.federation.jobs import Job, Result
 from fedkl.federation.pool import Pool
-from fedkl.federation.session import Job, Result, Session
+from fedkl.federation.session import Session
 from fedkl.files import make_folder, write_tensors
 from fedkl.flower.node import job_text
 from fedkl.flower.replies import introduction, lost, result_of

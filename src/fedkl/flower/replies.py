@@ -9,7 +9,7 @@ from flwr.app import Message
 from torch import Tensor
 
 from fedkl.errors import FedKLError, UpdateError
-from fedkl.federation.session import Job, Result
+from fedkl.federation.jobs import Job, Result
 from fedkl.flower.settings import PROTOCOL
 from fedkl.flower.wire import ARRAYS, CONFIG, EXAMPLES, METRICS, decoded, unpacked
 
