@@ -68,7 +68,7 @@ class Victims:
         self.session = Session(self.config, folder, bundle)
         self.workspace = self.session.workspace
         self.workspace.images = bundle.test
-        self.round, stage_state = _stage(self.session, folder, audit.stage)
+        self.round, stage_state, sealed = _stage(self.session, folder, audit.stage)
         self.shared = dict(stage_state if shared is None else shared)
         if audit.aggregated > len(self.session.parts):
             raise ConfigError(
@@ -78,7 +78,7 @@ class Victims:
         self.owners = [
             (
                 self.session.store.key(client),
-                self.session._state(client, before=self.round + 1).private,
+                self.session.state(client, after=self.round, sealed=sealed).private,
             )
             for client in range(audit.aggregated)
         ]
@@ -218,16 +218,19 @@ def _known(config: RunConfig, audit: AuditConfig) -> Training:
     )
 
 
-def _stage(session: Session, folder: Path, stage: str) -> tuple[int, Mapping[str, Tensor]]:
+def _stage(
+    session: Session, folder: Path, stage: str
+) -> tuple[int, Mapping[str, Tensor], Mapping[str, str]]:
+    """Round, shared state, and what clients sealed in that round."""
     if stage == "initial":
-        return 0, session.initial()
+        return 0, session.initial(), {}
     latest, _ = Checkpoints(folder / "checkpoints").latest()
     if latest is None:
         raise CheckpointError(
             f"there is no checkpoint in {folder}, so no {stage} stage; train it first, or audit "
             "--stage initial."
         )
-    return latest.round, latest.shared
+    return latest.round, latest.shared, latest.facts.get("sealed") or {}
 
 
 def draw_victims(bundle: DataBundle, audit: AuditConfig) -> Tensor:

@@ -20,11 +20,13 @@ from fedkl.cli.needs import (
     LEARNING,
     MOMENTUM,
     NORMED,
+    ONE,
     PAD,
     PADS,
     PASSES,
     PRIVATE,
     RENEWING,
+    SETTLING,
     SGD,
     SHARDS,
     SPREAD,
@@ -144,7 +146,7 @@ SETTINGS: Final = (
             needs=(PRIVATE, TOGETHER)),
     Setting("federation.settle_steps", "--settle-steps", int, 50,
             "Slow lock-only steps before a client uses a global model.",
-            needs=(PRIVATE, TOGETHER)),
+            needs=(PRIVATE, TOGETHER, SETTLING)),
     Setting("data.dataset", "--dataset", str, "fashion-mnist", "Data set.", DATASETS),
     Setting("data.root", "--data-root", str, None, "Folder of the data set's files."),
     Setting("data.image_size", "--image-size", int, 32, "Height and width in pixels."),
@@ -188,6 +190,9 @@ SETTINGS: Final = (
     Setting("defense.one_key", "--one-key/--own-keys", bool, False,
             "All clients hold one and the same key: against the server alone, since each of them "
             "then sees through the others' locks.", needs=(KEYED, TOGETHER)),
+    Setting("federation.seal_private", "--seal-private/--keep-private", bool, False,
+            "Clients with one key send each other their private layers, encrypted under it, and "
+            "go on from the mean; the server hands them on unread.", needs=(ONE, TOGETHER)),
     Setting("defense.spread", "--spread", float, None,
             "Standard deviation, in units of the norm's output, of the secret shift β of a pad's "
             "first lock; for channel, that of the scale γ at the start.", needs=(KEYED,),

@@ -28,7 +28,7 @@ class Checkpoint:
         shared: Global shared state.
         server: The server's own tensors (momentum of fedsgd).
         facts: Plain data: counts, best validation accuracy, after which round each client kept a
-            private state.
+            private state, and private layers that clients sealed.
     """
 
     round: int
@@ -77,6 +77,7 @@ class Checkpoints:
         facts = {
             "round": str(checkpoint.round),
             "own_key": str(checkpoint.facts["best"]["own_key"]),
+            "sealed": json.dumps(checkpoint.facts.get("sealed") or {}),
         }
         write_tensors(self.folder / "best.safetensors", checkpoint.shared, facts)
 

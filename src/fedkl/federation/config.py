@@ -158,6 +158,9 @@ class FederationConfig:
         settle_steps: Lock-only steps, at a tenth of the learning rate, before a client uses a
             global model: what it has in private belongs to the weights that it sent, not to
             everybody's mean. No more than an epoch.
+        seal_private: Clients that hold one key send each other their private layers encrypted
+            under it, by way of the server, and go on from the mean of them; then nothing needs to
+            settle, and ``settle_steps`` does nothing.
     """
 
     method: str = "fedavg"
@@ -169,6 +172,7 @@ class FederationConfig:
     min_clients: int = 1
     join_steps: int = 10
     settle_steps: int = 50
+    seal_private: bool = False
 
     def __post_init__(self) -> None:
         _choice("method", self.method, METHODS)
@@ -266,6 +270,11 @@ class RunConfig:
         _at_least("seed", self.seed, 0)
         if self.defense.one_key:
             _renewed_together(self)
+        elif self.federation.seal_private:
+            raise ConfigError(
+                "got --seal-private without --one-key: clients open what others sealed with a key "
+                "that all of them have. Add --one-key, or leave --seal-private out."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and TOML."""

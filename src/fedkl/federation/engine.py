@@ -54,6 +54,7 @@ class _Progress:
     pads: dict[str, int] = field(default_factory=lambda: {"renewals": 0, "most_presentations": 0})
     budgets: list[dict[str, Any]] = field(default_factory=list)  # from which round on
     kept: dict[str, int] = field(default_factory=dict)  # client → round of its private state
+    sealed: dict[str, str] = field(default_factory=dict)  # client → private layers of the round
 
 
 def run(
@@ -154,12 +155,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def exam_jobs(session: Session, round_: int, split: str) -> list[Job]:
+def exam_jobs(session: Session, round_: int, split: str, sealed: Mapping[str, str]) -> list[Job]:
     """One job per client to be measured; without a private state all clients are the same."""
     count = 1
     if session.workspace.private:
         count = min(session.config.evaluation.clients, len(session.parts))
-    return [Job("examine", client, round_, split) for client in range(count)]
+    return [Job("examine", client, round_, split, sealed=sealed) for client in range(count)]
 
 
 def sample(config: RunConfig, count: int, number: int) -> tuple[list[int], list[int]]:
@@ -171,6 +172,14 @@ def sample(config: RunConfig, count: int, number: int) -> tuple[list[int], list[
     lost = (torch.rand(len(chosen), generator=generator) < federation.dropout).tolist()
     answering = [c for c, gone in zip(chosen, lost, strict=True) if not gone]
     return answering, [c for c, gone in zip(chosen, lost, strict=True) if gone]
+
+
+def _noted(results: Iterable[Result], sealed: dict[int, str]) -> Iterator[Result]:
+    """Passes results on and writes down what clients sealed."""
+    for result in results:
+        if text := result.facts.get("sealed"):
+            sealed[result.job.client] = text
+        yield result
 
 
 class _Engine:
@@ -206,6 +215,7 @@ class _Engine:
             pads=dict(facts.get("pads") or _Progress({}).pads),
             budgets=list(facts.get("budgets") or []),
             kept=dict(facts.get("kept") or {}),
+            sealed=dict(facts.get("sealed") or {}),
         )
 
     def _seconds(self) -> float:
@@ -251,9 +261,10 @@ class _Engine:
         asked, dropped = sample(self.config, len(self.session.parts), number)
         state.counts["dropped"] += len(dropped)
         keep = [*self.checkpoints.rounds(), state.best.get("round", 0)]
-        jobs = [Job("train", client, number, keep=keep) for client in asked]
-        tally, losses = Tally(), list[float]()
-        results = self._watched(pool.run(jobs, state.shared), number, len(jobs), losses, tally)
+        jobs = [Job("train", c, number, keep=keep, sealed=state.sealed) for c in asked]
+        tally, losses, sealed = Tally(), list[float](), dict[int, str]()
+        done = _noted(pool.run(jobs, state.shared), sealed)
+        results = self._watched(done, number, len(jobs), losses, tally)
         updates = accepted((r.update() for r in results), state.shared, tally)
         first = next(updates, None)
         mean = {} if first is None else self.combined(chain([first], updates), config.weighted)
@@ -269,6 +280,7 @@ class _Engine:
                 f"min_clients. {next(iter(tally.refused.values()), '')}".rstrip()
             )
         state.shared = self._apply(mean, number) if config.method == "fedsgd" else mean
+        state.sealed = {str(c): sealed[c] for c in tally.accepted if c in sealed}
         state.round = number
         loss = math.fsum(losses) / max(1, len(losses))
         every = self.config.evaluation.every
@@ -332,7 +344,7 @@ class _Engine:
         return {name: found[name] for name in state.shared}
 
     def _measure(self, pool: Pool, split: str) -> Accuracy:
-        jobs = exam_jobs(self.session, self.state.round, split)
+        jobs = exam_jobs(self.session, self.state.round, split, self.state.sealed)
         return combine(r.accuracy() for r in pool.run(jobs, self.state.shared))
 
     def _evaluate(
@@ -359,6 +371,8 @@ class _Engine:
         state = self.state
         facts = {"seconds": self._seconds(), "best": state.best, "counts": state.counts}
         facts |= {"pads": state.pads, "budgets": state.budgets, "kept": state.kept}
+        if state.sealed:  # as the server has them: nobody reads them without the clients' key
+            facts |= {"sealed": state.sealed}
         return Checkpoint(state.round, state.shared, state.server, facts)
 
     def _checkpoint(self) -> None:

@@ -31,14 +31,15 @@ class Job:
     round: int
     split: str = "validation"
     keep: Sequence[int] = ()
-    sealed: Mapping[str, str] = field(default_factory=dict)
+    sealed: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
 class Result:
     """What came of a job: plain facts, and the update's tensors.
 
-    Facts of a client that sends nothing have the reason under ``withheld``, and no tensors.
+    Facts of a client that sends nothing have the reason under ``withheld``, and no tensors; those
+    of one that seals its private layers have them under ``sealed``.
     """
 
     job: Job

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,18 +73,21 @@ def reevaluate(
         config = config_from(found, source=str(folder / "config.json"))
         config = dataclasses.replace(config, device=device or config.device)
         check_device(config.device)
-        round_, shared, notes = _state(folder, checkpoint, config)
+        round_, shared, sealed, notes = _state(folder, checkpoint, config)
         session = Session(config, folder, bundle)
         _check_private(session, round_)
-        jobs = exam_jobs(session, round_, split)
+        jobs = exam_jobs(session, round_, split, sealed)
         accuracy = combine(session.run(job, shared).accuracy() for job in jobs)
     return Reevaluation(config, round_, split, accuracy, tuple(notes))
 
 
 def _state(
     folder: Path, checkpoint: str, config: RunConfig
-) -> tuple[int, Mapping[str, Tensor], list[str]]:
-    """Round and shared state of a checkpoint whose keys and private states are all there."""
+) -> tuple[int, Mapping[str, Tensor], Mapping[str, str], list[str]]:
+    """Round, shared state and what clients sealed, of a checkpoint.
+
+    Keys and private states of its clients are all there.
+    """
     check_remains(folder, config)
     if checkpoint == "best":
         path = folder / "checkpoints" / "best.safetensors"
@@ -93,14 +97,14 @@ def _state(
                 "use --checkpoint last."
             )
         tensors, meta = read_tensors(path)
-        return int(meta["round"]), tensors, []
+        return int(meta["round"]), tensors, json.loads(meta.get("sealed", "{}")), []
     latest, problems = Checkpoints(folder / "checkpoints").latest()
     if latest is None:
         raise CheckpointError(
             f"there is no checkpoint in {folder}: its first round never ended. Continue the run "
             "with --resume first."
         )
-    return latest.round, latest.shared, problems
+    return latest.round, latest.shared, latest.facts.get("sealed") or {}, problems
 
 
 def _check_private(session: Session, round_: int) -> None:
@@ -108,7 +112,7 @@ def _check_private(session: Session, round_: int) -> None:
         return
     played = (sample(session.config, len(session.parts), n)[0] for n in range(1, round_ + 1))
     took_part = {client for clients in played for client in clients}
-    for job in exam_jobs(session, round_, "test"):
+    for job in exam_jobs(session, round_, "test", {}):
         kept = session.store.rounds(job.client)
         # One that took part later only had no lock yet, and is measured as it was then.
         if job.client in took_part and kept and kept[0] > round_:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fedkl.data import DataBundle, load, partition
 from fedkl.defenses import Composed, Defense, LockDefense, make_defense
-from fedkl.errors import ConfigError, KeyFileError
-from fedkl.federation.client import ClientTask, Workspace, client_update
+from fedkl.errors import ConfigError, FederationError, KeyFileError
+from fedkl.federation.client import ClientTask, Update, Workspace, client_update
 from fedkl.federation.config import RunConfig
 from fedkl.federation.evaluate import Exam, examine
 from fedkl.federation.jobs import Job, Result
@@ -32,6 +32,7 @@ from fedkl.federation.renewal import (
     raised,
     withheld,
 )
+from fedkl.federation.sealed import seal, unsealed
 from fedkl.federation.store import ClientState, ClientStore
 from fedkl.key import Key
 from fedkl.locking import LockSpec, Pad, is_locked, lock_spec
@@ -106,7 +107,7 @@ class Session:
 
     def _train(self, job: Job, shared: Mapping[str, Tensor]) -> Result:
         config = self.config
-        state = self._state(job.client, before=job.round)
+        state = self._start(job, after=job.round - 1)
         verdict, epoch = self._verdict(job, state)
         task = ClientTask(
             renew=verdict.renew,
@@ -139,7 +140,18 @@ class Session:
             return Result(job, facts | {"withheld": withheld(job.client, job.round)}, {})
         if self.padded:
             facts |= {"renewed": verdict.renew, "spent": spent, "note": verdict.note}
+        if keep and config.federation.seal_private:
+            facts |= {"sealed": self._sealed(update, result.private)}
         return Result(job, facts, update.tensors)
+
+    def _sealed(self, update: Update, private: Mapping[str, Tensor]) -> str:
+        return seal(
+            private,
+            self.store.group(),
+            client=update.client,
+            round_=update.round,
+            examples=update.examples,
+        )
 
     def _verdict(self, job: Job, state: ClientState) -> tuple[Verdict, int]:
         """Whether the client draws another pad before the round, and the epoch of what it has."""
@@ -173,7 +185,7 @@ class Session:
             FederationError: The client's budget does not cover the round (``on_spent`` ``error``).
             CheckpointError, KeyFileError: As :meth:`fedkl.federation.store.ClientStore.load`.
         """
-        state = self._state(job.client, before=job.round)
+        state = self._start(job, after=job.round - 1)
         return state.round, self._verdict(job, state)[1]
 
     def _ahead(self, client: int) -> int:
@@ -226,13 +238,47 @@ class Session:
         ahead = [self._ahead(client) for client in range(len(self.parts))]
         foresee(self.config.renewal, ahead, rounds, self._use)
 
+    def _start(self, job: Job, *, after: int) -> ClientState:
+        """What a client goes on from after round ``after``: its own, or all clients' mean."""
+        return self.state(job.client, after=after, sealed=job.sealed)
+
+    def state(self, client: int, *, after: int, sealed: Mapping[str, str]) -> ClientState:
+        """The private state that a client goes on from after round ``after``.
+
+        Args:
+            client: Number of the client.
+            after: The round.
+            sealed: Private layers that clients sealed in that round, if they do.
+
+        Raises:
+            CheckpointError, KeyFileError: As :meth:`fedkl.federation.store.ClientStore.load`.
+            FederationError: They are missing, or not what clients with this key sealed then.
+        """
+        state, federation = self._state(client, before=after + 1), self.config.federation
+        if not federation.seal_private or after == 0:
+            return state
+        if not sealed:
+            raise FederationError(
+                f"client {client} got none of the private layers that clients sealed in round "
+                f"{after}, without which it would go on alone; the server has lost them, or keeps "
+                "them back. Go on from the server's last checkpoint."
+            )
+        mean = unsealed(
+            sealed,
+            self.store.group(),
+            round_=after,
+            like=self.workspace.private,
+            weighted=federation.weighted,
+        )
+        return dataclasses.replace(state, round=after, private=mean)
+
     def _state(self, client: int, *, before: int) -> ClientState:
         if not (self.workspace.private or self.workspace.training.keep_momentum):
             return ClientState(before - 1, None, {})
         return self.store.load(client, before=before)
 
     def _examine(self, job: Job, shared: Mapping[str, Tensor]) -> Result:
-        state = self._state(job.client, before=job.round + 1)
+        state = self._start(job, after=job.round)
         key = self.store.key(job.client)
         self.workspace.enter(shared, key, state.private)
         if job.round > 0 and state.round < job.round:
@@ -257,8 +303,8 @@ class Session:
     def _settle(self, job: Job, shared: Mapping[str, Tensor]) -> None:
         """A few slow lock-only steps, after the aggregation and before the model is used."""
         config, mine = self.config, self.parts[job.client]
-        if config.federation.method == "centralized":
-            return  # nobody else has moved the weights
+        if config.federation.method == "centralized" or config.federation.seal_private:
+            return  # all has been averaged alike, or nothing
         epoch = math.ceil(len(mine) / config.training.batch_size)
         steps = min(config.federation.settle_steps, epoch)
         generator = derive(config.seed, "settle", job.client, job.round)

@@ -17,12 +17,19 @@ from fedkl.federation.trust import suspicious
 from fedkl.flower.guard import Secrets
 from fedkl.flower.layers import layers
 from fedkl.flower.node import LoadData, Node, Place, job_from, node_at, place_of
-from fedkl.flower.settings import PROTOCOL, FlowerConfig, digest, settings_from
+from fedkl.flower.settings import (
+    PROTOCOL,
+    FlowerConfig,
+    check_together,
+    digest,
+    settings_from,
+)
 from fedkl.flower.wire import (
     ARRAYS,
     CONFIG,
     EXAMPLES,
     METRICS,
+    SEALED,
     decoded,
     encoded,
     packed_record,
@@ -99,6 +106,7 @@ class _Visit:
         self.message = message
         self.config = config
         self.flower = flower
+        check_together(config, flower)
         self.place = place_of(context.node_config, flower.folder, config.federation.clients)
         self._check_protocol()
         bundle = None if data is None else data(context)
@@ -158,6 +166,7 @@ class _Visit:
         if note := result.facts.get("note"):  # of the client's pad: the server is not told
             log.warning("%s", note)
         facts = {"client": self.place.client, "kind": result.facts["kind"]}
+        facts |= {n: v for n, v in result.facts.items() if n == SEALED}
         return RecordDict(
             {
                 ARRAYS: packed_record(tensors) if self._packed else encoded(tensors),

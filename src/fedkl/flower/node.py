@@ -110,7 +110,8 @@ class Node:
         store = self.session.store
         with alone(store.folder(job.client)):
             answers = Answers(store, job.client)
-            asked = digest_of([job.round, proximal, self._settings()], shared)
+            sealed = sorted(job.sealed.items())
+            asked = digest_of([job.round, proximal, self._settings(), sealed], shared)
             answers.check_question(job.round, asked)
             base, epoch = self.session.outlook(job)
             answers.check_pad(job.round, base, epoch)
@@ -252,7 +253,8 @@ def _check_keys(place: Place, session: Session) -> None:
 
 def job_text(job: Job) -> str:
     """A job as text for the wire; the client knows its own number."""
-    return json.dumps({"round": job.round, "split": job.split, "keep": list(job.keep)})
+    facts = {"round": job.round, "split": job.split, "keep": list(job.keep)}
+    return json.dumps({**facts, "sealed": dict(job.sealed)})
 
 
 def job_from(text: object, kind: str, client: int) -> Job:
@@ -264,7 +266,8 @@ def job_from(text: object, kind: str, client: int) -> Job:
     try:
         facts = json.loads(str(text))
         round_, split = int(facts["round"]), str(facts["split"])
-        return Job(kind, client, round_, split, [int(n) for n in facts["keep"]])
+        sealed = {str(int(c)): str(text) for c, text in facts["sealed"].items()}
+        return Job(kind, client, round_, split, [int(n) for n in facts["keep"]], sealed)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the server's message holds no job ({error}); use the same version of FedKL on both "

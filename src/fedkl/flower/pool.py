@@ -16,10 +16,11 @@ from torch import Tensor
 from fedkl.errors import FederationError, FedKLError, UpdateError, number_of
 from fedkl.federation.jobs import Job, Result
 from fedkl.federation.pool import Pool
+from fedkl.federation.sealed import sealed_length
 from fedkl.federation.session import Session
 from fedkl.files import make_folder, write_tensors
 from fedkl.flower.node import job_text
-from fedkl.flower.replies import introduction, lost, result_of
+from fedkl.flower.replies import introduction, lost, result_of, sealed_in
 from fedkl.flower.secagg import secure_round
 from fedkl.flower.settings import PROTOCOL, FlowerConfig, digest
 from fedkl.flower.strategies import Combiner
@@ -58,6 +59,8 @@ class GridPool(Pool):
         self.combiner = combiner
         self.settings = digest(session.config, flower)
         self.packed = flower.packed or combiner is not None
+        space, seals = session.workspace, session.config.federation.seal_private
+        self.sealed = sealed_length(space.private) if seals else 0
         self._facts: dict[int, Mapping[str, Any]] = {}  # of a node that introduced itself
         self._refused: dict[int, float] = {}  # node -> when
         self._started = False
@@ -176,7 +179,9 @@ class GridPool(Pool):
         for node, reply in self._send(dict.fromkeys(asked, record), kind).items():
             client = asked[node]
             try:
-                found[client] = result_of(reply, todo[client], shared, packed=self.packed)
+                found[client] = result_of(
+                    reply, todo[client], shared, packed=self.packed, sealed=self.sealed
+                )
             except UpdateError as error:
                 log.warning("client %d refused: %s", client, error)
                 continue
@@ -206,14 +211,12 @@ class GridPool(Pool):
         if summed is None:
             return {}
         by_node = {node: client for client, node in nodes.items()}
-        return {
-            by_node[node]: Result(
-                todo[by_node[node]],
-                {"kind": facts["kind"], "examples": facts["examples"]},
-                summed.mean,
-            )
-            for node, facts in summed.facts.items()
-        }
+        found = {}
+        for node, facts in summed.facts.items():
+            job = todo[by_node[node]]
+            told = {"kind": facts["kind"], "examples": facts["examples"]}
+            found[job.client] = Result(job, told | sealed_in(facts, self.sealed), summed.mean)
+        return found
 
     def _note_absent(self, todo: Mapping[int, Job], nodes: Mapping[int, int], job: Job) -> None:
         if absent := [client for client in todo if client not in nodes]:

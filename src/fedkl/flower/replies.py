@@ -11,7 +11,7 @@ from torch import Tensor
 from fedkl.errors import FedKLError, UpdateError
 from fedkl.federation.jobs import Job, Result
 from fedkl.flower.settings import PROTOCOL
-from fedkl.flower.wire import ARRAYS, CONFIG, EXAMPLES, METRICS, decoded, unpacked
+from fedkl.flower.wire import ARRAYS, CONFIG, EXAMPLES, METRICS, SEALED, decoded, unpacked
 
 # Of flwr.common.constant.ErrorCode: the message or the reply is gone, the node is gone, it crashed.
 LOST: Final = frozenset({3, 4, 5, 8})
@@ -43,11 +43,21 @@ def introduction(reply: Message, clients: int) -> Mapping[str, Any]:
     return {"client": client, "examples": examples, "group": str(facts.get("group"))}
 
 
-def result_of(reply: Message, job: Job, shared: Mapping[str, Tensor], *, packed: bool) -> Result:
+def result_of(
+    reply: Message, job: Job, shared: Mapping[str, Tensor], *, packed: bool, sealed: int = 0
+) -> Result:
     """The result of ``job`` that a client's reply holds.
 
+    Args:
+        reply: The client's.
+        job: What it was asked.
+        shared: Global state, for names and shapes.
+        packed: Whether tensors travel as one vector.
+        sealed: Characters of its sealed private layers; 0: it keeps them.
+
     Raises:
-        UpdateError: The reply is not one, or its tensors are not as those of ``shared``.
+        UpdateError: The reply is not one, its tensors are not as those of ``shared``, or what it
+            sealed is of another size.
     """
     try:
         metrics = dict(reply.content[METRICS].items())
@@ -57,6 +67,7 @@ def result_of(reply: Message, job: Job, shared: Mapping[str, Tensor], *, packed:
             "kind": str(reply.content[CONFIG]["kind"]),
             "examples": _count(metrics[EXAMPLES]),
         }
+        facts |= sealed_in(dict(reply.content[CONFIG]), sealed)
         read = unpacked if packed else decoded
         return Result(job, facts, read(reply.content[ARRAYS], shared))
     except FedKLError as error:
@@ -69,6 +80,21 @@ def result_of(reply: Message, job: Job, shared: Mapping[str, Tensor], *, packed:
             f"update of client {job.client} in round {job.round} refused: its reply is not one of "
             f"FedKL's ({type(error).__name__}: {error})."
         ) from error
+
+
+def sealed_in(facts: Mapping[str, Any], length: int) -> dict[str, str]:
+    """What a client sealed, of ``length`` characters, as facts of a result; empty for 0.
+
+    Raises:
+        UpdateError: It is not there, or of another size. More than that nobody can say of it here.
+    """
+    if not length:
+        return {}
+    text = facts.get(SEALED)
+    if not isinstance(text, str) or len(text) != length:
+        got = "none" if text is None else f"{len(str(text))} characters"
+        raise UpdateError(f"sealed private layers: got {got}, expected {length} characters")
+    return {SEALED: text}
 
 
 def _count(value: Any) -> int:

@@ -19,7 +19,7 @@ from fedkl.federation import Event, RunConfig, RunResult
 from fedkl.federation.engine import run_on
 from fedkl.flower.node import LoadData, make_session
 from fedkl.flower.pool import GridPool
-from fedkl.flower.settings import FlowerConfig, settings_from
+from fedkl.flower.settings import FlowerConfig, check_together, settings_from
 from fedkl.flower.strategies import Combiner, Strategy, make_strategy
 
 log = logging.getLogger("flwr.fedkl")
@@ -52,6 +52,7 @@ def server_app(
     def main(grid: Grid, context: Context) -> None:
         ours, theirs = settings_from(context.run_config)
         run, extra = config or ours, flower or theirs
+        check_together(run, extra)
         combiner = _combiner(run, extra, strategy)
         bundle = None if data is None else data(context)
         folder = Path(extra.folder).expanduser().absolute()

@@ -14,7 +14,7 @@ from fedkl.errors import ConfigError, unknown
 from fedkl.federation import RunConfig, config_from
 from fedkl.flower.strategies import STRATEGIES
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 PRIVACY: Final = ("none", "local", "client", "server")
 _SECTION: Final = "flower."
 # Where each side may differ without the result being another one.
@@ -133,6 +133,20 @@ def _typed(name: str, value: Any, default: Any) -> Any:
             f"run config, {_SECTION}{name}: expected {type(default).__name__}, got {value!r}."
         )
     return value
+
+
+def check_together(config: RunConfig, flower: FlowerConfig) -> None:
+    """Raises unless ``config`` and ``flower`` can be had together.
+
+    Raises:
+        ConfigError: Private layers would leave a client without the noise that is accounted for.
+    """
+    if config.federation.seal_private and flower.dp != "none":
+        raise ConfigError(
+            f"got federation.seal_private with flower.dp {flower.dp!r}, whose guarantee is for "
+            "what is shared: sealed private layers reach other clients without noise. Turn one of "
+            "them off."
+        )
 
 
 def digest(config: RunConfig, flower: FlowerConfig) -> str:

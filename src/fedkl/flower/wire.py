@@ -20,6 +20,7 @@ CONFIG: Final = "config"
 METRICS: Final = "metrics"
 EXAMPLES: Final = "num-examples"
 VECTOR: Final = "shared"
+SEALED: Final = "sealed"
 _HEADER: Final = 4096  # bytes that numpy's header of one array may take
 _DTYPES: Final[Mapping[str, torch.dtype]] = {
     str(np.dtype(name)): getattr(torch, name)
