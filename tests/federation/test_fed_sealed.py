@@ -123,6 +123,12 @@ def test_what_was_altered_or_is_of_elsewhere_is_refused(spoil: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("number", ["-1", str(2**64)])
+def test_numbers_that_no_client_has(number: str) -> None:
+    with pytest.raises(FederationError, match="cannot be opened"):
+        unsealed({number: sealed_by({0: 1.0})["0"]}, KEY, round_=7, like=layers(0.0))
+
+
 def test_layers_of_another_model_are_refused() -> None:
     like = {**layers(0.0), "stem": torch.zeros(6)}
     with pytest.raises(FederationError, match=r"client 0 .*do not fit: stem has shape"):

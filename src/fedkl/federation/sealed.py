@@ -89,7 +89,7 @@ def _opened(text: str, key: Key, client: int, round_: int, like: Mapping[str, Te
         body = _cipher(key).decrypt(data, _bound(client, round_))
         examples = int.from_bytes(body[:_COUNT_BYTES], "big")
         tensors = load(body[_COUNT_BYTES:])
-    except (InvalidTag, ValueError, SafetensorError) as error:
+    except (InvalidTag, ValueError, OverflowError, SafetensorError) as error:
         raise FederationError(
             f"the private layers that client {client} is said to have sealed in round {round_} "
             "cannot be opened: they were sealed with another key or in another round, or altered "

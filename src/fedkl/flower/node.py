@@ -268,7 +268,7 @@ def job_from(text: object, kind: str, client: int) -> Job:
         round_, split = int(facts["round"]), str(facts["split"])
         sealed = {str(int(c)): str(text) for c, text in facts["sealed"].items()}
         return Job(kind, client, round_, split, [int(n) for n in facts["keep"]], sealed)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"the server's message holds no job ({error}); use the same version of FedKL on both "
             "sides."
