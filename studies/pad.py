@@ -12,6 +12,9 @@ resnet20-frontier
 resnet20-iid, resnet20-dirichlet
     ResNet-20 at 16x16, 3 clients x 4,000 images, 10 rounds. IID also the channel lock, with and
     without a group key: what does it cost that locks start apart, as pads do?
+resnet20-rates, resnet20-tuned-iid, resnet20-tuned-dirichlet
+    Every arm at the rate that is best for it on validation after all 10 rounds, of a seed of its
+    own: the rates above were chosen after 2 rounds, and a higher one is better for norm.
 resnet20-long
     The same over 20 rounds, IID: does a pad catch up?
 resnet20-depth
@@ -25,8 +28,9 @@ clients
 renewal
     Pads renewed every 3 rounds, all at once or staggered, with few or more lock-only steps.
 
-In lenet-*, resnet20-iid, resnet20-dirichlet and clients also a pad of one key, which all clients
-hold: against the server alone; where labels are unequal, also with a shared head.
+In lenet-*, resnet20-* and clients also a pad of one key, which all clients hold: against the server
+alone; where labels are unequal, also with a shared head; and sealed, where clients send each other
+their private layers encrypted and go on from the mean.
 
 Every run also gives each client's accuracy on its own mix of labels. What a thief with a few
 labelled images makes of the models: studies/thieves.py. Keys are fresh in every cell: figures
@@ -48,6 +52,7 @@ from cells import merged, provenance, run_cells, say, write
 from ownmix import alone, on_own_mix
 from padarms import (
     ARMS,
+    BEST,
     BLOCK,
     CAUSES,
     DEPTHS,
@@ -60,6 +65,8 @@ from padarms import (
     RENEWALS,
     RESNET,
     SAME_LENGTH,
+    SEALED,
+    TUNED,
     VIT,
 )
 from padtables import joined, markdown, summarize
@@ -94,14 +101,17 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
             "lenet-iid",
             n,
             {},
-            (*ALL, "channel", "pad", "pad-open-head", ONE, *SAME_LENGTH),
+            (*ALL, "channel", "pad", "pad-open-head", ONE, SEALED, *SAME_LENGTH),
         ),
         "lenet-dirichlet": lambda n: _lenet(
-            "lenet-dirichlet", n, DIRICHLET, (*ALL, "pad", "pad-open-head", ONE, SHARED)
+            "lenet-dirichlet", n, DIRICHLET, (*ALL, "pad", "pad-open-head", ONE, SHARED, SEALED)
         ),
         "resnet20-frontier": _frontier,
         "resnet20-iid": lambda n: _resnet("resnet20-iid", n, {}),
         "resnet20-dirichlet": lambda n: _resnet("resnet20-dirichlet", n, DIRICHLET),
+        "resnet20-rates": _rates,
+        "resnet20-tuned-iid": lambda n: _tuned("resnet20-tuned-iid", n, {}),
+        "resnet20-tuned-dirichlet": lambda n: _tuned("resnet20-tuned-dirichlet", n, DIRICHLET),
         "resnet20-long": lambda n: _resnet("resnet20-long", n, LONG),
         "resnet20-depth": _depths,
         "vit-tuning": _vit_tuning,
@@ -115,7 +125,8 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
 
 BLOCKS = (
     "tuning", "lenet-iid", "lenet-dirichlet", "clients", "renewal",
-    "resnet20-frontier", "resnet20-iid", "resnet20-dirichlet", "resnet20-long",
+    "resnet20-frontier", "resnet20-iid", "resnet20-dirichlet", "resnet20-rates",
+    "resnet20-tuned-iid", "resnet20-tuned-dirichlet", "resnet20-long",
     "resnet20-depth", "vit-tuning", "vit-iid", "vit-depth",
 )  # fmt: skip
 
@@ -150,17 +161,19 @@ def _clients(seeds: int) -> list[Cell]:
             seed,
             merged(
                 LENET,
-                {
-                    "defense": ARMS[arm],
-                    "data": {"samples": 18_000 // clients},
-                    "federation": {"clients": clients},
-                },
+                merged(
+                    _arm(arm, "lenet"),
+                    {
+                        "data": {"samples": 18_000 // clients},
+                        "federation": {"clients": clients},
+                    },
+                ),
             ),
             40.0,
         )
         for seed in range(min(seeds, 1))
         for clients in (10, 100)
-        for arm in ("alone", "norm", "pad", "pad-open-head", ONE)
+        for arm in ("alone", "norm", "pad", "pad-open-head", ONE, SEALED)
     ]
 
 
@@ -219,7 +232,37 @@ def _arm(arm: str, model: str) -> dict[str, Any]:
         # Weight decay on clients tells the size, since the server knows the weights.
         training = {"update_length": LENGTHS[model], "weight_decay": 0.0}
         return {"defense": ARMS[arm], "training": training}
+    if arm == SEALED:
+        return {"defense": ARMS[arm], "federation": {"seal_private": True}}
     return {"defense": ARMS[arm]}
+
+
+def _rates(seeds: int) -> list[Cell]:
+    """Rates of ResNet-20's arms, on validation images of a seed of its own."""
+    few = {"evaluation": {"every": 10, "images": 5_000, "wrong_keys": 1}}
+    return [
+        Cell(
+            "resnet20-rates",
+            f"{arm}, lr {lr:g}",
+            TUNING_SEED,
+            merged(_at_rate(arm, lr), few),
+            190.0,
+        )
+        for arm, rates in TUNED.items()
+        for lr in rates
+    ]
+
+
+def _at_rate(arm: str, lr: float) -> dict[str, Any]:
+    return merged(merged(LENET, RESNET), merged(_arm(arm, "resnet20"), {"training": {"lr": lr}}))
+
+
+def _tuned(block: str, seeds: int, over: dict[str, Any]) -> list[Cell]:
+    return [
+        Cell(block, arm, seed, merged(_at_rate(arm, lr), over), 190.0)
+        for seed in range(seeds)
+        for arm, lr in BEST.items()
+    ]
 
 
 def _depths(seeds: int) -> list[Cell]:

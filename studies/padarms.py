@@ -21,10 +21,18 @@ ARMS: dict[str, dict[str, Any]] = {
     "hardly any pad": {**PAD, **MILD},
     "pad of one key": ONE_KEY,
     "one key and head": {**ONE_KEY, "head": False},
+    "one key sealed": ONE_KEY,
     "norm at one length": {"name": "norm"},
     "pad at one length": PAD,
 }
 LENGTHS = {"lenet": 2.5, "resnet20": 2.0}  # about as long as updates are in the middle of a run
+SEALED = "one key sealed"  # private layers go from client to client, unread by the server
+TUNED: dict[str, tuple[float, ...]] = {  # after all 10 rounds; the first is of the blocks before
+    "norm": (0.05, 0.1, 0.2),
+    "pad": (0.05, 0.1),
+    SEALED: (0.03, 0.05, 0.1),
+}
+BEST = {"norm": 0.1, "fedbn": 0.1, "pad": 0.05, SEALED: 0.05}  # fedbn takes norm's
 SAME_LENGTH = ("norm at one length", "pad at one length")
 CAUSES = ("no key", "hardly any pad", "channel", "channel of own starts")
 # Rates of norm and fedbn were chosen on validation by studies/accuracy.py, the pad's here.
