@@ -52,7 +52,7 @@ from typing import Any
 
 from breakpadtables import EVERY, PARTS, PRESENTATIONS, REPLAYED, markdown
 from cells import merged, provenance, run_cells, say, write
-from padarms import LENET, ONE_KEY, RESNET, VIT, WIDE
+from padarms import LENET, ONE_KEY, ONE_SEALED, RESNET, VIT, WIDE, settings_of
 from padtables import joined
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +149,7 @@ def cells_of(part: str, victims: int) -> list[Cell]:
         kinds = [(m, "pad", PAD, 3) for m in MODELS] + [(m, "channel", CHANNEL, 1) for m in PLAIN]
         kinds += [("resnet20", "channel of own starts", OWN_STARTS, 1)]
         kinds += [(m, "pad of one key", ONE_KEY, 3) for m in NETWORKS]
+        kinds += [(m, "one key sealed", ONE_SEALED, 3) for m in NETWORKS]
         return [
             Cell(part, f"{m}, {arm}, seed {n}", lock, 2 * victims, n, 4_000, 2, m)
             for m, arm, lock, seeds in kinds
@@ -173,7 +174,7 @@ def trained(cell: Cell, scratch: Path) -> tuple[Any, Path]:
     """Settings and folder of a federation under the cell's lock, trained unless it is there."""
     from fedkl.federation import config_from, run
 
-    over = {"defense": cell.lock, "evaluation": {"wrong_keys": 1}}
+    over = {**settings_of(cell.lock), "evaluation": {"wrong_keys": 1}}
     config = config_from({**merged(MODELS[cell.model], over), "seed": cell.seed})
     lock = "_".join(f"{k}-{v}" for k, v in cell.lock.items())
     folder = scratch / "runs" / f"{cell.model}_{lock}_seed{cell.seed}"

@@ -68,6 +68,7 @@ from padarms import (
     SEALED,
     TUNED,
     VIT,
+    settings_of,
 )
 from padtables import joined, markdown, summarize
 
@@ -232,9 +233,7 @@ def _arm(arm: str, model: str) -> dict[str, Any]:
         # Weight decay on clients tells the size, since the server knows the weights.
         training = {"update_length": LENGTHS[model], "weight_decay": 0.0}
         return {"defense": ARMS[arm], "training": training}
-    if arm == SEALED:
-        return {"defense": ARMS[arm], "federation": {"seal_private": True}}
-    return {"defense": ARMS[arm]}
+    return settings_of(ARMS[arm])
 
 
 def _rates(seeds: int) -> list[Cell]:

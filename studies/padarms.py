@@ -7,6 +7,7 @@ from typing import Any
 PAD = {"name": "pad"}
 WIDE = {"inner_scale_law": "wide", "inner_spread": 1.0}
 ONE_KEY = {**PAD, "one_key": True, "learned": "channel"}  # all clients hold the same
+ONE_SEALED = {**ONE_KEY, "seal_private": True}  # of the federation: see settings_of
 MILD = {"spread": 0.1, "scale_law": "near-one", "inner_spread": 0.1}  # signs at random all the same
 ARMS: dict[str, dict[str, Any]] = {
     "alone": {"name": "norm"},  # every client for itself: what is a federation worth?
@@ -21,7 +22,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "hardly any pad": {**PAD, **MILD},
     "pad of one key": ONE_KEY,
     "one key and head": {**ONE_KEY, "head": False},
-    "one key sealed": ONE_KEY,
+    "one key sealed": ONE_SEALED,
     "norm at one length": {"name": "norm"},
     "pad at one length": PAD,
 }
@@ -95,3 +96,10 @@ RENEWALS: dict[str, dict[str, Any]] = {
     "staggered": {"every": 3, "stagger": True},
     "all at once, 100 steps": {"every": 3, "steps": 100},
 }
+
+
+def settings_of(lock: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run under a lock; where its private layers are sealed, of the federation too."""
+    defense = {name: value for name, value in lock.items() if name != "seal_private"}
+    sealed = {"federation": {"seal_private": True}} if "seal_private" in lock else {}
+    return {"defense": defense, **sealed}

@@ -26,7 +26,7 @@ from typing import Any
 
 from accuracy import interval
 from cells import merged, provenance, run_cells, say, table, write
-from padarms import LENET, ONE_KEY, RESNET, VIT
+from padarms import LENET, ONE_KEY, ONE_SEALED, RESNET, VIT, settings_of
 from padtables import of_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +44,7 @@ LOCKS: dict[str, dict[str, Any]] = {
     "pad": {"name": "pad"},
     "pad, shared head": {"name": "pad", "head": False},
     "pad of one key": ONE_KEY,
+    "one key sealed": ONE_SEALED,
     "pad, behind stage 2": {"name": "pad", "behind": "layer2"},
 }
 
@@ -62,12 +63,16 @@ class Part:
 ALL = (SCRATCH, "norm", "fedbn", "channel", "pad")
 PARTS: dict[str, Part] = {
     "lenet": Part(
-        LENET, (*ALL, "pad of one key", "pad, shared head"), (0.001, 0.003, 0.01), 5, 120.0
+        LENET,
+        (*ALL, "pad of one key", "one key sealed", "pad, shared head"),
+        (0.001, 0.003, 0.01),
+        5,
+        120.0,
     ),
     "vit": Part(merged(LENET, VIT), ALL, (0.001, 0.003, 0.01), 3, 250.0),
     "resnet20": Part(
         merged(LENET, RESNET),
-        (*ALL, "pad of one key", "pad, behind stage 2"),
+        (*ALL, "pad of one key", "one key sealed", "pad, behind stage 2"),
         (0.003, 0.01),
         3,
         500.0,
@@ -105,7 +110,7 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
 
     cell, scratch = job
     part = PARTS[cell.part]
-    settings = merged(part.settings, {"defense": LOCKS[cell.arm], "seed": cell.seed})
+    settings = merged(part.settings, {**settings_of(LOCKS[cell.arm]), "seed": cell.seed})
     config = config_from(settings, source=name)
     started, bundle = time.process_time(), load_data(config)
     if cell.arm == SCRATCH:
