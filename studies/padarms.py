@@ -99,7 +99,7 @@ RENEWALS: dict[str, dict[str, Any]] = {
 
 
 def settings_of(lock: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a run under a lock; where its private layers are sealed, of the federation too."""
+    """Settings of a run under a lock, and of the federation where private layers are sealed."""
     defense = {name: value for name, value in lock.items() if name != "seal_private"}
     sealed = {"federation": {"seal_private": True}} if "seal_private" in lock else {}
     return {"defense": defense, **sealed}
