@@ -19,6 +19,7 @@ from fedkl.audit import AuditConfig
 from fedkl.audit.victims import Victims
 from fedkl.errors import ConfigError, FederationError
 from fedkl.federation import run
+from fedkl.federation import sealed as sealed_module
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.client import ClientTask, client_update
 from fedkl.federation.jobs import Job
@@ -283,8 +284,10 @@ def test_nobody_goes_on_alone(tmp_path: Path) -> None:
         session.run(Job("train", 0, 3, sealed={"0": first.facts["sealed"]}), shared)
 
 
-def test_a_client_that_diverged_seals_nothing(tmp_path: Path) -> None:
-    session = Session(sealing(), placed(tmp_path), digits())
+@pytest.mark.parametrize("defense", ["pad", "channel"])
+def test_a_client_that_diverged_seals_nothing(defense: str, tmp_path: Path) -> None:
+    """Nor sends anything: its part of the middle has no private layers beside it."""
+    session = Session(sealing(defense), placed(tmp_path), digits())
     shared = session.initial()
     sealed = {str(c): session.run(Job("train", c, 1), shared).facts["sealed"] for c in range(3)}
     weight = next(n for n, t in shared.items() if t.dim() > 1)
@@ -292,6 +295,91 @@ def test_a_client_that_diverged_seals_nothing(tmp_path: Path) -> None:
     facts = session.run(Job("train", 0, 2, sealed=sealed), broken).facts
     assert "withheld" in facts
     assert "sealed" not in facts
+
+
+@pytest.mark.parametrize("defense", ["none", "fedbn", "open-pad"])
+def test_who_has_no_key_keeps_what_is_private(defense: str, tmp_path: Path) -> None:
+    """One setting for all arms of an audit: without a key it means nothing, as --one-key does."""
+    wanted = sealing(defense, training={"batch_size": 32, "keep_momentum": True})
+    plain = dataclasses.replace(wanted.federation, seal_private=False)
+    got = run(wanted, tmp_path / "sealing", bundle=digits())
+    run(dataclasses.replace(wanted, federation=plain), tmp_path / "plain", bundle=digits())
+    assert_same(got.shared, run(wanted, tmp_path / "sealing", bundle=digits(), resume=True).shared)
+    assert not (tmp_path / "sealing" / "keys").exists()
+    assert_outcome(
+        outcome(tmp_path / "sealing") | {"summary": 0}, outcome(tmp_path / "plain") | {"summary": 0}
+    )
+
+
+def rounds_of(session: Session, *asked: list[int]) -> dict[str, str]:
+    """Plays rounds on the initial state; what was sealed in the last."""
+    sealed: dict[str, str] = {}
+    for number, clients in enumerate(asked, 1):
+        jobs = [Job("train", c, number, keep=[number - 1], sealed=sealed) for c in clients]
+        done = [session.run(job, session.initial()) for job in jobs]
+        sealed = {str(r.job.client): r.facts["sealed"] for r in done}
+    return sealed
+
+
+@pytest.mark.parametrize("keep_learned", [False, True])
+def test_a_pad_that_was_renewed_in_ones_absence_begins_anew(
+    keep_learned: bool, tmp_path: Path
+) -> None:
+    """With a count of its own, and without momentum of what was learned on top of another."""
+    wanted = sealing(
+        renewal={"every": 2, "steps": 2, "keep_learned": keep_learned},
+        training={"batch_size": 32, "keep_momentum": True},
+    )
+    session = Session(wanted, placed(tmp_path), digits())
+    sealed = rounds_of(session, [0, 1, 2], [0, 1, 2], [1, 2])
+    own = session.store.load(0, before=4)
+    assert (own.round, own.epoch) == (2, 0)
+    assert own.spent > 0
+    state = session.state(0, after=3, sealed=sealed)
+    assert (state.round, state.epoch, state.spent) == (3, 1, 0)
+    lost = {n for n in own.moments if ".keylock." in n}
+    assert lost
+    assert set(state.moments) == set(own.moments) - (set() if keep_learned else lost)
+    there = session.state(1, after=3, sealed=sealed)
+    assert there.spent == session.store.load(1, before=4).spent > 0
+    assert_same(there.moments, session.store.load(1, before=4).moments)
+
+
+def test_other_clients_have_the_mean_and_a_thief_among_them_too(tmp_path: Path) -> None:
+    wanted = sealing(evaluation={"every": 0, "images": 400, "wrong_key_images": 400})
+    result = run(wanted, placed(tmp_path), bundle=digits())
+    latest, _ = Checkpoints(tmp_path / "checkpoints").latest()
+    assert latest is not None
+    sealed = latest.facts["sealed"]
+    session = Session(wanted, tmp_path, digits())
+    mean = unsealed(sealed, KEY, round_=3, like=session.workspace.private)
+    ((key, private),) = session._others(
+        Job("examine", 0, 3, sealed=sealed), session.state(0, after=3, sealed=sealed)
+    )
+    assert key == KEY
+    assert_same(private, mean)
+    assert result.accuracy.other_client == pytest.approx(result.accuracy.own_key, abs=1e-9)
+    assert session._others(Job("examine", 0, 0), session.state(0, after=0, sealed={})) == []
+
+
+def test_what_was_sealed_is_opened_once_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(sealing(), placed(tmp_path), digits())
+    sealed = rounds_of(session, [0, 1, 2])
+    opened: list[Any] = []
+    whole = sealed_module.unsealed
+    monkeypatch.setattr(
+        sealed_module, "unsealed", lambda *a, **k: opened.append(k) or whole(*a, **k)
+    )
+    first = session.state(0, after=1, sealed=sealed)
+    assert_same(session.state(2, after=1, sealed=dict(sealed)).private, first.private)
+    assert len(opened) == 1
+    fewer = session.state(1, after=1, sealed={"1": sealed["1"]})
+    assert_same(fewer.private, session.store.load(1, before=2).private)
+    assert len(opened) == 2
+    with pytest.raises(FederationError, match="cannot be opened"):
+        session.state(1, after=2, sealed={"1": sealed["1"]})
 
 
 def test_renewed_together(tmp_path: Path) -> None:

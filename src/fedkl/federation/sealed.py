@@ -12,6 +12,7 @@ gives the same bytes and nothing more. It can leave some of them out, as if clie
 from __future__ import annotations
 
 import base64
+import dataclasses
 from collections.abc import Mapping
 from typing import Final
 
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from fedkl.errors import FederationError
 from fedkl.federation.aggregate import aggregate
-from fedkl.federation.client import Update
+from fedkl.federation.client import Update, without_lock
+from fedkl.federation.store import ClientState
 from fedkl.key import Key
 from fedkl.locking import state_problems
 
@@ -58,6 +60,57 @@ def sealed_length(private: Mapping[str, Tensor]) -> int:
     return 4 * -(-size // 3)
 
 
+class Opener:
+    """Opens what clients sealed in a round, once for all who go on from it.
+
+    Args:
+        like: Names, shapes and dtypes that private layers have.
+        weighted: As of :func:`unsealed`.
+        keep_learned: Whether what was learned on top of a pad outlives it.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], *, weighted: bool, keep_learned: bool) -> None:
+        self._like = like
+        self._weighted = weighted
+        self._keep_learned = keep_learned
+        self._last: tuple[object, dict[str, Tensor]] | None = None
+
+    def going_on(
+        self, client: int, own: ClientState, key: Key, *, after: int, sealed: Mapping[str, str]
+    ) -> ClientState:
+        """What a client has after round ``after``: the mean, and what else is its own.
+
+        Args:
+            client: Its number.
+            own: Its own state, of that round or of one before.
+            key: That all clients have.
+            after: The round.
+            sealed: What clients sealed in it.
+
+        Raises:
+            FederationError: There is nothing, or as of :func:`unsealed`.
+        """
+        if not sealed:
+            raise FederationError(
+                f"client {client} got none of the private layers that clients sealed in round "
+                f"{after}, without which it would go on alone; the server has lost them, or keeps "
+                "them back. Go on from the server's last checkpoint."
+            )
+        found = dataclasses.replace(own, round=after, private=self._mean(key, after, sealed))
+        if found.epoch == own.epoch:
+            return found
+        # The others renewed the pad while it was away: what it counted was of the one before.
+        moments = own.moments if self._keep_learned else without_lock(own.moments)
+        return dataclasses.replace(found, spent=0, moments=moments)
+
+    def _mean(self, key: Key, after: int, sealed: Mapping[str, str]) -> dict[str, Tensor]:
+        asked = (key, after, dict(sealed))
+        if self._last is None or self._last[0] != asked:
+            like, weighted = self._like, self._weighted
+            self._last = asked, unsealed(sealed, key, round_=after, like=like, weighted=weighted)
+        return self._last[1]
+
+
 def unsealed(
     sealed: Mapping[str, str],
     key: Key,
@@ -79,8 +132,9 @@ def unsealed(
         FederationError: Something is not what a client with this key sealed in that round, or is
             of another model.
     """
-    opened = [_opened(text, key, int(c), round_, like) for c, text in sorted(sealed.items())]
-    return aggregate(sorted(opened, key=lambda update: update.client), weighted=weighted)
+    texts = sorted((int(client), text) for client, text in sealed.items())
+    opened = (_opened(text, key, client, round_, like) for client, text in texts)
+    return aggregate(opened, weighted=weighted)
 
 
 def _opened(text: str, key: Key, client: int, round_: int, like: Mapping[str, Tensor]) -> Update:

@@ -59,8 +59,7 @@ class GridPool(Pool):
         self.combiner = combiner
         self.settings = digest(session.config, flower)
         self.packed = flower.packed or combiner is not None
-        space, seals = session.workspace, session.config.federation.seal_private
-        self.sealed = sealed_length(space.private) if seals else 0
+        self.sealed = sealed_length(session.workspace.private) if session.seals else 0
         self._facts: dict[int, Mapping[str, Any]] = {}  # of a node that introduced itself
         self._refused: dict[int, float] = {}  # node -> when
         self._started = False
