@@ -14,7 +14,7 @@ from flowhelp import loopback, serve
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedkl.errors import ConfigError, UpdateError
-from fedkl.federation import run
+from fedkl.federation import RunConfig, run
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.jobs import Job
 from fedkl.federation.sealed import sealed_length
@@ -104,8 +104,10 @@ def test_a_server_that_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert_same(run(SEALING, group_in(tmp_path / "here")).shared, two.shared)
 
 
-def asked(grid: Any, flower: FlowerConfig, shared: Any, job: Job) -> Message:
-    facts = {"protocol": PROTOCOL, "settings": digest(SEALING, flower), "packed": False}
+def asked(
+    grid: Any, flower: FlowerConfig, shared: Any, job: Job, config: RunConfig = SEALING
+) -> Message:
+    facts = {"protocol": PROTOCOL, "settings": digest(config, flower), "packed": False}
     content = RecordDict(
         {ARRAYS: encoded(shared), CONFIG: ConfigRecord({**facts, "job": job_text(job)})}
     )
@@ -132,10 +134,10 @@ def test_a_server_cannot_choose_what_clients_go_on_from(tmp_path: Path) -> None:
         assert reply.has_error()
         assert said in reply.error.reason
         assert "\n" not in reply.error.reason
-    good = asked(grid, flower, shared, Job("train", 0, 2, sealed=sealed))
+    good = asked(grid, flower, shared, Job("train", 0, 2, keep=[1], sealed=sealed))
     assert not good.has_error()
     assert len(str(good.content[CONFIG][SEALED])) == length
-    again = asked(grid, flower, shared, Job("train", 0, 2, sealed=sealed))
+    again = asked(grid, flower, shared, Job("train", 0, 2, keep=[1], sealed=sealed))
     assert again.content[CONFIG][SEALED] == good.content[CONFIG][SEALED]
     # One client's alone would have its answer to the same question a second time.
     other = asked(grid, flower, shared, Job("train", 0, 2, sealed={"1": sealed["1"]}))
@@ -143,6 +145,26 @@ def test_a_server_cannot_choose_what_clients_go_on_from(tmp_path: Path) -> None:
     assert "again with another global state" in other.error.reason
     old = asked(grid, flower, shared, Job("train", 0, 3, sealed=sealed))
     assert "cannot be opened" in old.error.reason
+
+
+def test_no_second_answer_once_the_state_before_is_gone(tmp_path: Path) -> None:
+    """The layers of the middle would be the same, but not momentum and the count of the pad."""
+    training = dataclasses.replace(SEALING.training, keep_momentum=True)
+    wanted = dataclasses.replace(SEALING, training=training)
+    flower = FlowerConfig(folder=str(group_in(tmp_path / "run")))
+    grid = loopback(wanted, flower)
+    shared = Session(wanted, tmp_path / "server", None).initial()
+    first = asked(grid, flower, shared, Job("train", 0, 1), wanted)
+    sealed = {"0": str(first.content[CONFIG][SEALED])}
+    job = Job("train", 0, 2, sealed=sealed)  # keep=[]: nothing of the round before
+    assert not asked(grid, flower, shared, job, wanted).has_error()
+    store = ClientStore(tmp_path / "run", keyed=True, one=True)
+    assert store.rounds(0) == [2]
+    spent = store.load(0, before=3).spent
+    again = asked(grid, flower, shared, job, wanted)
+    assert again.has_error()
+    assert "would be answered from the private state after round 0" in again.error.reason
+    assert store.load(0, before=3).spent == spent
 
 
 @pytest.mark.parametrize("text", [None, "", "AAAA", 7])
