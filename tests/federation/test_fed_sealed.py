@@ -95,6 +95,14 @@ def test_sealed_text_has_a_length_of_its_own_and_repeats() -> None:
     assert layers(1.5)["stem"].numpy().tobytes() not in base64.b64decode(text)
 
 
+def test_tied_layers_are_sealed_under_both_names() -> None:
+    tensor = torch.arange(6.0).reshape(2, 3)
+    tied = {"a": tensor, "b": tensor, "c": tensor.T, "d": tensor[:1]}
+    text = seal(tied, KEY, client=0, round_=1, examples=2)
+    assert len(text) == sealed_length(tied)
+    assert_same(unsealed({"0": text}, KEY, round_=1, like=tied), tied)
+
+
 def _flipped(text: str, at: int) -> str:
     data = bytearray(base64.b64decode(text))
     data[at] ^= 1

@@ -88,6 +88,27 @@ def test_secure_aggregation_beside_it(tmp_path: Path) -> None:
     assert set(sealed_at(there)) == {"0", "1", "2"}
 
 
+def test_secure_aggregation_goes_on_without_what_one_client_sealed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    federation = dataclasses.replace(SEALING.federation, rounds=1)
+    wanted = dataclasses.replace(SEALING, federation=federation)
+    flower = FlowerConfig(folder=str(group_in(tmp_path / "run")), secagg=True, retries=0)
+    grid = loopback(wanted, flower)
+
+    def tamper(node: int, reply: Message) -> Message | None:
+        for record in [] if reply.has_error() else reply.content.config_records.values():
+            for name in [n for n in record if node == 999 and n.endswith(SEALED)]:
+                record[name] = "AAAA"
+        return None
+
+    grid.tamper = tamper
+    serve(grid, wanted, flower)
+    assert set(sealed_at(tmp_path / "run")) == {"0", "2"}
+    (said,) = [r.getMessage() for r in caplog.records if "got 4 characters" in r.getMessage()]
+    assert said.startswith("client 1, round 1: sealed private layers")
+
+
 def test_a_server_that_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     flower = FlowerConfig(folder=str(group_in(tmp_path / "run")))
 

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Final
 
+import torch
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from safetensors import SafetensorError
@@ -158,7 +159,9 @@ def _opened(text: str, key: Key, client: int, round_: int, like: Mapping[str, Te
 
 
 def _packed(private: Mapping[str, Tensor]) -> bytes:
-    return save({name: t.detach().cpu().contiguous() for name, t in private.items()})
+    # Copies: tied layers are one tensor under two names, which safetensors does not store.
+    whole = torch.contiguous_format
+    return save({n: t.detach().cpu().clone(memory_format=whole) for n, t in private.items()})
 
 
 def _cipher(key: Key) -> AESSIV:
