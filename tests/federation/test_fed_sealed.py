@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ from fedkl.audit.victims import Victims
 from fedkl.errors import ConfigError, FederationError
 from fedkl.federation import run
 from fedkl.federation import sealed as sealed_module
-from fedkl.federation.checkpoint import Checkpoints
+from fedkl.federation.checkpoint import Checkpoint, Checkpoints
 from fedkl.federation.client import ClientTask, client_update
 from fedkl.federation.jobs import Job
 from fedkl.federation.optim import learning_rate
 from fedkl.federation.reevaluate import reevaluate
 from fedkl.federation.sealed import seal, sealed_length, unsealed
 from fedkl.federation.session import Session
-from fedkl.files import read_tensors
 from fedkl.key import Key
 from fedkl.rng import derive
 
@@ -250,8 +248,19 @@ def test_measured_again_as_the_run_measured(tmp_path: Path) -> None:
     assert again.accuracy.own_per_client == result.accuracy.own_per_client
     best = reevaluate(tmp_path, split="validation", checkpoint="best", bundle=digits())
     assert best.accuracy.own_key == result.best["own_key"]
-    _, meta = read_tensors(tmp_path / "checkpoints" / "best.safetensors")
-    assert len(json.loads(meta["sealed"])) == 3
+    kept = Checkpoints(tmp_path / "checkpoints").load_best()
+    assert kept.shared.keys() == result.shared.keys()
+    assert len(kept.facts["sealed"]) == 3
+
+
+def test_the_best_checkpoint_holds_what_many_clients_sealed(tmp_path: Path) -> None:
+    """More than the metadata of a tensor file, which ends at 100 MB."""
+    sealed = {str(client): chr(65 + client) * 35 * 2**20 for client in range(3)}
+    facts = {"best": {"own_key": 0.5}, "sealed": sealed}
+    Checkpoints(tmp_path).save_best(Checkpoint(4, {"w": torch.ones(2)}, {}, facts))
+    found = Checkpoints(tmp_path).load_best()
+    assert (found.round, set(found.shared)) == (4, {"w"})
+    assert found.facts == {"sealed": sealed}
 
 
 def test_who_is_new_or_was_absent_goes_on_from_the_mean(
