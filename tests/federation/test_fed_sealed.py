@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from fedkl.audit import AuditConfig
 from fedkl.audit.victims import Victims
 from fedkl.errors import ConfigError, FederationError
+from fedkl.federation import pool as pool_module
 from fedkl.federation import run
 from fedkl.federation import sealed as sealed_module
 from fedkl.federation.checkpoint import Checkpoint, Checkpoints
@@ -239,6 +241,28 @@ def test_any_number_of_workers_and_any_interruption(tmp_path: Path) -> None:
         run(wanted, cut, bundle=digits(), on_event=stop)
     run(wanted, cut, bundle=digits(), resume=True)
     assert_outcome(outcome(cut), outcome(whole))
+
+
+def test_workers_get_what_was_sealed_once_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with every job: a hundred clients would send a hundred times a hundred of them."""
+    wanted = sealing(evaluation={"every": 0, "images": 20, "wrong_keys": 1}, workers=2)
+    sizes: list[int] = []
+    encode = pool_module._encode
+
+    def encoded(facts: Any, tensors: Any) -> bytes:
+        sizes.append(len(json.dumps(facts.get("sealed") or {})))
+        return encode(facts, tensors)
+
+    monkeypatch.setattr(pool_module, "_encode", encoded)
+    result = run(wanted, placed(tmp_path), bundle=digits())
+    one = 3 * sealed_length(Session(wanted, tmp_path, digits()).workspace.private)
+    # Of three rounds and an exam, the first has nothing.
+    assert sum(size > one for size in sizes) == 3
+    assert len(sizes) == 4 + 4 * 3
+    alone = run(dataclasses.replace(wanted, workers=1), placed(tmp_path / "1"), bundle=digits())
+    assert_same(result.shared, alone.shared)
 
 
 def test_measured_again_as_the_run_measured(tmp_path: Path) -> None:
