@@ -42,14 +42,17 @@ def on_own_mix(config: Any, folder: Path, shared: Any, bundle: Any = None) -> li
     """Accuracy of each examined client on test images weighted as the labels of its own images."""
     import torch
 
+    from fedkl.federation.checkpoint import Checkpoints
     from fedkl.federation.evaluate import EVAL_BATCH, reestimate
     from fedkl.federation.session import Session
 
     session = Session(config, folder, bundle)
+    latest, _ = Checkpoints(folder / "checkpoints").latest()
+    sealed = {} if latest is None else latest.facts.get("sealed") or {}
     space, test = session.workspace, session.bundle.test
     found = []
     for client in range(min(config.evaluation.clients, len(session.parts))):
-        state = session._state(client, before=config.federation.rounds + 1)
+        state = session.state(client, after=config.federation.rounds, sealed=sealed)
         space.enter(shared, session.store.key(client), state.private)
         own = session.parts[client]
         rows = own[: config.evaluation.calibration_images]
