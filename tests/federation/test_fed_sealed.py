@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from fedhelp import assert_outcome, assert_same, config, digits, fixed_seed, outcome
+from fedhelp import assert_outcome, assert_same, config, digits, fixed_key, fixed_seed, outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fedkl.audit import AuditConfig
 from fedkl.audit.victims import Victims
-from fedkl.errors import ConfigError, FederationError
+from fedkl.errors import ConfigError, FederationError, KeyFileError
 from fedkl.federation import pool as pool_module
 from fedkl.federation import run
 from fedkl.federation import sealed as sealed_module
@@ -82,14 +82,14 @@ def test_the_mean_of_what_was_sealed(values: dict[int, float]) -> None:
 
 
 def test_sealed_text_has_a_length_of_its_own_and_repeats() -> None:
-    text = seal(layers(1.5), KEY, client=3, round_=2, examples=2**40)
+    text = seal(layers(1.5), KEY, client=3, round_=2, examples=2**39)
     assert len(text) == sealed_length(layers(0.0)) == len(base64.b64encode(base64.b64decode(text)))
-    assert text == seal(layers(1.5), KEY, client=3, round_=2, examples=2**40)
+    assert text == seal(layers(1.5), KEY, client=3, round_=2, examples=2**39)
     others = [
-        seal(layers(1.5), KEY, client=3, round_=3, examples=2**40),
-        seal(layers(1.5), KEY, client=4, round_=2, examples=2**40),
+        seal(layers(1.5), KEY, client=3, round_=3, examples=2**39),
+        seal(layers(1.5), KEY, client=4, round_=2, examples=2**39),
         seal(layers(1.5), KEY, client=3, round_=2, examples=1),
-        seal(layers(1.5), fixed_seed(5), client=3, round_=2, examples=2**40),
+        seal(layers(1.5), fixed_seed(5), client=3, round_=2, examples=2**39),
     ]
     assert len({text, *others}) == 5
     assert layers(1.5)["stem"].numpy().tobytes() not in base64.b64decode(text)
@@ -142,6 +142,33 @@ def test_layers_of_another_model_are_refused() -> None:
     like = {**layers(0.0), "stem": torch.zeros(6)}
     with pytest.raises(FederationError, match=r"client 0 .*do not fit: stem has shape"):
         unsealed(sealed_by({0: 1.0}), KEY, round_=7, like=like)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_layers_that_would_spoil_everybodys_are_refused(value: float) -> None:
+    sealed = {**sealed_by({0: 1.0}), **sealed_by({1: value})}
+    with pytest.raises(FederationError, match=r"client 1 .*do not fit: they hold NaN or infinity"):
+        unsealed(sealed, KEY, round_=7, like=layers(0.0))
+
+
+@pytest.mark.parametrize("examples", [0, 2**40, 2**64 - 1])
+def test_counts_that_no_client_has(examples: int) -> None:
+    text = seal(layers(1.0), KEY, client=1, round_=7, examples=examples)
+    for weighted in (True, False):
+        with pytest.raises(FederationError, match=rf"client 1 .*claims {examples} examples"):
+            unsealed({"1": text}, KEY, round_=7, like=layers(0.0), weighted=weighted)
+
+
+def test_a_key_that_can_be_guessed_seals_nothing(tmp_path: Path) -> None:
+    """What is encrypted under it is in the checkpoints, which are nobody's secret."""
+    (tmp_path / "keys").mkdir()
+    fixed_key(-1).save(tmp_path / "keys" / "group.key")
+    wanted = sealing("channel")
+    with pytest.raises(KeyFileError, match=r"group.key is an imported vector.*keygen") as caught:
+        run(wanted, tmp_path, bundle=digits())
+    assert "\n" not in str(caught.value)
+    keeping = dataclasses.replace(wanted.federation, seal_private=False)
+    Session(dataclasses.replace(wanted, federation=keeping), tmp_path, digits())
 
 
 def by_hand(wanted: Any, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -6,7 +6,11 @@ and the same network, of which the server has the layers in the middle.
 
 Encrypted with AES-SIV (RFC 5297), bound to client and round: the server can neither read nor alter
 them, nor hand on those of another round. It is deterministic, so a round that is asked for again
-gives the same bytes and nothing more. It can leave some of them out, as if clients were absent.
+gives the same bytes and nothing more.
+
+What it can do: leave some of them out, as if clients were absent, and for each client others; and
+choose, where a client has answered a round twice (which no pad does), between its answers. Nothing
+names the run: of two runs with one key each opens what was sealed in the other.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -23,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedkl.errors import FederationError
+from fedkl.errors import FederationError, KeyFileError
 from fedkl.federation.aggregate import aggregate
 from fedkl.federation.client import Update, without_lock
 from fedkl.federation.store import ClientState
@@ -34,6 +39,21 @@ _LAYER: Final = "sealed private layers"  # names the key stream
 _KEY_BYTES: Final = 64  # AES-256-SIV takes two keys
 _COUNT_BYTES: Final = 8
 _TAG_BYTES: Final = 16
+_MOST: Final = 2**40  # examples; more of them nobody has
+
+
+def check_random(key: Key, path: Path) -> None:
+    """Raises unless ``key``, of the file ``path``, is a random one, which nobody can guess.
+
+    Raises:
+        KeyFileError: It is an imported vector.
+    """
+    if key.kind == "vector":
+        raise KeyFileError(
+            f"{path} is an imported vector, and with --seal-private checkpoints and the server "
+            "have what is encrypted under it, on which whoever can list the candidates can try "
+            "them; put a random key there, made with 'fedkl keygen', or leave --seal-private out."
+        )
 
 
 def seal(
@@ -150,7 +170,12 @@ def _opened(text: str, key: Key, client: int, round_: int, like: Mapping[str, Te
             "cannot be opened: they were sealed with another key or in another round, or altered "
             "on the way. Give all clients the same group key; if they have it, distrust the server."
         ) from error
-    if problems := state_problems(like, tensors):
+    problems = state_problems(like, tensors)
+    if not 0 < examples < _MOST:
+        problems.append(f"it claims {examples} examples")
+    if not problems and not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+        problems.append("they hold NaN or infinity")
+    if problems:
         raise FederationError(
             f"the private layers that client {client} sealed in round {round_} do not fit: "
             f"{'; '.join(problems)}. Run the same model and the same fedkl on all clients."

@@ -32,7 +32,7 @@ from fedkl.federation.renewal import (
     raised,
     withheld,
 )
-from fedkl.federation.sealed import Opener, seal
+from fedkl.federation.sealed import Opener, check_random, seal
 from fedkl.federation.store import ClientState, ClientStore
 from fedkl.key import Key
 from fedkl.locking import LockSpec, Pad, is_locked, lock_spec
@@ -58,8 +58,10 @@ class Session:
         self.parts = _parts(config, self.bundle)
         defense = make_defense(config.defense)
         self.store = ClientStore(folder, keyed=defense.keyed, one=config.defense.one_key)
-        if self.store.one:
-            self.store.group()  # made here, before workers could each make one
+        if self.store.one:  # made here, before workers could each make one
+            whole = self.store.group()
+            if self.seals:
+                check_random(whole, self.store.keys / "group.key")
         plain = build(
             config.model.name,
             num_classes=self.bundle.num_classes,
@@ -146,13 +148,8 @@ class Session:
         return Result(job, facts, update.tensors)
 
     def _sealed(self, update: Update, private: Mapping[str, Tensor]) -> str:
-        return seal(
-            private,
-            self.store.group(),
-            client=update.client,
-            round_=update.round,
-            examples=update.examples,
-        )
+        of = {"client": update.client, "round_": update.round, "examples": update.examples}
+        return seal(private, self.store.group(), **of)
 
     def _verdict(self, job: Job, state: ClientState) -> tuple[Verdict, int]:
         """Whether the client draws another pad before the round, and the epoch of what it has."""
