@@ -21,6 +21,7 @@ from fedkl.errors import ConfigError, FederationError, KeyFileError
 from fedkl.federation import pool as pool_module
 from fedkl.federation import run
 from fedkl.federation import sealed as sealed_module
+from fedkl.federation import session as session_module
 from fedkl.federation.checkpoint import Checkpoint, Checkpoints
 from fedkl.federation.client import ClientTask, client_update
 from fedkl.federation.jobs import Job
@@ -186,9 +187,10 @@ def by_hand(wanted: Any, folder: Path) -> tuple[dict[str, Tensor], dict[str, Ten
             got = client_update(space, shared, task, generator)
             for part, state in (("shared", got.update.tensors), ("private", got.private)):
                 for name, tensor in state.items():
-                    old, wide = sums[part].get(name, 0), tensor.double() * len(rows)
+                    weight = len(rows) if wanted.federation.weighted else 1
+                    old, wide = sums[part].get(name, 0), tensor.double() * weight
                     sums[part][name] = wide + old if tensor.is_floating_point() else tensor.clone()
-        total = sum(map(len, parts))
+        total = sum(map(len, parts)) if wanted.federation.weighted else len(parts)
 
         def mean(part: dict[str, Tensor], like: dict[str, Tensor], total: int) -> dict[str, Tensor]:
             floats = {n: (t / total).to(like[n].dtype) for n, t in part.items() if n in like}
@@ -200,9 +202,9 @@ def by_hand(wanted: Any, folder: Path) -> tuple[dict[str, Tensor], dict[str, Ten
     return shared, private
 
 
-@pytest.mark.parametrize("defense", ["pad", "channel"])
-def test_all_train_one_network(defense: str, tmp_path: Path) -> None:
-    wanted = sealing(defense)
+@pytest.mark.parametrize("defense, weighted", [("pad", True), ("channel", True), ("pad", False)])
+def test_all_train_one_network(defense: str, weighted: bool, tmp_path: Path) -> None:
+    wanted = sealing(defense, federation={"weighted": weighted})
     result = run(wanted, placed(tmp_path / "run"), bundle=digits())
     shared, private = by_hand(wanted, tmp_path / "by-hand")
     floats = {n: t for n, t in result.shared.items() if t.is_floating_point()}
@@ -268,6 +270,28 @@ def test_any_number_of_workers_and_any_interruption(tmp_path: Path) -> None:
         run(wanted, cut, bundle=digits(), on_event=stop)
     run(wanted, cut, bundle=digits(), resume=True)
     assert_outcome(outcome(cut), outcome(whole))
+
+
+def test_of_a_client_that_was_refused_nothing_is_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its private layers may be finite, but belong to an update that is in no mean."""
+    update = session_module.client_update
+
+    def broken(space: Any, shared: Any, task: Any, generator: Any) -> Any:
+        found = update(space, shared, task, generator)
+        if task.client != 1 or task.round != 2:
+            return found
+        tensors = {n: t * float("nan") for n, t in found.update.tensors.items()}
+        spoilt = dataclasses.replace(found.update, tensors=tensors)
+        return dataclasses.replace(found, update=spoilt)
+
+    monkeypatch.setattr(session_module, "client_update", broken)
+    result = run(sealing(federation={"rounds": 2}), placed(tmp_path), bundle=digits())
+    assert result.counts["refused"] == 1
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert set(checkpoints.load(1).facts["sealed"]) == {"0", "1", "2"}
+    assert set(checkpoints.load(2).facts["sealed"]) == {"0", "2"}
 
 
 def test_workers_get_what_was_sealed_once_a_round(

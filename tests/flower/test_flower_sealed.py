@@ -232,3 +232,15 @@ def test_no_noise_is_on_what_is_sealed(dp: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"seal_private with flower.dp '{dp}'"):
         serve(loopback(SEALING, flower), SEALING, flower)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("dp", ["local", "server"])
+def test_a_client_sees_to_that_itself(dp: str, tmp_path: Path) -> None:
+    """The server is whom the noise is against."""
+    flower = FlowerConfig(folder=str(group_in(tmp_path / "run")), dp=dp)
+    grid = loopback(SEALING, flower)
+    shared = Session(SEALING, tmp_path / "server", None).initial()
+    reply = asked(grid, flower, shared, Job("train", 0, 1))
+    assert reply.has_error()
+    assert f"seal_private with flower.dp '{dp}'" in reply.error.reason
+    assert not (tmp_path / "run" / "clients").exists()
