@@ -53,7 +53,8 @@ def test_the_same_bits_as_in_one_process(tmp_path: Path) -> None:
     grid = loopback(SEALING, flower, folders=lambda n: group_in(tmp_path / f"node-{n}"))
     one, two = run(SEALING, here, bundle=None), serve(grid, SEALING, flower)
     assert_same(one.shared, two.shared)
-    assert one.accuracy.own_per_client == two.accuracy.own_per_client
+    assert one.accuracy.other_client is not None
+    assert one.accuracy == two.accuracy  # a node has nobody else's lock but the mean
     assert sealed_at(here) == sealed_at(there)
     # The server has passed all of it on, and none of it in the clear.
     secret = [
@@ -166,6 +167,28 @@ def test_a_server_cannot_choose_what_clients_go_on_from(tmp_path: Path) -> None:
     assert "again with another global state" in other.error.reason
     old = asked(grid, flower, shared, Job("train", 0, 3, sealed=sealed))
     assert "cannot be opened" in old.error.reason
+
+
+def test_a_channel_lock_that_diverged_sends_nothing(tmp_path: Path) -> None:
+    """As a pad does: its layers in the middle have no private ones beside them."""
+    settings = dataclasses.replace(SEALING.defense, name="channel")
+    wanted = dataclasses.replace(SEALING, defense=settings)
+    flower = FlowerConfig(folder=str(group_in(tmp_path / "run")))
+    grid = loopback(wanted, flower)
+    shared = Session(wanted, tmp_path / "server", None).initial()
+    good = asked(grid, flower, shared, Job("train", 0, 1), wanted)
+    assert len(str(good.content[CONFIG][SEALED])) > 1000
+    broken = {n: t * float("inf") if t.is_floating_point() else t for n, t in shared.items()}
+    reply = asked(grid, flower, broken, Job("train", 1, 1), wanted)
+    assert reply.has_error()
+    assert "client 1: training diverged in round 1" in reply.error.reason
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedmedian"])
+def test_strategies_leave_what_is_sealed_alone(strategy: str, tmp_path: Path) -> None:
+    flower = FlowerConfig(folder=str(group_in(tmp_path / "run")), strategy=strategy)
+    serve(loopback(SEALING, flower), SEALING, flower)
+    assert set(sealed_at(tmp_path / "run")) == {"0", "1", "2"}
 
 
 def test_no_second_answer_once_the_state_before_is_gone(tmp_path: Path) -> None:
