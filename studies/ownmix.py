@@ -47,6 +47,8 @@ def on_own_mix(config: Any, folder: Path, shared: Any, bundle: Any = None) -> li
     from fedkl.federation.session import Session
 
     session = Session(config, folder, bundle)
+    latest, _ = Checkpoints(folder / "checkpoints").latest()
+    sealed = {} if latest is None else latest.facts.get("sealed") or {}
     space, test = session.workspace, session.bundle.test
     latest, _ = Checkpoints(folder / "checkpoints").latest()
     sealed = {} if latest is None else latest.facts.get("sealed") or {}

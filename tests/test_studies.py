@@ -232,6 +232,39 @@ def test_a_cell_of_thieves_loads_its_data_once(
     assert len(loaded) == 1
 
 
+def test_own_mixes_are_of_what_clients_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they seal their private layers, that is the mean, not what each kept."""
+    from ownmix import on_own_mix
+
+    from fedkl.federation import config_from, run
+    from fedkl.federation.checkpoint import Checkpoints
+    from fedkl.federation.client import Workspace
+    from fedkl.federation.session import Session
+
+    config = config_from(
+        {
+            "data": {"dataset": "digits", "image_size": 16, "channels": 1, "samples": 40},
+            "model": {"name": "lenet"},
+            "defense": {"name": "pad", "one_key": True},
+            "federation": {"clients": 2, "rounds": 1, "seal_private": True},
+            "evaluation": {"every": 0, "images": 20, "wrong_keys": 1},
+        }
+    )
+    result = run(config, tmp_path)
+    latest, _ = Checkpoints(tmp_path / "checkpoints").latest()
+    assert latest is not None
+    mean = Session(config, tmp_path).state(0, after=1, sealed=latest.facts["sealed"]).private
+    assert mean is not None
+    entered: list[Any] = []
+    enter = Workspace.enter
+    monkeypatch.setattr(Workspace, "enter", lambda *a: entered.append(a[3]) or enter(*a))
+    assert len(on_own_mix(config, tmp_path, result.shared)) == 2
+    assert len(entered) == 2
+    assert all(private[n].equal(mean[n]) for private in entered for n in mean)
+
+
 def test_pictures_show_the_committed_figures() -> None:
     import json
     import statistics

@@ -95,6 +95,13 @@ def test_one_key_for_all_is_against_the_server_alone(defense: str, said: int) ->
     one = caveats(replace(audit, run=replace(audit.run, defense=lock)), {}, 10)
     assert len(one) - len(own) == said
     assert f"{defense}: all clients hold one key" * said in "".join(one)
+    assert ("which know what that client has learned besides" in "".join(one)) == bool(said)
+    sealing = replace(audit.run.federation, seal_private=True)
+    sealed = caveats(
+        replace(audit, run=replace(audit.run, defense=lock, federation=sealing)), {}, 10
+    )
+    assert ("it has the private layers as well" in "".join(sealed)) == bool(said)
+    assert "learned besides" not in "".join(sealed)
 
 
 @pytest.mark.parametrize(

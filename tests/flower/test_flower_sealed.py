@@ -14,7 +14,7 @@ from flowhelp import loopback, serve
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedkl.errors import ConfigError, UpdateError
-from fedkl.federation import run
+from fedkl.federation import RunConfig, run
 from fedkl.federation.checkpoint import Checkpoints
 from fedkl.federation.jobs import Job
 from fedkl.federation.sealed import sealed_length
@@ -53,7 +53,8 @@ def test_the_same_bits_as_in_one_process(tmp_path: Path) -> None:
     grid = loopback(SEALING, flower, folders=lambda n: group_in(tmp_path / f"node-{n}"))
     one, two = run(SEALING, here, bundle=None), serve(grid, SEALING, flower)
     assert_same(one.shared, two.shared)
-    assert one.accuracy.own_per_client == two.accuracy.own_per_client
+    assert one.accuracy.other_client is not None
+    assert one.accuracy == two.accuracy  # a node has nobody else's lock but the mean
     assert sealed_at(here) == sealed_at(there)
     # The server has passed all of it on, and none of it in the clear.
     secret = [
@@ -88,6 +89,27 @@ def test_secure_aggregation_beside_it(tmp_path: Path) -> None:
     assert set(sealed_at(there)) == {"0", "1", "2"}
 
 
+def test_secure_aggregation_goes_on_without_what_one_client_sealed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    federation = dataclasses.replace(SEALING.federation, rounds=1)
+    wanted = dataclasses.replace(SEALING, federation=federation)
+    flower = FlowerConfig(folder=str(group_in(tmp_path / "run")), secagg=True, retries=0)
+    grid = loopback(wanted, flower)
+
+    def tamper(node: int, reply: Message) -> Message | None:
+        for record in [] if reply.has_error() else reply.content.config_records.values():
+            for name in [n for n in record if node == 999 and n.endswith(SEALED)]:
+                record[name] = "AAAA"
+        return None
+
+    grid.tamper = tamper
+    serve(grid, wanted, flower)
+    assert set(sealed_at(tmp_path / "run")) == {"0", "2"}
+    (said,) = [r.getMessage() for r in caplog.records if "got 4 characters" in r.getMessage()]
+    assert said.startswith("client 1, round 1: sealed private layers")
+
+
 def test_a_server_that_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     flower = FlowerConfig(folder=str(group_in(tmp_path / "run")))
 
@@ -104,8 +126,10 @@ def test_a_server_that_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert_same(run(SEALING, group_in(tmp_path / "here")).shared, two.shared)
 
 
-def asked(grid: Any, flower: FlowerConfig, shared: Any, job: Job) -> Message:
-    facts = {"protocol": PROTOCOL, "settings": digest(SEALING, flower), "packed": False}
+def asked(
+    grid: Any, flower: FlowerConfig, shared: Any, job: Job, config: RunConfig = SEALING
+) -> Message:
+    facts = {"protocol": PROTOCOL, "settings": digest(config, flower), "packed": False}
     content = RecordDict(
         {ARRAYS: encoded(shared), CONFIG: ConfigRecord({**facts, "job": job_text(job)})}
     )
@@ -132,10 +156,10 @@ def test_a_server_cannot_choose_what_clients_go_on_from(tmp_path: Path) -> None:
         assert reply.has_error()
         assert said in reply.error.reason
         assert "\n" not in reply.error.reason
-    good = asked(grid, flower, shared, Job("train", 0, 2, sealed=sealed))
+    good = asked(grid, flower, shared, Job("train", 0, 2, keep=[1], sealed=sealed))
     assert not good.has_error()
     assert len(str(good.content[CONFIG][SEALED])) == length
-    again = asked(grid, flower, shared, Job("train", 0, 2, sealed=sealed))
+    again = asked(grid, flower, shared, Job("train", 0, 2, keep=[1], sealed=sealed))
     assert again.content[CONFIG][SEALED] == good.content[CONFIG][SEALED]
     # One client's alone would have its answer to the same question a second time.
     other = asked(grid, flower, shared, Job("train", 0, 2, sealed={"1": sealed["1"]}))
@@ -143,6 +167,48 @@ def test_a_server_cannot_choose_what_clients_go_on_from(tmp_path: Path) -> None:
     assert "again with another global state" in other.error.reason
     old = asked(grid, flower, shared, Job("train", 0, 3, sealed=sealed))
     assert "cannot be opened" in old.error.reason
+
+
+def test_a_channel_lock_that_diverged_sends_nothing(tmp_path: Path) -> None:
+    """As a pad does: its layers in the middle have no private ones beside them."""
+    settings = dataclasses.replace(SEALING.defense, name="channel")
+    wanted = dataclasses.replace(SEALING, defense=settings)
+    flower = FlowerConfig(folder=str(group_in(tmp_path / "run")))
+    grid = loopback(wanted, flower)
+    shared = Session(wanted, tmp_path / "server", None).initial()
+    good = asked(grid, flower, shared, Job("train", 0, 1), wanted)
+    assert len(str(good.content[CONFIG][SEALED])) > 1000
+    broken = {n: t * float("inf") if t.is_floating_point() else t for n, t in shared.items()}
+    reply = asked(grid, flower, broken, Job("train", 1, 1), wanted)
+    assert reply.has_error()
+    assert "client 1: training diverged in round 1" in reply.error.reason
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedmedian"])
+def test_strategies_leave_what_is_sealed_alone(strategy: str, tmp_path: Path) -> None:
+    flower = FlowerConfig(folder=str(group_in(tmp_path / "run")), strategy=strategy)
+    serve(loopback(SEALING, flower), SEALING, flower)
+    assert set(sealed_at(tmp_path / "run")) == {"0", "1", "2"}
+
+
+def test_no_second_answer_once_the_state_before_is_gone(tmp_path: Path) -> None:
+    """The layers of the middle would be the same, but not momentum and the count of the pad."""
+    training = dataclasses.replace(SEALING.training, keep_momentum=True)
+    wanted = dataclasses.replace(SEALING, training=training)
+    flower = FlowerConfig(folder=str(group_in(tmp_path / "run")))
+    grid = loopback(wanted, flower)
+    shared = Session(wanted, tmp_path / "server", None).initial()
+    first = asked(grid, flower, shared, Job("train", 0, 1), wanted)
+    sealed = {"0": str(first.content[CONFIG][SEALED])}
+    job = Job("train", 0, 2, sealed=sealed)  # keep=[]: nothing of the round before
+    assert not asked(grid, flower, shared, job, wanted).has_error()
+    store = ClientStore(tmp_path / "run", keyed=True, one=True)
+    assert store.rounds(0) == [2]
+    spent = store.load(0, before=3).spent
+    again = asked(grid, flower, shared, job, wanted)
+    assert again.has_error()
+    assert "would be answered from the private state after round 0" in again.error.reason
+    assert store.load(0, before=3).spent == spent
 
 
 @pytest.mark.parametrize("text", [None, "", "AAAA", 7])
@@ -189,3 +255,15 @@ def test_no_noise_is_on_what_is_sealed(dp: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"seal_private with flower.dp '{dp}'"):
         serve(loopback(SEALING, flower), SEALING, flower)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("dp", ["local", "server"])
+def test_a_client_sees_to_that_itself(dp: str, tmp_path: Path) -> None:
+    """The server is whom the noise is against."""
+    flower = FlowerConfig(folder=str(group_in(tmp_path / "run")), dp=dp)
+    grid = loopback(SEALING, flower)
+    shared = Session(SEALING, tmp_path / "server", None).initial()
+    reply = asked(grid, flower, shared, Job("train", 0, 1))
+    assert reply.has_error()
+    assert f"seal_private with flower.dp '{dp}'" in reply.error.reason
+    assert not (tmp_path / "run" / "clients").exists()

@@ -50,13 +50,22 @@ def caveats(
     if audit.run.defense.one_key and (one := [d for d in audit.judged if _keyed(d)]):
         found.append(
             f"{', '.join(one)}: all clients hold one key (--one-key), so this is about the server "
-            "alone: a client that sees another's update reads nearly as much of it as the rows "
-            "holding the key, which know what that client has learned besides."
+            f"alone: a client that sees another's update reads {_as_much(audit)}."
         )
     pads = _with("pad", audit)
     if not pads:
         return found
     return found + (_weak_against(pads, audit) or _not_mounted(pads, skipped))
+
+
+def _as_much(audit: AuditConfig) -> str:
+    """How much of an update another client reads that holds the same key."""
+    if audit.run.federation.seal_private:
+        return "as much of it as the rows holding the key: it has the private layers as well"
+    return (
+        "nearly as much of it as the rows holding the key, which know what that client has "
+        "learned besides"
+    )
 
 
 def _with(lock: str, audit: AuditConfig) -> list[str]:

@@ -196,7 +196,8 @@ def _got(need: Need, config: RunConfig, defenses: Sequence[str]) -> str:
     section, _, name = need.path.rpartition(".")
     value = getattr(getattr(config, section), name)
     (flag,) = (s.flag for s in SETTINGS if s.path == need.path)
-    return f"{flag} {value}"
+    yes, _, no = flag.partition("/")
+    return (yes if value else no) if no else f"{flag} {value}"
 
 
 def _spelled_out(data: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

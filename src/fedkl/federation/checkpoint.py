@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from fedkl.errors import CheckpointError
 from fedkl.files import make_folder, read_json, read_tensors, write_json, write_tensors
 
 _KEEP: Final = 2
+_BEST: Final = "best.safetensors"
+_SEALED: Final = "sealed/"  # then the client that did
 _NAME: Final = re.compile(r"round-(\d{6,})\.json")
 
 
@@ -72,14 +75,31 @@ class Checkpoints:
             self._stem(old).with_suffix(".safetensors").unlink(missing_ok=True)
 
     def save_best(self, checkpoint: Checkpoint) -> None:
-        """Keeps ``checkpoint``'s shared state as ``best.safetensors``."""
+        """Keeps ``checkpoint``'s shared state, and what was sealed, as ``best.safetensors``."""
         make_folder(self.folder)
+        # As tensors: the metadata of a file has an end at 100 MB.
+        sealed = {
+            _SEALED + client: torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)
+            for client, text in (checkpoint.facts.get("sealed") or {}).items()
+        }
         facts = {
             "round": str(checkpoint.round),
             "own_key": str(checkpoint.facts["best"]["own_key"]),
-            "sealed": json.dumps(checkpoint.facts.get("sealed") or {}),
         }
-        write_tensors(self.folder / "best.safetensors", checkpoint.shared, facts)
+        write_tensors(self.folder / _BEST, {**checkpoint.shared, **sealed}, facts)
+
+    def load_best(self) -> Checkpoint:
+        """What :meth:`save_best` kept: round, shared state, and what was sealed among the facts.
+
+        Raises:
+            CheckpointError: It is missing, truncated or edited; the message names the file.
+        """
+        shared, meta = read_tensors(self.folder / _BEST)
+        sealed = {
+            name.removeprefix(_SEALED): shared.pop(name).numpy().tobytes().decode("utf-8")
+            for name in [n for n in shared if n.startswith(_SEALED)]
+        }
+        return Checkpoint(int(meta["round"]), shared, {}, {"sealed": sealed})
 
     def load(self, round_: int) -> Checkpoint:
         """The checkpoint of one round.

@@ -319,6 +319,11 @@ class Workspace:
         return {**found, **{n: found[m].clone() for n, m in tied.items() if {n, m} <= found.keys()}}
 
 
+def without_lock(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``moments`` of an optimizer without those of the lock's own parameters."""
+    return {n: t for n, t in moments.items() if f".{LOCK_NAME}." not in n.replace(":", ".")}
+
+
 def client_update(
     workspace: Workspace,
     shared: Mapping[str, Tensor],
@@ -344,10 +349,7 @@ def client_update(
         assert task.key is not None
         workspace.renew(task.key, task.epoch, keep_learned=task.keep_learned)
         if not task.keep_learned:
-            moments = {
-                n: t for n, t in task.moments.items() if f".{LOCK_NAME}." not in n.replace(":", ".")
-            }
-            task = dataclasses.replace(task, moments=moments)
+            task = dataclasses.replace(task, moments=without_lock(task.moments))
     if task.join or task.renew:
         first = task.private is None
         steps = task.renew_steps if task.renew and not first else None

@@ -90,7 +90,9 @@ class ProcessPool(Pool):
             FedKLError: What a job raised.
         """
         todo = list(jobs)
-        state = _encode({"shared": True}, shared)
+        # What clients sealed goes to a worker once, as the state does: all jobs have the same.
+        sealed = dict(todo[0].sealed) if todo else {}
+        state = _encode({"shared": True, "sealed": sealed}, shared)
         given, out, done = 0, 0, {}
         busy: dict[Connection, list[int]] = {c: [] for c in self._connections}
         for connection in self._connections[: len(todo)]:
@@ -109,7 +111,8 @@ class ProcessPool(Pool):
         for depth in range(_AHEAD):
             for connection in self._connections[: len(todo)]:
                 if given < len(todo) and len(busy[connection]) <= depth:
-                    self._send(connection, _encode(dataclasses.asdict(todo[given]), {}))
+                    job = dataclasses.replace(todo[given], sealed={})
+                    self._send(connection, _encode(dataclasses.asdict(job), {}))
                     busy[connection].append(given)
                     given += 1
         return given
@@ -162,15 +165,16 @@ def _work(
     torch.set_num_threads(1)
     session: Session | None = None
     shared: dict[str, Tensor] = {}
+    sealed: dict[str, str] = {}
     try:
         while True:
             facts, tensors = _decode(connection.recv_bytes())
             if "shared" in facts:
-                shared = tensors
+                shared, sealed = tensors, facts["sealed"]
                 continue
             try:
                 session = session or make_session()
-                result = session.run(Job(**facts), shared)
+                result = session.run(Job(**facts | {"sealed": sealed}), shared)
                 answer = _encode(result.facts, result.tensors)
             except FedKLError as error:
                 answer = _encode({"error": type(error).__name__, "message": str(error)}, {})

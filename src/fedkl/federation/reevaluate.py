@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from fedkl.federation.evaluate import Accuracy, combine
 from fedkl.federation.folder import claimed
 from fedkl.federation.remains import check_remains
 from fedkl.federation.session import Session, check_device
-from fedkl.files import read_tensors
 
 SPLITS: Final = ("validation", "test")
 CHECKPOINTS: Final = ("last", "best")
@@ -89,16 +87,16 @@ def _state(
     Keys and private states of its clients are all there.
     """
     check_remains(folder, config)
+    checkpoints = Checkpoints(folder / "checkpoints")
     if checkpoint == "best":
-        path = folder / "checkpoints" / "best.safetensors"
-        if not path.exists() and not config.evaluation.every:
+        if not (checkpoints.folder / "best.safetensors").exists() and not config.evaluation.every:
             raise CheckpointError(
                 f"{folder} has no best checkpoint, for the run never validated (--eval-every 0); "
                 "use --checkpoint last."
             )
-        tensors, meta = read_tensors(path)
-        return int(meta["round"]), tensors, json.loads(meta.get("sealed", "{}")), []
-    latest, problems = Checkpoints(folder / "checkpoints").latest()
+        best = checkpoints.load_best()
+        return best.round, best.shared, best.facts["sealed"], []
+    latest, problems = checkpoints.latest()
     if latest is None:
         raise CheckpointError(
             f"there is no checkpoint in {folder}: its first round never ended. Continue the run "

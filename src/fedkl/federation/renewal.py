@@ -207,8 +207,8 @@ def withheld(client: int, round_: int) -> str:
     """Why a client whose training diverged sends nothing."""
     return (
         f"client {client}: training diverged in round {round_} (NaN or infinity in the private "
-        "state), expected finite numbers; nothing was sent, for a lock that cannot be kept cannot "
-        "be counted. Lower the learning rate."
+        "state), expected finite numbers; nothing was sent, for a lock that cannot be kept can be "
+        "neither counted nor handed on. Lower the learning rate."
     )
 
 

@@ -6,24 +6,32 @@ and the same network, of which the server has the layers in the middle.
 
 Encrypted with AES-SIV (RFC 5297), bound to client and round: the server can neither read nor alter
 them, nor hand on those of another round. It is deterministic, so a round that is asked for again
-gives the same bytes and nothing more. It can leave some of them out, as if clients were absent.
+gives the same bytes and nothing more.
+
+What it can do: leave some of them out, as if clients were absent, and for each client others; and
+choose, where a client has answered a round twice (which no pad does), between its answers. Nothing
+names the run: of two runs with one key each opens what was sealed in the other.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
+import torch
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedkl.errors import FederationError
+from fedkl.errors import FederationError, KeyFileError
 from fedkl.federation.aggregate import aggregate
-from fedkl.federation.client import Update
+from fedkl.federation.client import Update, without_lock
+from fedkl.federation.store import ClientState
 from fedkl.key import Key
 from fedkl.locking import state_problems
 
@@ -31,6 +39,21 @@ _LAYER: Final = "sealed private layers"  # names the key stream
 _KEY_BYTES: Final = 64  # AES-256-SIV takes two keys
 _COUNT_BYTES: Final = 8
 _TAG_BYTES: Final = 16
+_MOST: Final = 2**40  # examples; more of them nobody has
+
+
+def check_random(key: Key, path: Path) -> None:
+    """Raises unless ``key``, of the file ``path``, is a random one, which nobody can guess.
+
+    Raises:
+        KeyFileError: It is an imported vector.
+    """
+    if key.kind == "vector":
+        raise KeyFileError(
+            f"{path} is an imported vector, and with --seal-private checkpoints and the server "
+            "have what is encrypted under it, on which whoever can list the candidates can try "
+            "them; put a random key there, made with 'fedkl keygen', or leave --seal-private out."
+        )
 
 
 def seal(
@@ -58,6 +81,57 @@ def sealed_length(private: Mapping[str, Tensor]) -> int:
     return 4 * -(-size // 3)
 
 
+class Opener:
+    """Opens what clients sealed in a round, once for all who go on from it.
+
+    Args:
+        like: Names, shapes and dtypes that private layers have.
+        weighted: As of :func:`unsealed`.
+        keep_learned: Whether what was learned on top of a pad outlives it.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], *, weighted: bool, keep_learned: bool) -> None:
+        self._like = like
+        self._weighted = weighted
+        self._keep_learned = keep_learned
+        self._last: tuple[object, dict[str, Tensor]] | None = None
+
+    def going_on(
+        self, client: int, own: ClientState, key: Key, *, after: int, sealed: Mapping[str, str]
+    ) -> ClientState:
+        """What a client has after round ``after``: the mean, and what else is its own.
+
+        Args:
+            client: Its number.
+            own: Its own state, of that round or of one before.
+            key: That all clients have.
+            after: The round.
+            sealed: What clients sealed in it.
+
+        Raises:
+            FederationError: There is nothing, or as of :func:`unsealed`.
+        """
+        if not sealed:
+            raise FederationError(
+                f"client {client} got none of the private layers that clients sealed in round "
+                f"{after}, without which it would go on alone; the server has lost them, or keeps "
+                "them back. Go on from the server's last checkpoint."
+            )
+        found = dataclasses.replace(own, round=after, private=self._mean(key, after, sealed))
+        if found.epoch == own.epoch:
+            return found
+        # The others renewed the pad while it was away: what it counted was of the one before.
+        moments = own.moments if self._keep_learned else without_lock(own.moments)
+        return dataclasses.replace(found, spent=0, moments=moments)
+
+    def _mean(self, key: Key, after: int, sealed: Mapping[str, str]) -> dict[str, Tensor]:
+        asked = (key, after, dict(sealed))
+        if self._last is None or self._last[0] != asked:
+            like, weighted = self._like, self._weighted
+            self._last = asked, unsealed(sealed, key, round_=after, like=like, weighted=weighted)
+        return self._last[1]
+
+
 def unsealed(
     sealed: Mapping[str, str],
     key: Key,
@@ -79,8 +153,9 @@ def unsealed(
         FederationError: Something is not what a client with this key sealed in that round, or is
             of another model.
     """
-    opened = [_opened(text, key, int(c), round_, like) for c, text in sorted(sealed.items())]
-    return aggregate(sorted(opened, key=lambda update: update.client), weighted=weighted)
+    texts = sorted((int(client), text) for client, text in sealed.items())
+    opened = (_opened(text, key, client, round_, like) for client, text in texts)
+    return aggregate(opened, weighted=weighted)
 
 
 def _opened(text: str, key: Key, client: int, round_: int, like: Mapping[str, Tensor]) -> Update:
@@ -95,7 +170,12 @@ def _opened(text: str, key: Key, client: int, round_: int, like: Mapping[str, Te
             "cannot be opened: they were sealed with another key or in another round, or altered "
             "on the way. Give all clients the same group key; if they have it, distrust the server."
         ) from error
-    if problems := state_problems(like, tensors):
+    problems = state_problems(like, tensors)
+    if not 0 < examples < _MOST:
+        problems.append(f"it claims {examples} examples")
+    if not problems and not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+        problems.append("they hold NaN or infinity")
+    if problems:
         raise FederationError(
             f"the private layers that client {client} sealed in round {round_} do not fit: "
             f"{'; '.join(problems)}. Run the same model and the same fedkl on all clients."
@@ -104,7 +184,9 @@ def _opened(text: str, key: Key, client: int, round_: int, like: Mapping[str, Te
 
 
 def _packed(private: Mapping[str, Tensor]) -> bytes:
-    return save({name: t.detach().cpu().contiguous() for name, t in private.items()})
+    # Copies: tied layers are one tensor under two names, which safetensors does not store.
+    whole = torch.contiguous_format
+    return save({n: t.detach().cpu().clone(memory_format=whole) for n, t in private.items()})
 
 
 def _cipher(key: Key) -> AESSIV:

@@ -7,14 +7,14 @@ import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from fedkl.data import DataBundle, load, partition
 from fedkl.defenses import Composed, Defense, LockDefense, make_defense
-from fedkl.errors import ConfigError, FederationError, KeyFileError
+from fedkl.errors import ConfigError, KeyFileError
 from fedkl.federation.client import ClientTask, Update, Workspace, client_update
 from fedkl.federation.config import RunConfig
 from fedkl.federation.evaluate import Exam, examine
@@ -32,13 +32,14 @@ from fedkl.federation.renewal import (
     raised,
     withheld,
 )
-from fedkl.federation.sealed import seal, unsealed
+from fedkl.federation.sealed import Opener, check_random, seal
 from fedkl.federation.store import ClientState, ClientStore
 from fedkl.key import Key
 from fedkl.locking import LockSpec, Pad, is_locked, lock_spec
 from fedkl.models import build
 from fedkl.rng import derive
 
+_Lock = tuple[Key | None, Mapping[str, Tensor]]
 SETTLE_RATE: Final = 0.1  # of the learning rate, for a client's private part after the last round
 
 
@@ -57,8 +58,10 @@ class Session:
         self.parts = _parts(config, self.bundle)
         defense = make_defense(config.defense)
         self.store = ClientStore(folder, keyed=defense.keyed, one=config.defense.one_key)
-        if self.store.one:
-            self.store.group()  # made here, before workers could each make one
+        if self.store.one:  # made here, before workers could each make one
+            whole = self.store.group()
+            if self.seals:
+                check_random(whole, self.store.keys / "group.key")
         plain = build(
             config.model.name,
             num_classes=self.bundle.num_classes,
@@ -132,26 +135,21 @@ class Session:
         if keep:
             self.store.save(job.client, kept, keep=job.keep)
         update = result.update
-        facts = {"kind": update.kind, "examples": update.examples, "loss": result.loss}
-        facts |= {"kept": keep}
-        if self.padded and not keep:
+        told = {"kind": update.kind, "examples": update.examples, "loss": result.loss}
+        facts: dict[str, Any] = {**told, "kept": keep}
+        if (self.padded or self.seals) and not keep:
             # Its next try has the pad and the count of before: nothing may have left under them.
             facts |= {"renewed": False, "spent": state.spent}
             return Result(job, facts | {"withheld": withheld(job.client, job.round)}, {})
         if self.padded:
             facts |= {"renewed": verdict.renew, "spent": spent, "note": verdict.note}
-        if keep and config.federation.seal_private:
+        if self.seals:
             facts |= {"sealed": self._sealed(update, result.private)}
         return Result(job, facts, update.tensors)
 
     def _sealed(self, update: Update, private: Mapping[str, Tensor]) -> str:
-        return seal(
-            private,
-            self.store.group(),
-            client=update.client,
-            round_=update.round,
-            examples=update.examples,
-        )
+        of = {"client": update.client, "round_": update.round, "examples": update.examples}
+        return seal(private, self.store.group(), **of)
 
     def _verdict(self, job: Job, state: ClientState) -> tuple[Verdict, int]:
         """Whether the client draws another pad before the round, and the epoch of what it has."""
@@ -178,15 +176,15 @@ class Session:
         """How :meth:`run` would begin a ``train`` job, which changes nothing yet.
 
         Returns:
-            The round of the private state that it starts from (0: none), and the epoch of the pad
+            The round of its own private state, as it starts (0: none), and the epoch of the pad
             that it trains under (0 for other locks).
 
         Raises:
             FederationError: The client's budget does not cover the round (``on_spent`` ``error``).
             CheckpointError, KeyFileError: As :meth:`fedkl.federation.store.ClientStore.load`.
         """
-        state = self._start(job, after=job.round - 1)
-        return state.round, self._verdict(job, state)[1]
+        own = self._state(job.client, before=job.round)  # its count and momentum, not the mean
+        return own.round, self._verdict(job, self._start(job, after=job.round - 1))[1]
 
     def _ahead(self, client: int) -> int:
         method = self.config.federation.method
@@ -254,23 +252,20 @@ class Session:
             CheckpointError, KeyFileError: As :meth:`fedkl.federation.store.ClientStore.load`.
             FederationError: They are missing, or not what clients with this key sealed then.
         """
-        state, federation = self._state(client, before=after + 1), self.config.federation
-        if not federation.seal_private or after == 0:
-            return state
-        if not sealed:
-            raise FederationError(
-                f"client {client} got none of the private layers that clients sealed in round "
-                f"{after}, without which it would go on alone; the server has lost them, or keeps "
-                "them back. Go on from the server's last checkpoint."
-            )
-        mean = unsealed(
-            sealed,
-            self.store.group(),
-            round_=after,
-            like=self.workspace.private,
-            weighted=federation.weighted,
-        )
-        return dataclasses.replace(state, round=after, private=mean)
+        own = self._state(client, before=after + 1)
+        if not self.seals or after == 0:
+            return own
+        return self._opener.going_on(client, own, self.store.group(), after=after, sealed=sealed)
+
+    @property
+    def seals(self) -> bool:
+        """Whether clients send each other their private layers; without a key they have none."""
+        return self.config.federation.seal_private and self.store.one
+
+    @cached_property
+    def _opener(self) -> Opener:
+        weighted, learned = self.config.federation.weighted, self.config.renewal.keep_learned
+        return Opener(self.workspace.private, weighted=weighted, keep_learned=learned)
 
     def _state(self, client: int, *, before: int) -> ClientState:
         if not (self.workspace.private or self.workspace.training.keep_momentum):
@@ -295,7 +290,7 @@ class Session:
             self.workspace,
             self._exam(job.split),
             key,
-            self._others(job.client, job.round),
+            self._others(job, state),
             self.parts[job.client][: self.config.evaluation.calibration_images],
         )
         return Result(job, dataclasses.asdict(found), {})
@@ -303,23 +298,25 @@ class Session:
     def _settle(self, job: Job, shared: Mapping[str, Tensor]) -> None:
         """A few slow lock-only steps, after the aggregation and before the model is used."""
         config, mine = self.config, self.parts[job.client]
-        if config.federation.method == "centralized" or config.federation.seal_private:
+        if config.federation.method == "centralized" or self.seals:
             return  # all has been averaged alike, or nothing
         epoch = math.ceil(len(mine) / config.training.batch_size)
         steps = min(config.federation.settle_steps, epoch)
         generator = derive(config.seed, "settle", job.client, job.round)
         self.workspace.join(shared, mine, generator, SETTLE_RATE * config.training.lr, steps=steps)
 
-    def _others(self, client: int, round_: int) -> list[tuple[Key | None, Mapping[str, Tensor]]]:
+    def _others(self, job: Job, mine: ClientState) -> list[_Lock]:
         if not self.workspace.private:
             return []
-        others: list[tuple[Key | None, Mapping[str, Tensor]]] = []
+        if self.seals and job.round > 0 and mine.private is not None:  # all go on from one mean
+            return [(self.store.group(), mine.private)] if len(self.parts) > 1 else []
+        others: list[_Lock] = []
         for step in range(1, len(self.parts)):
             if len(others) == self.config.evaluation.clients:
                 break
-            other = (client + step) % len(self.parts)
+            other = (job.client + step) % len(self.parts)
             try:
-                state = self._state(other, before=round_ + 1)
+                state = self._state(other, before=job.round + 1)
             except KeyFileError:  # which its own jobs say; it has no lock that opens anything
                 continue
             if state.private is not None:

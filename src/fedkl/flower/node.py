@@ -97,13 +97,13 @@ class Node:
         Raises:
             FederationError: A pad would answer another question under a round that was answered
                 already, or one of before the last (:class:`fedkl.flower.answers.Answers`).
-            UpdateError: Training with a pad diverged.
+            UpdateError: Training diverged, with a pad or with private layers that go to others.
             FedKLError: As :meth:`fedkl.federation.session.Session.run`.
         """
         with one_thread(), self._proximal(proximal):
             if job.kind == "train" and self.session.padded:
                 return self._once(job, shared, proximal)
-            return self.session.run(job, shared)
+            return _sendable(self.session.run(job, shared))
 
     def _once(self, job: Job, shared: Mapping[str, Tensor], proximal: float) -> Result:
         """A pad answers a question once, or the same again; on record before it leaves."""
@@ -115,9 +115,7 @@ class Node:
             answers.check_question(job.round, asked)
             base, epoch = self.session.outlook(job)
             answers.check_pad(job.round, base, epoch)
-            result = self.session.run(job, shared)
-            if "withheld" in result.facts:
-                raise UpdateError(result.facts["withheld"])
+            result = _sendable(self.session.run(job, shared))
             answers.add(job.round, Answer(asked, base, epoch, result.facts["spent"]))
         return result
 
@@ -136,6 +134,12 @@ class Node:
             yield
         finally:
             space.defense = plain
+
+
+def _sendable(result: Result) -> Result:
+    if "withheld" in result.facts:
+        raise UpdateError(result.facts["withheld"])
+    return result
 
 
 class Proximal(Defense):

@@ -59,8 +59,7 @@ class GridPool(Pool):
         self.combiner = combiner
         self.settings = digest(session.config, flower)
         self.packed = flower.packed or combiner is not None
-        space, seals = session.workspace, session.config.federation.seal_private
-        self.sealed = sealed_length(space.private) if seals else 0
+        self.sealed = sealed_length(session.workspace.private) if session.seals else 0
         self._facts: dict[int, Mapping[str, Any]] = {}  # of a node that introduced itself
         self._refused: dict[int, float] = {}  # node -> when
         self._started = False
@@ -215,7 +214,11 @@ class GridPool(Pool):
         for node, facts in summed.facts.items():
             job = todo[by_node[node]]
             told = {"kind": facts["kind"], "examples": facts["examples"]}
-            found[job.client] = Result(job, told | sealed_in(facts, self.sealed), summed.mean)
+            try:
+                told |= sealed_in(facts, self.sealed)
+            except UpdateError as error:  # its update is in the sum, and stays there
+                log.warning("client %d, round %d: %s", job.client, job.round, error)
+            found[job.client] = Result(job, told, summed.mean)
         return found
 
     def _note_absent(self, todo: Mapping[int, Job], nodes: Mapping[int, int], job: Job) -> None:
