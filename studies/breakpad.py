@@ -28,7 +28,7 @@ replay
     compares gradients, across pads after rotations fitted to many victims (the attack "replay").
     Three federations of each network under a pad, one under the channel lock, and one of clients
     whose channel locks start apart, as pads do; three of each under a pad of one key, which all
-    clients hold: its insiders are key holders.
+    clients hold, and where they seal their private layers besides: insiders are key holders.
 replay-renewals
     The same over pads that are renewed every 16 presentations.
 renewals
@@ -52,7 +52,7 @@ from typing import Any
 
 from breakpadtables import EVERY, PARTS, PRESENTATIONS, REPLAYED, markdown
 from cells import merged, provenance, run_cells, say, write
-from padarms import LENET, ONE_KEY, ONE_SEALED, RESNET, VIT, WIDE, settings_of
+from padarms import LENET, ONE_KEY, ONE_SEALED, RESNET, SEALED_SIGNS, VIT, WIDE, settings_of
 from padtables import joined
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,7 +149,8 @@ def cells_of(part: str, victims: int) -> list[Cell]:
         kinds = [(m, "pad", PAD, 3) for m in MODELS] + [(m, "channel", CHANNEL, 1) for m in PLAIN]
         kinds += [("resnet20", "channel of own starts", OWN_STARTS, 1)]
         kinds += [(m, "pad of one key", ONE_KEY, 3) for m in NETWORKS]
-        kinds += [(m, "one key sealed", ONE_SEALED, 3) for m in NETWORKS]
+        kinds += [("lenet", "one key sealed", ONE_SEALED, 3)]
+        kinds += [("resnet20", "sealed signs", SEALED_SIGNS, 3)]
         return [
             Cell(part, f"{m}, {arm}, seed {n}", lock, 2 * victims, n, 4_000, 2, m)
             for m, arm, lock, seeds in kinds

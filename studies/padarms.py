@@ -14,6 +14,7 @@ SEALED_SIGNS = {  # of ResNet-20, on validation: 88.5 %, as above 88.3; LeNet 86
     "spread": 1.0,
     "inner_scale_law": "sign",
     "inner_spread": 0.1,
+    "lr": 0.07,
 }
 MILD = {"spread": 0.1, "scale_law": "near-one", "inner_spread": 0.1}  # signs at random all the same
 ARMS: dict[str, dict[str, Any]] = {
@@ -109,7 +110,11 @@ RENEWALS: dict[str, dict[str, Any]] = {
 
 
 def settings_of(lock: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a run under a lock, and of the federation where private layers are sealed."""
-    defense = {name: value for name, value in lock.items() if name != "seal_private"}
+    """Settings of a run under a lock; ``seal_private`` and ``lr`` are not of the defense."""
+    defense = {name: value for name, value in lock.items() if name not in ("seal_private", "lr")}
     sealed = {"federation": {"seal_private": True}} if "seal_private" in lock else {}
-    return {"defense": defense, **sealed}
+    return {
+        "defense": defense,
+        **sealed,
+        **({"training": {"lr": lock["lr"]}} if "lr" in lock else {}),
+    }

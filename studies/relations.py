@@ -26,7 +26,7 @@ from typing import Any
 from accuracy import interval
 from breakpad import ROOT, Cell, trained
 from cells import provenance, run_cells, say, table, write
-from padarms import BLOCK, ONE_KEY, ONE_SEALED
+from padarms import BLOCK, ONE_KEY, ONE_SEALED, SEALED_SIGNS
 
 FOUR = 4
 EPOCHS = 8
@@ -39,7 +39,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], int, float]] = {  # network, lock, s
     "lenet, pad of one key": ("lenet", ONE_KEY, 3, 300.0),
     "resnet20, pad of one key": ("resnet20", ONE_KEY, 3, 700.0),
     "lenet, one key sealed": ("lenet", ONE_SEALED, 3, 300.0),
-    "resnet20, one key sealed": ("resnet20", ONE_SEALED, 3, 700.0),
+    "resnet20, sealed signs": ("resnet20", SEALED_SIGNS, 3, 700.0),
     "lenet, channel": ("lenet", {"name": "channel"}, 1, 400.0),
     "lenet, fedbn": ("lenet", {"name": "fedbn"}, 1, 400.0),
     "lenet, norm": ("lenet", {"name": "norm"}, 1, 100.0),

@@ -26,7 +26,7 @@ from typing import Any
 
 from accuracy import interval
 from cells import merged, provenance, run_cells, say, table, write
-from padarms import LENET, ONE_KEY, ONE_SEALED, RESNET, VIT, settings_of
+from padarms import LENET, ONE_KEY, ONE_SEALED, RESNET, SEALED_SIGNS, VIT, settings_of
 from padtables import of_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +45,7 @@ LOCKS: dict[str, dict[str, Any]] = {
     "pad, shared head": {"name": "pad", "head": False},
     "pad of one key": ONE_KEY,
     "one key sealed": ONE_SEALED,
+    "sealed signs": SEALED_SIGNS,
     "pad, behind stage 2": {"name": "pad", "behind": "layer2"},
 }
 
@@ -72,7 +73,7 @@ PARTS: dict[str, Part] = {
     "vit": Part(merged(LENET, VIT), ALL, (0.001, 0.003, 0.01), 3, 250.0),
     "resnet20": Part(
         merged(LENET, RESNET),
-        (*ALL, "pad of one key", "one key sealed", "pad, behind stage 2"),
+        (*ALL, "pad of one key", "sealed signs", "pad, behind stage 2"),
         (0.003, 0.01),
         3,
         500.0,
