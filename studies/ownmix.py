@@ -38,24 +38,33 @@ def alone(config: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def on_own_mix(config: Any, folder: Path, shared: Any, bundle: Any = None) -> list[float]:
-    """Accuracy of each examined client on test images weighted as the labels of its own images."""
+def on_own_mix(
+    config: Any, folder: Path, shared: Any, bundle: Any = None, settle: int = 0
+) -> list[float]:
+    """Accuracy of each examined client on test images weighted as the labels of its own images.
+
+    ``settle``: after so many slow steps of its private layers on its own images.
+    """
+    import dataclasses
+
     import torch
 
     from fedkl.federation.checkpoint import Checkpoints
     from fedkl.federation.evaluate import EVAL_BATCH, reestimate
+    from fedkl.federation.jobs import Job
     from fedkl.federation.session import Session
 
-    session = Session(config, folder, bundle)
+    steps = dataclasses.replace(config.federation, settle_steps=settle)
+    session = Session(dataclasses.replace(config, federation=steps), folder, bundle)
     latest, _ = Checkpoints(folder / "checkpoints").latest()
     sealed = {} if latest is None else latest.facts.get("sealed") or {}
     space, test = session.workspace, session.bundle.test
-    latest, _ = Checkpoints(folder / "checkpoints").latest()
-    sealed = {} if latest is None else latest.facts.get("sealed") or {}
     found = []
     for client in range(min(config.evaluation.clients, len(session.parts))):
         state = session.state(client, after=config.federation.rounds, sealed=sealed)
         space.enter(shared, session.store.key(client), state.private)
+        if settle:
+            session._settle(Job("examine", client, config.federation.rounds, "test"), shared)
         own = session.parts[client]
         rows = own[: config.evaluation.calibration_images]
         if space.private:

@@ -76,6 +76,7 @@ from padtables import joined, markdown, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED = 1000
+SETTLE = 50  # steps
 ALL, ONE, SHARED = ("alone", "norm", "fedbn"), "pad of one key", "one key and head"
 
 
@@ -337,6 +338,7 @@ def work(name: str, job: tuple[Cell, str]) -> dict[str, Any]:
         "accuracy": result.accuracy.to_dict(),
         "validation": [line["accuracy"]["own_key"] for line in result.validation],
         "mixes": on_own_mix(config, folder, result.shared),
+        "settled_mixes": on_own_mix(config, folder, result.shared, settle=SETTLE),
         "seconds": round(time.process_time() - started, 1),
     }
     shutil.rmtree(folder)  # keys and private states are of no further use

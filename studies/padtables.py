@@ -16,6 +16,9 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "own_key": [a["own_key"] for a in accuracies],
         "own_mix": [statistics.fmean(r["mixes"]) for r in results],
+        "settled_mix": [
+            statistics.fmean(r["settled_mixes"]) for r in results if "settled_mixes" in r
+        ],
         "wrong_key": [a["wrong_key"] for a in accuracies if a["wrong_key"] is not None],
         "wrong_key_p95": statistics.quantiles(wrong, n=20)[-1] if len(wrong) > 1 else None,
         "outsider": [a["outsider"] for a in accuracies],
@@ -46,7 +49,8 @@ def markdown(document: dict[str, Any]) -> str:
         "# The pad: accuracy, and what the key is worth\n",
         "\n".join(about) + "\n",
         "Percent of the test set, mean ± 95 % interval over seeds (Student's t). *Own mix*: test "
-        "images weighted as each client's own labels. *alone*: no federation, every client trains "
+        "images weighted as each client's own labels; *settled*: after 50 slow steps of what is "
+        "private, on the client's own images. *alone*: no federation, every client trains "
         "by itself, as long; what a federation is worth is measured against it. *Outsider*: the "
         "global model with γ = ±1, β = 0, random stem, statistics re-estimated or not, the best. "
         "*No lock*: insiders included, who have the other clients' mean lock and stem.\n",
@@ -76,6 +80,7 @@ def _table(name: str, block: dict[str, Any]) -> str:
                 interval(figures["own_key"]),
                 versus,
                 interval(figures["own_mix"]),
+                interval(settled) if (settled := figures.get("settled_mix")) else "–",
                 of_all(figures["wrong_key"]),
                 f"{100 * p95:.1f}" if p95 is not None else "–",
                 of_all(figures["outsider"]),
@@ -84,7 +89,17 @@ def _table(name: str, block: dict[str, Any]) -> str:
                 str(len(figures["own_key"])),
             ]
         )
-    header = ["arm", "own key", "− norm", "own mix", "wrong key", "p95", "outsider", "no lock"]
+    header = [
+        "arm",
+        "own key",
+        "− norm",
+        "own mix",
+        "settled",
+        "wrong key",
+        "p95",
+        "outsider",
+        "no lock",
+    ]
     return table([*header, "validation", "seeds"], rows)
 
 

@@ -222,8 +222,6 @@ BAD: list[tuple[str, Sequence[str], Sequence[str]]] = [
      ["--keep-private does nothing", "it is for --one-key, got --own-keys;"]),
     ("seals of no key", [*TRAIN, "--defense", "fedbn", "--one-key", "--seal-private"],
      ["does nothing", "--defense channel or pad", "got --defense fedbn"]),
-    ("settling of a mean", [*KL, "--one-key", "--seal-private", "--settle-steps", "3"],
-     ["--settle-steps does nothing", "runs without --seal-private, got --seal-private;"]),
     ("stagger of nothing", [*KL, "--stagger"], ["--stagger", "--renew-every 1 or more"]),
     ("steps after no renewal", [*KL, "--renew-steps", "3"], ["--renew-every or --on-spent renew"]),
     ("sgd with epochs", [*TRAIN[:1], "--method", "fedsgd", "--local-epochs", "5", *TRAIN[-2:]],

@@ -486,3 +486,26 @@ def test_renewed_together(tmp_path: Path) -> None:
 def test_it_takes_one_key() -> None:
     with pytest.raises(ConfigError, match=r"--seal-private without --one-key"):
         config("pad", federation={"seal_private": True})
+
+
+def test_the_mean_settles_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then for the client's own labels; without, nobody's own steps move it."""
+    assert sealing().federation.settle_steps == 0
+    assert config("pad").federation.settle_steps == 50
+    wanted = sealing(federation={"rounds": 2})
+    result = run(wanted, placed(tmp_path), bundle=digits())
+    latest, _ = Checkpoints(tmp_path / "checkpoints").latest()
+    assert latest is not None
+    sealed = latest.facts["sealed"]
+    for steps in (0, 3):
+        federation = dataclasses.replace(wanted.federation, settle_steps=steps)
+        session = Session(dataclasses.replace(wanted, federation=federation), tmp_path, digits())
+        space, calls = session.workspace, list[Any]()
+
+        def join(*args: Any, calls: Any = calls, real: Any = space.join, **how: Any) -> None:
+            calls.append(how)
+            real(*args, **how)
+
+        monkeypatch.setattr(space, "join", join)
+        session.run(Job("examine", 0, 2, "test", sealed=sealed), result.shared)
+        assert calls == ([{"steps": 3}] if steps else [])

@@ -69,11 +69,6 @@ SPREAD: Final = Need(
     lambda c: c.defense.preset is None or c.defense.spread is not None,
 )
 ONE: Final = Need("--one-key", "defense.one_key", lambda c: c.defense.one_key)
-SETTLING: Final = Need(
-    "runs without --seal-private",
-    "federation.seal_private",
-    lambda c: not c.federation.seal_private,
-)
 TOGETHER: Final = Need(
     "--method fedavg or fedsgd", "federation.method", lambda c: c.federation.method != "centralized"
 )

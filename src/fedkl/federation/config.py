@@ -20,6 +20,7 @@ from fedkl.federation.optim import OPTIMIZERS, SCHEDULES
 METHODS: Final = ("centralized", "fedavg", "fedsgd")
 ON_SPENT: Final = ("warn", "error", "renew")
 BUDGET: Final = 1
+SETTLE_STEPS: Final = 50
 """Presentations under one pad at which our attackers cross 2 %, where guessing finds 1 %."""
 
 
@@ -157,10 +158,10 @@ class FederationConfig:
             after an absence as many, but no more than an epoch.
         settle_steps: Lock-only steps, at a tenth of the learning rate, before a client uses a
             global model: what it has in private belongs to the weights that it sent, not to
-            everybody's mean. No more than an epoch.
+            everybody's mean. No more than an epoch. None: 50, or 0 with ``seal_private``, where
+            nothing needs to settle and steps fit a client to its own labels instead.
         seal_private: Clients that hold one key send each other their private layers encrypted
-            under it, by way of the server, and go on from the mean of them; then nothing needs to
-            settle, and ``settle_steps`` does nothing.
+            under it, by way of the server, and go on from the mean of them.
     """
 
     method: str = "fedavg"
@@ -171,7 +172,7 @@ class FederationConfig:
     dropout: float = 0.0
     min_clients: int = 1
     join_steps: int = 10
-    settle_steps: int = 50
+    settle_steps: int | None = None
     seal_private: bool = False
 
     def __post_init__(self) -> None:
@@ -180,6 +181,8 @@ class FederationConfig:
         _at_least("rounds", self.rounds, 1)
         _at_least("min_clients", self.min_clients, 1)
         _at_least("join_steps", self.join_steps, 0)
+        if self.settle_steps is None:
+            object.__setattr__(self, "settle_steps", 0 if self.seal_private else SETTLE_STEPS)
         _at_least("settle_steps", self.settle_steps, 0)
         _share("fraction", self.fraction, zero=False)
         _share("dropout", self.dropout, zero=True)

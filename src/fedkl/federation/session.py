@@ -298,8 +298,8 @@ class Session:
     def _settle(self, job: Job, shared: Mapping[str, Tensor]) -> None:
         """A few slow lock-only steps, after the aggregation and before the model is used."""
         config, mine = self.config, self.parts[job.client]
-        if config.federation.method == "centralized" or self.seals:
-            return  # all has been averaged alike, or nothing
+        if config.federation.method == "centralized" or not config.federation.settle_steps:
+            return  # nobody else has moved the weights, or nobody is to settle
         epoch = math.ceil(len(mine) / config.training.batch_size)
         steps = min(config.federation.settle_steps, epoch)
         generator = derive(config.seed, "settle", job.client, job.round)
