@@ -143,9 +143,9 @@ SETTINGS: Final = (
     Setting("federation.join_steps", "--join-steps", int, 10,
             "Lock-only steps of a client before it takes part for the first time.",
             needs=(PRIVATE, TOGETHER)),
-    Setting("federation.settle_steps", "--settle-steps", int, None,
-            "Slow lock-only steps before a client uses a global model; 50 if not given, and with "
-            "--seal-private none: there they fit it to the client's own labels.",
+    Setting("federation.settle_steps", "--settle-steps", int, 50,
+            "Slow lock-only steps before a client uses a global model; if not given none with "
+            "--seal-private, where they fit it to the client's own labels.",
             needs=(PRIVATE, TOGETHER)),
     Setting("data.dataset", "--dataset", str, "fashion-mnist", "Data set.", DATASETS),
     Setting("data.root", "--data-root", str, None, "Folder of the data set's files."),
