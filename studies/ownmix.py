@@ -57,7 +57,7 @@ def on_own_mix(
     steps = dataclasses.replace(config.federation, settle_steps=settle)
     session = Session(dataclasses.replace(config, federation=steps), folder, bundle)
     latest, _ = Checkpoints(folder / "checkpoints").latest()
-    sealed = {} if latest is None else latest.facts.get("sealed") or {}
+    sealed = {} if latest is None else latest.sealed
     space, test = session.workspace, session.bundle.test
     found = []
     for client in range(min(config.evaluation.clients, len(session.parts))):

@@ -17,7 +17,9 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         "own_key": [a["own_key"] for a in accuracies],
         "own_mix": [statistics.fmean(r["mixes"]) for r in results],
         "settled_mix": [
-            statistics.fmean(r["settled_mixes"]) for r in results if "settled_mixes" in r
+            statistics.fmean(r["settled_mixes"])
+            for r in results
+            if all("settled_mixes" in one for one in results)  # else some are of before
         ],
         "wrong_key": [a["wrong_key"] for a in accuracies if a["wrong_key"] is not None],
         "wrong_key_p95": statistics.quantiles(wrong, n=20)[-1] if len(wrong) > 1 else None,

@@ -203,3 +203,17 @@ def outcome(folder: Path) -> dict[str, Any]:
     found["metrics"] = without_seconds([json.loads(line) for line in lines])
     found["summary"] = without_seconds(json.loads((folder / "summary.json").read_text()))
     return found
+
+
+class Stopped(Exception):
+    """A run was cut off by its listener."""
+
+
+def stop_after(round_: int) -> Any:
+    """A listener that cuts a run off after round ``round_``."""
+
+    def on_event(event: Any) -> None:
+        if event.kind == "round" and event.round == round_:
+            raise Stopped
+
+    return on_event

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from fedhelp import assert_outcome, assert_same, config, digits, fixed_key, fixed_seed, outcome
+from fedhelp import (
+    Stopped,
+    assert_outcome,
+    assert_same,
+    config,
+    digits,
+    fixed_key,
+    fixed_seed,
+    outcome,
+    stop_after,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -259,15 +269,8 @@ def test_any_number_of_workers_and_any_interruption(tmp_path: Path) -> None:
     assert_outcome(outcome(two), outcome(whole))
     cut = placed(tmp_path / "cut")
 
-    class Stopped(Exception):
-        pass
-
-    def stop(event: Any) -> None:
-        if event.kind == "round" and event.round == 2:
-            raise Stopped
-
     with pytest.raises(Stopped):
-        run(wanted, cut, bundle=digits(), on_event=stop)
+        run(wanted, cut, bundle=digits(), on_event=stop_after(2))
     run(wanted, cut, bundle=digits(), resume=True)
     assert_outcome(outcome(cut), outcome(whole))
 

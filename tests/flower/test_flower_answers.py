@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from fedhelp import assert_same, config, make_keys, outcome, with_keys
+from fedhelp import Stopped, assert_same, config, make_keys, outcome, stop_after, with_keys
 from flowhelp import loopback, serve
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from fedkl.errors import CheckpointError, FederationError, UpdateError
-from fedkl.federation import Event, RunConfig, run
+from fedkl.federation import RunConfig, run
 from fedkl.federation.jobs import Job, Result
 from fedkl.flower import FlowerConfig
 from fedkl.flower.answers import digest_of
@@ -224,10 +224,6 @@ def test_a_refusal_reaches_the_server(tmp_path: Path) -> None:
     assert all("go on with round 4" in r.error.reason for r in refused)
 
 
-class Stopped(Exception):
-    pass
-
-
 def test_a_restarted_server_may_repeat_its_rounds(tmp_path: Path) -> None:
     """From a checkpoint of long ago: the same bits as the engine, and no pad more."""
     wanted = dataclasses.replace(pads(), checkpoint_every=4)
@@ -235,12 +231,8 @@ def test_a_restarted_server_may_repeat_its_rounds(tmp_path: Path) -> None:
     folder = with_keys(tmp_path / "there", tmp_path / "keys")
     flower = FlowerConfig(folder=str(folder), retries=0, timeout=2.0)
 
-    def stop(event: Event) -> None:
-        if event.kind == "round" and event.round == 7:
-            raise Stopped
-
     with pytest.raises(Stopped):
-        serve(loopback(wanted, flower), wanted, flower, on_event=stop)
+        serve(loopback(wanted, flower), wanted, flower, on_event=stop_after(7))
     assert [p.stem for p in (folder / "checkpoints").glob("round-*.json")] == ["round-000004"]
     grid = loopback(wanted, flower)
     two = serve(grid, wanted, flower)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedhelp import assert_same, config, make_keys, with_keys
+from fedhelp import Stopped, assert_same, config, make_keys, stop_after, with_keys
 from flowhelp import Loopback, everything_in, loopback, serve
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp.mod import LocalDpMod
@@ -95,18 +95,6 @@ def test_a_strategy_goes_on_after_a_restart(name: str, tmp_path: Path) -> None:
     again = serve(loopback(BASE, flower), BASE, flower)
     assert_same(again.shared, whole.shared)
     assert (tmp_path / "parts" / "strategy").exists() == (name != "fedprox")
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_after(round_: int) -> Any:
-    def on_event(event: Any) -> None:
-        if event.kind == "round" and event.round == round_:
-            raise Stopped
-
-    return on_event
 
 
 @pytest.mark.parametrize("name", ["fedadam", "fedavgm"])

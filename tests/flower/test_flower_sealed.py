@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fedhelp import assert_same, config, fixed_seed
+from fedhelp import Stopped, assert_same, config, fixed_seed, stop_after
 from flowhelp import loopback, serve
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
@@ -113,15 +113,8 @@ def test_secure_aggregation_goes_on_without_what_one_client_sealed(
 def test_a_server_that_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     flower = FlowerConfig(folder=str(group_in(tmp_path / "run")))
 
-    class Stopped(Exception):
-        pass
-
-    def stop(event: Any) -> None:
-        if event.kind == "round" and event.round == 2:
-            raise Stopped
-
     with pytest.raises(Stopped):
-        serve(loopback(SEALING, flower), SEALING, flower, on_event=stop)
+        serve(loopback(SEALING, flower), SEALING, flower, on_event=stop_after(2))
     two = serve(loopback(SEALING, flower), SEALING, flower)
     assert_same(run(SEALING, group_in(tmp_path / "here")).shared, two.shared)
 

@@ -230,7 +230,7 @@ def _stage(
             f"there is no checkpoint in {folder}, so no {stage} stage; train it first, or audit "
             "--stage initial."
         )
-    return latest.round, latest.shared, latest.facts.get("sealed") or {}
+    return latest.round, latest.shared, latest.sealed
 
 
 def draw_victims(bundle: DataBundle, audit: AuditConfig) -> Tensor:

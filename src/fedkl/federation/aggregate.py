@@ -40,6 +40,7 @@ class Tally:
 
     accepted: list[int] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
+    sealed: dict[int, str] = field(default_factory=dict)  # private layers, of whoever sent them
 
 
 def accepted(

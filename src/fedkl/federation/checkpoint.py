@@ -39,6 +39,11 @@ class Checkpoint:
     server: Mapping[str, Tensor]
     facts: Mapping[str, Any]
 
+    @property
+    def sealed(self) -> dict[str, str]:
+        """Client → private layers that it sealed in that round; empty where clients keep them."""
+        return dict(self.facts.get("sealed") or {})
+
 
 class Checkpoints:
     """The folder ``checkpoints/`` of a run; keeps the newest two and the best."""
@@ -80,7 +85,7 @@ class Checkpoints:
         # As tensors: the metadata of a file has an end at 100 MB.
         sealed = {
             _SEALED + client: torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)
-            for client, text in (checkpoint.facts.get("sealed") or {}).items()
+            for client, text in checkpoint.sealed.items()
         }
         facts = {
             "round": str(checkpoint.round),

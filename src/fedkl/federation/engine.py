@@ -174,14 +174,6 @@ def sample(config: RunConfig, count: int, number: int) -> tuple[list[int], list[
     return answering, [c for c, gone in zip(chosen, lost, strict=True) if gone]
 
 
-def _noted(results: Iterable[Result], sealed: dict[int, str]) -> Iterator[Result]:
-    """Passes results on and writes down what clients sealed."""
-    for result in results:
-        if text := result.facts.get("sealed"):
-            sealed[result.job.client] = text
-        yield result
-
-
 class _Engine:
     def __init__(
         self, config: RunConfig, folder: Path, session: Session, emit: Callable[[Event], None]
@@ -215,7 +207,7 @@ class _Engine:
             pads=dict(facts.get("pads") or _Progress({}).pads),
             budgets=list(facts.get("budgets") or []),
             kept=dict(facts.get("kept") or {}),
-            sealed=dict(facts.get("sealed") or {}),
+            sealed=checkpoint.sealed,
         )
 
     def _seconds(self) -> float:
@@ -262,9 +254,8 @@ class _Engine:
         state.counts["dropped"] += len(dropped)
         keep = [*self.checkpoints.rounds(), state.best.get("round", 0)]
         jobs = [Job("train", c, number, keep=keep, sealed=state.sealed) for c in asked]
-        tally, losses, sealed = Tally(), list[float](), dict[int, str]()
-        done = _noted(pool.run(jobs, state.shared), sealed)
-        results = self._watched(done, number, len(jobs), losses, tally)
+        tally, losses = Tally(), list[float]()
+        results = self._watched(pool.run(jobs, state.shared), number, len(jobs), losses, tally)
         updates = accepted((r.update() for r in results), state.shared, tally)
         first = next(updates, None)
         mean = {} if first is None else self.combined(chain([first], updates), config.weighted)
@@ -280,7 +271,7 @@ class _Engine:
                 f"min_clients. {next(iter(tally.refused.values()), '')}".rstrip()
             )
         state.shared = self._apply(mean, number) if config.method == "fedsgd" else mean
-        state.sealed = {str(c): sealed[c] for c in tally.accepted if c in sealed}
+        state.sealed = {str(c): tally.sealed[c] for c in tally.accepted if c in tally.sealed}
         state.round = number
         loss = math.fsum(losses) / max(1, len(losses))
         every = self.config.evaluation.every
@@ -308,6 +299,8 @@ class _Engine:
             if reason := result.facts.get("withheld"):
                 tally.refused[result.job.client] = reason
                 continue
+            if text := result.facts.get("sealed"):
+                tally.sealed[result.job.client] = text
             losses.append(loss)
             yield result
 

@@ -95,14 +95,14 @@ def _state(
                 "use --checkpoint last."
             )
         best = checkpoints.load_best()
-        return best.round, best.shared, best.facts["sealed"], []
+        return best.round, best.shared, best.sealed, []
     latest, problems = checkpoints.latest()
     if latest is None:
         raise CheckpointError(
             f"there is no checkpoint in {folder}: its first round never ended. Continue the run "
             "with --resume first."
         )
-    return latest.round, latest.shared, latest.facts.get("sealed") or {}, problems
+    return latest.round, latest.shared, latest.sealed, problems
 
 
 def _check_private(session: Session, round_: int) -> None:
