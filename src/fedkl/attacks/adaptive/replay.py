@@ -302,11 +302,13 @@ class Replayed:
     def read(self, inputs: Tensor) -> Tensor:
         """What clients gave away (N, d), with the class mean: (N, size).
 
-        How much an update of one length was stretched is not known, so what stretching adds in
-        these coordinates, some multiple of where nothing at all lies, is left out.
+        How much an update of one length was stretched is not known, nor how much one was clipped,
+        so what stretching adds in these coordinates, some multiple of where nothing at all lies, is
+        left out.
         """
         found = self.within.whole(self.side.coordinates.enter(inputs))
-        if self.side.client.network.training.length is None:
+        training = self.side.client.network.training
+        if training.length is None and training.clip is None:
             return found
         nothing = self.side.coordinates.enter(torch.zeros_like(inputs[:1]))
         along = normalize(self.within.whole(nothing), dim=1)
