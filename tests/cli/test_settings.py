@@ -18,7 +18,7 @@ from fedkl.cli import settings
 from fedkl.cli.configure import build_config
 from fedkl.cli.settings import PRESETS, SETTINGS
 from fedkl.data import DATASETS, PARTITIONS
-from fedkl.defenses import DEFENSES, DefenseConfig
+from fedkl.defenses import DEFENSES, Defense, DefenseConfig, Noise, Prune
 from fedkl.defenses.registry import _SETTINGS
 from fedkl.errors import ConfigError
 from fedkl.federation import METHODS, RunConfig
@@ -89,6 +89,8 @@ def test_defaults_by_defense_are_those_of_the_schemes() -> None:
             continue
         schemes = {one: SCHEMES[one]() for one in ("channel", "pad", "open-pad")}
         has = {one: s.settings()[name] for one, s in schemes.items() if name in s.settings()}
+        plain: dict[str, Defense] = {"noise": Noise(), "prune": Prune()}
+        has |= {one: getattr(value, name) for one, value in plain.items() if hasattr(value, name)}
         assert dict(setting.defaults) == {one: v for one, v in has.items() if v is not None}
 
 
