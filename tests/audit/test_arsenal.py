@@ -33,6 +33,10 @@ def victims(tmp_path: Path, defense: str, **settings: Any) -> Victims:
     [
         ("none", ["open", "crafting"]),
         ("norm", ["open", "crafting"]),
+        ("noise", ["open", "crafting"]),
+        ("norm+noise", ["open", "crafting"]),
+        ("norm+prune", ["open", "crafting"]),
+        ("pad+prune", ["key-shared", "adaptive", "crafting"]),
         ("fedbn", ["key-shared", "adaptive", "block-ignored", "crafting"]),
         # its stem is private: nothing stands before the first lock that could be ignored
         ("pad", ["key-shared", "adaptive", "crafting"]),

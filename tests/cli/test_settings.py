@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import re
 import types
 import typing
 from pathlib import Path
@@ -123,6 +124,30 @@ def test_an_audit_takes_what_any_of_its_defenses_takes() -> None:
     audit = AuditConfig(run=preset)
     assert audit.defended("channel", 0).defense.preset == "paper"
     assert audit.defended("norm", 0).defense.preset is None
+
+
+@pytest.mark.parametrize(
+    "flag, path, value, user",
+    [("--clip", "clip", 1.0, "noise"), ("--noise-multiplier", "noise_multiplier", 0.1, "noise"),
+     ("--prune-ratio", "prune_ratio", 0.5, "prune")],
+)  # fmt: skip
+def test_settings_of_the_baselines_are_for_who_uses_them(
+    flag: str, path: str, value: float, user: str
+) -> None:
+    flags = {f"defense.{path}": value, "defense.name": f"norm+{user}"}
+    assert getattr(build_config(flags=flags).defense, path) == value
+    other = {"noise": "pad+prune", "prune": "pad+noise"}[user]
+    words = (
+        rf"{flag} does nothing here: it is for --defense {user}, got --defense {re.escape(other)}"
+    )
+    with pytest.raises(ConfigError, match=words):
+        build_config(flags={**flags, "defense.name": other})
+    asked = {f"defense.{path}": value}
+    assert build_config(flags=asked, defenses=["none", f"norm+{user}"])
+    with pytest.raises(ConfigError, match=rf"{flag} does nothing here"):
+        build_config(flags=asked, defenses=["none", "norm", other])
+    with pytest.raises(ConfigError, match=rf"{path}.*got -1.*\(given as {flag}\)"):
+        build_config(flags={**flags, f"defense.{path}": -1.0})
 
 
 def test_what_comes_from_a_run_or_a_preset_needs_no_effect() -> None:
