@@ -177,7 +177,8 @@ def test_figures(value: float | None, metric: str, shown: str) -> None:
 @pytest.mark.parametrize(
     "defense, shown",
     [("norm", "ordinary norm"), ("pad", "pad"), ("pad+noise", "pad + clipping and noise"),
-     ("norm+prune", "ordinary norm + pruning"), ("none + prune", "pruning"), ("pad+prune", "pad + pruning"), ("none", "undefended")],
+     ("norm+prune", "ordinary norm + pruning"), ("none + prune", "pruning"),
+     ("pad+prune", "pad + pruning"), ("none", "undefended")],
 )  # fmt: skip
 def test_compositions_are_named_by_their_parts(defense: str, shown: str) -> None:
     assert words.defense_name(defense) == shown
