@@ -8,13 +8,13 @@ norm's by seed.
 
 Then what single images leak, of the first seed's final model: 1,000 test images, each in an update
 of its own, which is one gradient, clipped, noised or pruned as the client does it. *replay* and
-*replay-relations* are those of `fedkl audit`, which train what is private on public images;
-*nearest* has nothing to train: of the 100 candidates it takes the one whose gradient, clipped and
-pruned alike, is nearest to what was sent. Against white noise on a network that is all public no
-way to choose is better. Under a pad it is for the key holder alone. The control is norm, where all
-three should find every image. *Length*: the median of what single images give, before the noise;
-*noise*: how long the noise is on average. What an epoch moves is some 2.5 long, and the noise is of
-that: single gradients, which are shorter, hide behind it more easily than an epoch does.
+*replay-relations* are those of `fedkl audit`, which train what is private on public images; where
+nothing is, *replay* weighs noised gradients as *nearest* does. *nearest* has nothing to train: of
+the 100 candidates it takes the one whose gradient, clipped and pruned alike, is nearest to what was
+sent. Against white noise on a network that is all public no way to choose is better. Under a pad it
+is for the key holder alone. The control is norm, where all three should find every image. *Length*:
+the median of what single images give, before the noise; *noise*: how long the noise is on average.
+Clip and noise are of the same numbers in an epoch's change, some 2.5 long, as in a single gradient.
 """
 
 from __future__ import annotations

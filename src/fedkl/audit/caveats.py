@@ -84,9 +84,9 @@ def _noised(names: Sequence[str]) -> list[str]:
     if not names:
         return []
     return [
-        f"{', '.join(names)}: no attacker here weighs what it sees by the noise that it knows of, "
-        "so one that does may find more (results/baselines.md); and running statistics are sent "
-        "without noise. No epsilon is claimed."
+        f"{', '.join(names)}: replay weighs what it sees by the noise, of single images where "
+        "nothing is private; no other attacker here does, so one that did might find more. Running "
+        "statistics are sent without noise. No epsilon is claimed."
     ]
 
 
