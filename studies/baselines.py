@@ -48,8 +48,8 @@ PICKING = ("replay", "replay-relations")
 HELD = ("open", "key-shared")  # threat models under which nothing is unknown
 VICTIMS, CANDIDATES = 1_000, 100
 TRAINING = 40.0  # seconds of a core
-ATTACKING = {"pad": 500.0}
-USUALLY = 120.0
+ATTACKING = {"pad": 300.0}
+USUALLY = 80.0
 
 
 @dataclass(frozen=True)
