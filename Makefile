@@ -93,7 +93,7 @@ MNIST_SHA256 := 8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed
 
 .PHONY: reproduce
 reproduce: reproduce-architectures reproduce-accuracy reproduce-leakage reproduce-pad \
-  reproduce-thief reproduce-breakpad reproduce-relations reproduce-certificate figures ## every study
+  reproduce-thief reproduce-breakpad reproduce-relations reproduce-baselines reproduce-certificate figures ## every study
 
 .PHONY: reproduce-architectures
 reproduce-architectures: setup ## the study over architectures
@@ -123,6 +123,10 @@ reproduce-pad: setup ## the study of the pad's accuracy
 .PHONY: reproduce-thief
 reproduce-thief: setup ## the study of thieves with a few labelled images
 	@$(BIN)/python studies/thieves.py
+
+.PHONY: reproduce-baselines
+reproduce-baselines: setup ## the study of noise and pruning beside a pad
+	@$(BIN)/python studies/baselines.py
 
 .PHONY: reproduce-breakpad
 reproduce-breakpad: setup ## the study of attempts to break the pad

@@ -21,7 +21,7 @@ MAX_LINES = 400
 # A module imports strictly lower ranks and its own package, nothing else of FedKL.
 RANKS = {
     **dict.fromkeys(["errors", "_version"], 0),
-    **dict.fromkeys(["rng", "files"], 1),
+    **dict.fromkeys(["rng", "files", "pruning"], 1),
     **dict.fromkeys(["key", "models", "data", "metrics", "observation"], 2),
     "locking": 3,
     **dict.fromkeys(["attacks", "defenses"], 4),

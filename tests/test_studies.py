@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -378,3 +379,52 @@ def test_shapes_find_who_agrees_with_what_the_shadows_expect(shadows: int) -> No
     assert float((scores.argmax(dim=1) == 0).double().mean()) > 0.9
     lost = model.score(victims[:40].roll(1, dims=0), labels[:40], rows)
     assert float((lost.argmax(dim=1) == 0).double().mean()) < 0.4
+
+
+def small_cell(arm: str) -> Any:
+    import baselines
+
+    settings = {
+        "data": {"dataset": "digits", "image_size": 16, "channels": 1, "samples": 100},
+        "federation": {"rounds": 2},
+        "evaluation": {"every": 0, "wrong_keys": 1, "wrong_key_images": 50},
+        "defense": baselines.ARMS[arm],
+    }
+    return baselines.Cell(arm, 0, settings, victims=10, candidates=10, effort="quick")
+
+
+def test_baselines_are_planned_with_one_federation_attacked_per_arm() -> None:
+    import baselines
+
+    cells = baselines.cells_of(3, 1_000)
+    assert len({cell.name for cell in cells}) == len(cells) == 3 * len(baselines.ARMS)
+    assert [c.arm for c in cells if c.victims] == list(baselines.ARMS)
+    assert sum(cell.cost for cell in cells) / 2 <= 3600
+
+
+@pytest.mark.parametrize("arm", ["norm", "norm+noise 0.01", "norm+prune 0.99", "pad"])
+def test_a_baseline_is_attacked_and_its_control_finds_everything(arm: str, tmp_path: Path) -> None:
+    import baselines
+
+    found = baselines.work("cell", (small_cell(arm), str(tmp_path)))
+    rates = {one["threat"]: one for one in found["identified"]}
+    threats = {"pad": {"key-shared", "adaptive"}}
+    assert rates.keys() == threats.get(arm, {"open"})
+    held = rates["key-shared" if arm == "pad" else "open"]
+    if "noise" not in arm:
+        assert held["nearest"] == held["replay"] == 1.0
+    arms = {arm: baselines.summarize([found])}
+    document = {
+        "command": "c",
+        "commit": "0",
+        "date": "d",
+        "candidates": 10,
+        "arms": json.loads(json.dumps(arms)),
+    }
+    text = baselines.markdown(document)
+    assert f"| {arm} | {interval_of(found['own_key'])} |" in text
+    assert f"| {arm} | {next(iter(rates))} |" in text
+
+
+def interval_of(value: float) -> str:
+    return f"{100 * value:.1f}"

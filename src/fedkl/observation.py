@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from fedkl.errors import ConfigError, number_of, unknown
@@ -131,6 +132,11 @@ class Training:
             secure aggregation. Each has batches (and secrets) of its own.
         length: L2 norm over the shared parameters at which every client sends its update, however
             large it was; None: as it is.
+        prune_ratio: Share of every tensor's entries that every client removes from its update, the
+            smallest ones (:func:`fedkl.pruning.kept`), after the length; None: none.
+        clip: L2 norm to which every client shortens its update where it is longer; None: to none.
+        clip_first: Whether that is before entries are removed.
+        noise: Standard deviation of the Gaussian noise on every entry of every client's update.
     """
 
     batch_size: int = 1
@@ -143,6 +149,10 @@ class Training:
     train_mode: bool = True
     clients: int = 1
     length: float | None = None
+    prune_ratio: float | None = None
+    clip: float | None = None
+    clip_first: bool = False
+    noise: float = 0.0
 
     @property
     def images(self) -> int:
@@ -166,18 +176,31 @@ class Training:
             total += 1 + self.momentum * velocity if self.nesterov else velocity
         return total
 
+    @property
+    def altered(self) -> str:
+        """What was done to an update that exact equations do not survive, in words, or ""."""
+        removed, clip = self.prune_ratio, self.clip
+        words = {
+            f"pruned by {removed}": bool(removed),
+            f"clipped to {clip}": clip is not None,
+            f"noised by {self.noise:g}": self.noise > 0,
+        }
+        return " and ".join(text for text, is_so in words.items() if is_so)
+
     def gradient(self, change: Tensor, parameter: Tensor) -> Tensor:
         """The gradient of the loss behind an update: exact for one step, else a mean over steps.
 
-        Of an update that was sent at one length its direction alone, weight decay included.
+        Of an update that was sent at one length or clipped its direction alone, weight decay
+        included; of one that was pruned 0 where nothing was sent.
 
         Args:
             change: A parameter before the steps minus after, of any shape.
             parameter: The parameter before, for its weight decay; broadcasts.
         """
-        if self.length is not None:
+        if self.length is not None or self.clip is not None:
             return change
-        return change / (self.lr * self.steps_taken) - self.weight_decay * parameter
+        found = change / (self.lr * self.steps_taken) - self.weight_decay * parameter
+        return torch.where(change == 0, 0.0, found) if self.prune_ratio else found
 
 
 @dataclass(frozen=True, eq=False)

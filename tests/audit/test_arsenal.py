@@ -33,6 +33,10 @@ def victims(tmp_path: Path, defense: str, **settings: Any) -> Victims:
     [
         ("none", ["open", "crafting"]),
         ("norm", ["open", "crafting"]),
+        ("noise", ["open", "crafting"]),
+        ("norm+noise", ["open", "crafting"]),
+        ("norm+prune", ["open", "crafting"]),
+        ("pad+prune", ["key-shared", "adaptive", "crafting"]),
         ("fedbn", ["key-shared", "adaptive", "block-ignored", "crafting"]),
         # its stem is private: nothing stands before the first lock that could be ignored
         ("pad", ["key-shared", "adaptive", "crafting"]),
@@ -234,3 +238,22 @@ def test_ignoring_the_block_is_for_those_who_compare_gradients(tmp_path: Path) -
     ignoring = [row["attack"] for row in result["rows"] if row["threat"] == "block-ignored"]
     assert ignoring == ["inverting-gradients"]
     assert result["skipped"] == []
+
+
+def test_baselines_are_judged_beside_the_controls(tmp_path: Path) -> None:
+    run = small_run(noise_multiplier=1e-5, prune_ratio=0.8)
+    asked = ("none", "norm", "norm+noise", "norm+prune", "pad+prune")
+    audit = small_audit(
+        run=run, stage="initial", defenses=asked, attacks=("replay",), images=6, effort="quick"
+    )
+    found = run_audit(audit, tmp_path)
+    roles = {(one["defense"], one["threat"]): one["role"] for one in found["summary"]}
+    assert {d: t for (d, t), role in roles.items() if role == "defense"} == {
+        "norm+noise": "open", "norm+prune": "open", "pad+prune": "adaptive"
+    }  # fmt: skip
+    assert found["verdict"]["defenses"].keys() == {"norm+noise", "norm+prune", "pad+prune"}
+    rates = {(e["defense"], e["threat"]): e["identified"]["mean"] for e in found["summary"]}
+    for one in (("none", "open"), ("norm", "open"), ("norm+noise", "open"), ("norm+prune", "open"),
+                ("pad+prune", "key-shared")):  # fmt: skip
+        assert rates[one] == 1.0, one
+    assert rates["pad+prune", "adaptive"] < 1

@@ -30,6 +30,15 @@ def test_nothing_is_said_of_what_was_not_trained(accuracy: dict[str, None]) -> N
     assert caveats(small_audit(), accuracy, 10) == []
 
 
+def test_noise_is_said_to_be_weighed_by_one_attacker_alone() -> None:
+    audit = small_audit(defenses=("norm+noise", "noise", "norm+prune"))
+    (said,) = caveats(audit, {}, 10)
+    assert said.startswith("norm+noise, noise: replay weighs")
+    assert "No epsilon is claimed" in said
+    (pad,) = caveats(small_audit(defenses=("pad+prune",)), {}, 10)
+    assert "hardest test of pad+prune" in pad
+
+
 HARD = {
     "attacks": ("dlg", "replay-matched", "replay-relations"),
     "images": 1000,

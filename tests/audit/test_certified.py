@@ -136,3 +136,12 @@ def test_what_the_attacks_found_outlives_a_certificate_that_fails(
     assert found["certificate"] is None
     assert found["skipped"]
     assert run_audit(audit, tmp_path, resume=True)["certificate"] is not None
+
+
+def test_noised_updates_have_no_certificate_and_pruned_ones_do(tmp_path: Path) -> None:
+    client, rows = victims(tmp_path / "noise", "norm+noise")
+    with pytest.raises(AttackError, match=r"noised by 0\.0025; a certificate .* without noise"):
+        certify_victims(client, rows[0])
+    client, rows = victims(tmp_path / "prune", "norm+prune")
+    (found,) = certify_victims(client, rows[0]).certificates
+    assert found.directions > 0.9 * found.of

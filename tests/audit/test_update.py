@@ -47,6 +47,12 @@ def made(
     return before, {n: t.clone() for n, t in net.state_dict().items()}, x, y
 
 
+def test_a_pruned_update_is_told_by_its_ratio() -> None:
+    assert UpdateConfig.from_dict({"prune_ratio": 0.9}).training.prune_ratio == 0.9
+    with pytest.raises(ConfigError, match=r"prune_ratio must be in \[0, 1\), got 1"):
+        UpdateConfig.from_dict({"prune_ratio": 1})
+
+
 def test_nesterov_without_momentum_is_refused_as_in_a_run() -> None:
     messages = set()
     for make in (lambda: config(nesterov=True), lambda: TrainingConfig(momentum=0.0)):

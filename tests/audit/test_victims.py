@@ -17,6 +17,7 @@ from fedkl.errors import ConfigError, DataError
 from fedkl.federation.session import load_data
 from fedkl.locking import affines
 from fedkl.observation import OPEN, threat_of
+from fedkl.pruning import kept_count
 from fedkl.rng import borrowed, derive
 
 BUNDLE = load_data(small_run())
@@ -131,6 +132,60 @@ def test_a_gradient_of_one_length_can_be_repeated(tmp_path: Path, aggregated: in
         torch.testing.assert_close(value, seen.changes[0][name], rtol=1e-3, atol=1e-5)
     size = torch.cat([v.flatten() for v in seen.changes[0].values()]).norm()
     assert (float(size) == pytest.approx(0.2, rel=1e-4)) == (aggregated == 1)
+
+
+PRUNED = {"prune_ratio": 0.8, "clip": 0.05, "noise_multiplier": 0.0}
+
+
+@pytest.mark.parametrize("steps, aggregated", [(1, 1), (1, 2), (3, 1)])
+@pytest.mark.parametrize("defense", ["none+prune", "norm+prune+noise", "pad+noise+prune"])
+def test_the_key_holder_repeats_what_was_pruned_and_clipped(
+    tmp_path: Path, defense: str, steps: int, aggregated: int
+) -> None:
+    run = small_run(**PRUNED)
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, update_length=0.2))
+    audit = small_audit(run=run, stage="initial", local_steps=steps, aggregated=aggregated)
+    found = Victims(audit.defended(defense, 0), tmp_path, BUNDLE, audit)
+    rows = torch.arange(steps * aggregated)[None]
+    (seen,) = observe(found, [found.send(rows)], threat_of("key-shared"))
+    network = Network(seen)
+    generator = derive(found.config.seed, "victim", 0, 0)
+    x, y = BUNDLE.test.batch(rows[0])
+    if aggregated == 1:
+        with borrowed(generator):  # the client's own order
+            x, y = BUNDLE.test.batch(torch.cat([*found.workspace.batches(rows[0], generator)]))
+    secrets = {n: seen.known.get(n, v) for n, v in network.secrets.items()}
+    made = network.change(secrets, x, one_hot(y, 10).float())
+    size = sum(float(value.square().sum()) for value in seen.changes[0].values())
+    miss = sum(float((made[n] - seen.changes[0][n]).square().sum()) for n in made)
+    assert (miss / size) ** 0.5 < 1e-3
+    for value in seen.changes[0].values():
+        assert int((value != 0).sum()) <= aggregated * kept_count(value.numel(), 0.8)
+    if "noise" in defense and aggregated == 1:
+        # noise+prune clips first, and pruning shortens more.
+        assert (size**0.5 == pytest.approx(0.05, rel=1e-3)) == (defense == "norm+prune+noise")
+        assert size**0.5 < 0.0501
+
+
+def test_noise_is_on_every_entry_of_parameters_and_other_for_every_victim(tmp_path: Path) -> None:
+    run = small_run(clip=1e6, noise_multiplier=1e-8)
+    audit = small_audit(run=run, stage="initial")
+    plain = Victims(audit.defended("norm", 0), tmp_path / "a", BUNDLE, audit)
+    noised = Victims(audit.defended("norm+noise", 0), tmp_path / "b", BUNDLE, audit)
+    drawn = []
+    for rows in torch.tensor([[[0]], [[1]]]):
+        (one,), (two,) = plain.send(rows).changes, noised.send(rows).changes
+        drawn.append(torch.cat([(two[n] - one[n]).flatten() for n in one]))
+        (one,), (two,) = plain.send(rows).statistics, noised.send(rows).statistics
+        assert one
+        assert all(torch.equal(one[n], two[n]) for n in one)
+    for noise in drawn:
+        assert float(noise.std()) == pytest.approx(0.01, rel=0.05)
+        assert bool((noise != 0).all())
+    assert abs(float(torch.corrcoef(torch.stack(drawn))[0, 1])) < 0.05
+    (seen,) = observe(noised, [noised.send(torch.tensor([[0]]))], OPEN)
+    assert (seen.training.clip, seen.training.noise) == (1e6, pytest.approx(0.01))
+    assert seen.labels is not None  # which noise may have hidden
 
 
 @pytest.mark.parametrize("defense", ["none", "fedbn", "channel", "pad"])

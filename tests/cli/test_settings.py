@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import re
 import types
 import typing
 from pathlib import Path
@@ -18,7 +19,7 @@ from fedkl.cli import settings
 from fedkl.cli.configure import build_config
 from fedkl.cli.settings import PRESETS, SETTINGS
 from fedkl.data import DATASETS, PARTITIONS
-from fedkl.defenses import DEFENSES, DefenseConfig
+from fedkl.defenses import DEFENSES, Defense, DefenseConfig, Noise, Prune
 from fedkl.defenses.registry import _SETTINGS
 from fedkl.errors import ConfigError
 from fedkl.federation import METHODS, RunConfig
@@ -89,6 +90,8 @@ def test_defaults_by_defense_are_those_of_the_schemes() -> None:
             continue
         schemes = {one: SCHEMES[one]() for one in ("channel", "pad", "open-pad")}
         has = {one: s.settings()[name] for one, s in schemes.items() if name in s.settings()}
+        plain: dict[str, Defense] = {"noise": Noise(), "prune": Prune()}
+        has |= {one: getattr(value, name) for one, value in plain.items() if hasattr(value, name)}
         assert dict(setting.defaults) == {one: v for one, v in has.items() if v is not None}
 
 
@@ -121,6 +124,30 @@ def test_an_audit_takes_what_any_of_its_defenses_takes() -> None:
     audit = AuditConfig(run=preset)
     assert audit.defended("channel", 0).defense.preset == "paper"
     assert audit.defended("norm", 0).defense.preset is None
+
+
+@pytest.mark.parametrize(
+    "flag, path, value, user",
+    [("--clip", "clip", 1.0, "noise"), ("--noise-multiplier", "noise_multiplier", 0.1, "noise"),
+     ("--prune-ratio", "prune_ratio", 0.5, "prune")],
+)  # fmt: skip
+def test_settings_of_the_baselines_are_for_who_uses_them(
+    flag: str, path: str, value: float, user: str
+) -> None:
+    flags = {f"defense.{path}": value, "defense.name": f"norm+{user}"}
+    assert getattr(build_config(flags=flags).defense, path) == value
+    other = {"noise": "pad+prune", "prune": "pad+noise"}[user]
+    words = (
+        rf"{flag} does nothing here: it is for --defense {user}, got --defense {re.escape(other)}"
+    )
+    with pytest.raises(ConfigError, match=words):
+        build_config(flags={**flags, "defense.name": other})
+    asked = {f"defense.{path}": value}
+    assert build_config(flags=asked, defenses=["none", f"norm+{user}"])
+    with pytest.raises(ConfigError, match=rf"{flag} does nothing here"):
+        build_config(flags=asked, defenses=["none", "norm", other])
+    with pytest.raises(ConfigError, match=rf"{path}.*got -1.*\(given as {flag}\)"):
+        build_config(flags={**flags, f"defense.{path}": -1.0})
 
 
 def test_what_comes_from_a_run_or_a_preset_needs_no_effect() -> None:

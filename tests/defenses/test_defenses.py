@@ -16,13 +16,16 @@ from fedkl.defenses import (
     DefenseConfig,
     LockDefense,
     NoDefense,
+    Sending,
     make_defense,
 )
 from fedkl.errors import ConfigError, LockError
 from fedkl.key import Key
 from fedkl.locking import Channel, is_locked, lock_spec
+from fedkl.rng import derive
 
 X = torch.zeros(4, 3)
+SENDING = Sending(None, ["w"], derive(0, "noise"))
 
 
 def net() -> nn.Module:
@@ -40,7 +43,7 @@ class Noted(Defense):
         for gradient in gradients:
             gradient.mul_(self.times).add_(self.add)
 
-    def share(self, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def share(self, update: Mapping[str, Tensor], sending: Sending) -> dict[str, Tensor]:
         self.notes.append(f"share {self.name}")
         return {n: t * self.times + self.add for n, t in update.items()}
 
@@ -63,9 +66,9 @@ def test_no_defense_is_the_identity() -> None:
     value, model = NoDefense(), net()
     tensors = dict(model.state_dict())
     assert value.prepare(model, None, X) is model
-    for hook in (value.share, value.receive):
-        assert hook(tensors) == tensors
-        assert hook(tensors) is not tensors
+    for found in (value.share(tensors, SENDING), value.receive(tensors)):
+        assert found == tensors
+        assert found is not tensors
     gradient = torch.ones(2)
     value.step([gradient])
     assert gradient.tolist() == [1.0, 1.0]
@@ -134,7 +137,7 @@ def test_composed_hooks_and_their_order() -> None:
     notes: list[str] = []
     value = Composed([Noted("a", notes, 1.0, 1.0), Noted("b", notes, 0.0, 10.0)])
     state = {"w": torch.tensor([1.0, 2.0])}
-    sent = value.share(state)
+    sent = value.share(state, SENDING)
     assert sent["w"].tolist() == [20.0, 30.0]
     assert value.receive(sent)["w"].tolist() == [1.0, 2.0]
     gradient = torch.tensor([1.0])

@@ -37,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "renewal": {"every": 1},
     },
     "none": {"defense": "none", "training": {"optimizer": "adam", "lr": 0.01}},
+    "noise": {"defense": "norm+prune+noise", "defense_settings": {"noise_multiplier": 0.01}},
 }
 
 

@@ -22,7 +22,7 @@ from fedkl.flower import FlowerConfig, client_app, settings_from
 from fedkl.flower.node import Node as FlowerNode
 from fedkl.flower.node import node_at, place_of
 from fedkl.flower.replies import introduction, result_of
-from fedkl.flower.settings import digest
+from fedkl.flower.settings import check_together, digest
 from fedkl.flower.wire import decoded, encoded
 
 BASE = config(
@@ -483,3 +483,19 @@ def test_clients_warn_of_crafted_weights(
     with_keys(tmp_path / "b", make_keys(tmp_path / "more", 3, 64))
     serve(loopback(BASE, flower), BASE, flower)
     assert lines(caplog, "looks crafted")
+
+
+@pytest.mark.parametrize("defense", ["noise", "norm + noise", "prune+noise"])
+def test_noise_from_a_seed_that_the_server_has_is_refused_on_both_sides(
+    defense: str, tmp_path: Path
+) -> None:
+    wanted = config(defense, data={"samples": 64})
+    flower = FlowerConfig(folder=str(tmp_path / "run"))
+    words = r"over Flower: its noise follows from the run's seed.*flower\.dp = 'local'"
+    grid = loopback(wanted, flower)
+    with pytest.raises(ConfigError, match=words):
+        serve(grid, wanted, flower)
+    with pytest.raises(ConfigError, match=words):
+        check_together(wanted, flower)
+    check_together(config("norm+prune"), flower)
+    assert not (tmp_path / "run").exists()

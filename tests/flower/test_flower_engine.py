@@ -18,6 +18,7 @@ RUNS: dict[str, Any] = {
     "channel": config("channel", defense_settings=SHORT, model={"name": "lenet"}),
     "fedbn": config("fedbn"),
     "none": config("none"),
+    "prune": config("norm+prune", defense_settings={"prune_ratio": 0.8}),
     "fedsgd": config(
         "channel",
         defense_settings=SHORT,
@@ -55,9 +56,10 @@ def test_bit_identical_with_the_engine(name: str, tmp_path: Path) -> None:
     assert "loss" not in said
 
 
-def test_pads_are_the_same_and_stay_with_their_clients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("defense", ["pad", "pad+prune"])
+def test_pads_are_the_same_and_stay_with_their_clients(defense: str, tmp_path: Path) -> None:
     """Random keys this time; the server does not hear how much of a pad is used up."""
-    wanted = config("pad", model={"name": "lenet"}, data={"samples": 100})
+    wanted = config(defense, model={"name": "lenet"}, data={"samples": 100})
     one = run(wanted, tmp_path / "here")
     there = with_keys(tmp_path / "there", tmp_path / "here" / "keys")
     flower = FlowerConfig(folder=str(there))

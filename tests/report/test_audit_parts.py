@@ -174,6 +174,16 @@ def test_figures(value: float | None, metric: str, shown: str) -> None:
     assert words.figure(value, metric) == shown
 
 
+@pytest.mark.parametrize(
+    "defense, shown",
+    [("norm", "ordinary norm"), ("pad", "pad"), ("pad+noise", "pad + clipping and noise"),
+     ("norm+prune", "ordinary norm + pruning"), ("none + prune", "pruning"),
+     ("pad+prune", "pad + pruning"), ("none", "undefended")],
+)  # fmt: skip
+def test_compositions_are_named_by_their_parts(defense: str, shown: str) -> None:
+    assert words.defense_name(defense) == shown
+
+
 def test_unknown_bounds_are_one_dash() -> None:
     assert words.span(Interval(0.1, None, 0.2), "advantage") == "–"
     assert words.span(Interval(0.1, 0.0, 0.2), "advantage") == "0.00 to +0.20"

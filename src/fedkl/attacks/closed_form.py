@@ -124,7 +124,7 @@ def label_counts(observation: Observation, public: Tensor | None = None) -> Tens
 def _solve(observation: Observation, network: Network, weight: str, bias: str) -> Reconstruction:
     rows = [_ratio(observation, network, c, weight, bias) for c in observation.changes]
     raw = torch.stack(rows).view(observation.count, 1, *observation.image_shape)
-    notes = []
+    notes = inexact(observation)
     if (strange := ((raw < -0.01) | (raw > 1.01)).float().mean()) > 0:
         notes.append(
             f"{float(strange):.0%} of the pixels came out beyond [0, 1] and were cut: the update "
@@ -133,6 +133,13 @@ def _solve(observation: Observation, network: Network, weight: str, bias: str) -
     return Reconstruction(
         images=raw.clamp(0, 1), labels=infer_labels(observation, network), notes=tuple(notes)
     )
+
+
+def inexact(observation: Observation) -> list[str]:
+    """A note where the equations of a closed form do not hold; none where they do."""
+    if not (altered := observation.training.altered):
+        return []
+    return [f"the update was {altered}, and these equations are of an update as it is made"]
 
 
 def _ratio(

@@ -126,7 +126,8 @@ def infer_labels(
         probability: For batches, as :func:`mean_probability` gives it; None: uniform.
 
     Raises:
-        AttackError: The classifier is not shared, or a batch's gradient lost its size.
+        AttackError: The classifier is not shared, or a batch's gradient lost its size or was
+            pruned, clipped or noised.
     """
     if observation.labels is not None:
         return observation.labels
@@ -144,6 +145,12 @@ def infer_labels(
             raise AttackError(
                 "labels of a batch are counted from the size of the classifier's gradient, which "
                 "an update that was sent at one length does not have; grant the labels "
+                "(audit-update: labels = [...] in the file of steps)."
+            )
+        if training.altered:
+            raise AttackError(
+                "labels of a batch are counted from the exact gradient of the classifier's bias, "
+                f"and this update was {training.altered}; grant the labels "
                 "(audit-update: labels = [...] in the file of steps)."
             )
         if g_bias is None:

@@ -24,6 +24,7 @@ from torchvision.ops import StochasticDepth
 from fedkl.attacks.base import each
 from fedkl.attacks.derivatives import TwiceDifferentiable
 from fedkl.attacks.learned import learned_of
+from fedkl.attacks.sending import as_sent
 from fedkl.attacks.statistics import Heard, Statistics
 from fedkl.errors import AttackError
 from fedkl.observation import Observation, Training
@@ -31,7 +32,6 @@ from fedkl.observation import Observation, Training
 Tensors = Mapping[str, Tensor]
 
 MANY: Final = 32
-_LEAST: Final = 1e-30
 
 
 class Network:
@@ -107,6 +107,12 @@ class Network:
             yield
         finally:
             self._trials = before
+
+    @property
+    def sized(self) -> bool:
+        """Whether how large an update is can be told from how large its gradient is."""
+        one = self.kind == "gradient" or self.training.clip is None
+        return one and self.training.length is None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -202,12 +208,7 @@ class Network:
         """What one client would send."""
         make = self._one_step if self.kind == "gradient" else self._unrolled
         change, heard = make(secrets, x, y)
-        if (length := self.training.length) is None:
-            return change, heard
-        # Under the root: a gradient of zeros has no length to divide by, and no derivative of one.
-        now = torch.stack([part.square().sum() for part in change.values()]).sum()
-        scale = length / now.clamp_min(_LEAST).sqrt()
-        return {name: part * scale for name, part in change.items()}, heard
+        return as_sent(change, self.training), heard
 
     def _of(self, client: int, name: str, secret: Tensor) -> Tensor:
         return secret[client] if secret.dim() > self.secrets[name].dim() else secret

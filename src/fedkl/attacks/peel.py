@@ -31,6 +31,7 @@ from torch.nn.functional import unfold
 from torch.nn.grad import conv2d_input
 
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
+from fedkl.attacks.closed_form import inexact
 from fedkl.attacks.labels import classifier, infer_labels
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError, ConfigError
@@ -138,7 +139,7 @@ class Peel(Attack):
                 images=torch.stack([_picture(one.h, stages[0]) for one in solved])[:, None],
                 labels=infer_labels(observation, network),
                 loss=sum(one.misfit for one in solved) / len(solved),
-                notes=_doubts(solved),
+                notes=(*_doubts(solved), *inexact(observation)),
             )
 
         return each(observations, peel)

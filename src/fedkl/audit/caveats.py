@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from fedkl.audit.config import KEY_HOLDER, AuditConfig
+from fedkl.defenses import parts_of
 from fedkl.errors import number_of
 from fedkl.observation import THREATS
 
@@ -52,6 +53,7 @@ def caveats(
             f"{', '.join(one)}: all clients hold one key (--one-key), so this is about the server "
             f"alone: a client that sees another's update reads {_as_much(audit)}."
         )
+    found += _noised(_with("noise", audit))
     pads = _with("pad", audit)
     if not pads:
         return found
@@ -68,13 +70,24 @@ def _as_much(audit: AuditConfig) -> str:
     )
 
 
-def _with(lock: str, audit: AuditConfig) -> list[str]:
-    """The defenses that are judged and have that lock."""
-    return [d for d in audit.judged if lock in map(str.strip, d.split("+"))]
+def _with(part: str, audit: AuditConfig) -> list[str]:
+    """The defenses that are judged and have that part."""
+    return [d for d in audit.judged if part in parts_of(d)]
 
 
 def _keyed(defense: str) -> bool:
-    return bool({"channel", "pad"} & set(map(str.strip, defense.split("+"))))
+    return bool({"channel", "pad"} & {*parts_of(defense)})
+
+
+def _noised(names: Sequence[str]) -> list[str]:
+    """What noise was not tried against."""
+    if not names:
+        return []
+    return [
+        f"{', '.join(names)}: replay weighs what it sees by the noise, of single images where "
+        "nothing is private; no other attacker here does, so one that did might find more. Running "
+        "statistics are sent without noise. No epsilon is claimed."
+    ]
 
 
 def _outsiders_alone(names: Sequence[str]) -> list[str]:

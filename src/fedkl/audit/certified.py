@@ -119,6 +119,11 @@ def certify_victims(
         ConfigError: A number is out of range.
         AttackError: The model does not give what the client sent.
     """
+    if victims.training.noise:
+        raise AttackError(
+            f"got updates {victims.training.altered}; a certificate counts what exact updates give "
+            "away. Certify the defense without noise, or with --noise-multiplier 0."
+        )
     (observation,) = observe(victims, [victims.send(rows)], THREATS["adaptive"])
     images = torch.stack([victims.bundle.test.batch(row)[0] for row in rows])
     labels = torch.stack([victims.bundle.test.labels[row] for row in rows])

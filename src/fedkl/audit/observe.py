@@ -15,8 +15,9 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
     """One observation per victim. The model is rebuilt: nothing private comes along by reference.
 
     Labels are read off the gradient of a linear classifier by the attacks. Where it is private, or
-    there is none (a convolution, say), or that of a batch lost its size on the way, they are
-    granted, which may be more than the attacker has, so that attacks that need them run.
+    there is none (a convolution, say), or that of a batch lost its size or was altered on the way,
+    they are granted, which may be more than the attacker has, so that attacks that need them run.
+    So they are where there is noise, for an attacker could try one after the other.
 
     Args:
         victims: The clients.
@@ -27,8 +28,10 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
     secrets = victims.secrets(model)
     spec = None if victims.spec is None else victims.spec.to_dict()
     known = victims.held() if threat.key else {}
-    counted = victims.training.images == 1 or victims.training.length is None
-    told = threat.labels or not counted or _tells_no_label(victims, model, secrets)
+    training = victims.training
+    counted = training.images == 1 or (training.length is None and not training.altered)
+    read_off = counted and not training.noise
+    told = threat.labels or not read_off or _tells_no_label(victims, model, secrets)
     weights = victims.lock_weights() if threat.lock_weights else {}
     return [
         Observation(
@@ -37,7 +40,7 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
             changes=one.changes,
             image_shape=victims.bundle.image_shape,
             num_classes=victims.bundle.num_classes,
-            training=victims.training,
+            training=training,
             threat=threat,
             secrets=secrets,
             known=known,

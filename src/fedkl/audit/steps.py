@@ -9,8 +9,9 @@ from typing import Any, Final
 from fedkl.errors import LARGEST, ConfigError, check_positive, number_of, unknown
 from fedkl.federation.config import check_nesterov
 from fedkl.observation import Training
+from fedkl.pruning import check_ratio
 
-_KINDS: Final = {"lr": float, "update_length": float, "labels": tuple}
+_KINDS: Final = {"lr": float, "update_length": float, "prune_ratio": float, "labels": tuple}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class UpdateConfig:
         train_mode: Batch norms used the batch's own statistics.
         update_length: L2 norm at which updates are sent, if they are sent at one. Where it is not
             known any number above 0 will do: the update shows it.
+        prune_ratio: Share of every tensor's entries that the client removed, in [0, 1).
         labels: The true labels, if they are known.
     """
 
@@ -41,6 +43,7 @@ class UpdateConfig:
     weight_decay: float = 0.0
     train_mode: bool = True
     update_length: float | None = None
+    prune_ratio: float | None = None
     labels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -56,6 +59,8 @@ class UpdateConfig:
             check_positive("lr", self.lr)
         if self.update_length is not None:
             check_positive("update_length", self.update_length)
+        if self.prune_ratio is not None:
+            check_ratio(self.prune_ratio)
         if self.lr is None and (self.local_steps > 1 or self.momentum or self.weight_decay):
             raise ConfigError(
                 "lr is needed to repeat several steps, momentum or weight decay; set lr in the "
@@ -93,6 +98,7 @@ class UpdateConfig:
             weight_decay=self.weight_decay,
             train_mode=self.train_mode,
             length=self.update_length,
+            prune_ratio=self.prune_ratio,
         )
 
     @classmethod

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from fedkl.audit.config import AuditConfig
 from fedkl.audit.floor import in_turn
 from fedkl.data import DataBundle
+from fedkl.defenses import make_defense
 from fedkl.errors import CheckpointError, ConfigError, DataError, number_of
 from fedkl.federation import ClientTask, RunConfig, client_update
 from fedkl.federation.checkpoint import Checkpoints
@@ -215,6 +216,7 @@ def _known(config: RunConfig, audit: AuditConfig) -> Training:
         weight_decay=training.weight_decay if not one_gradient else 0.0,
         clients=audit.aggregated,
         length=training.update_length,
+        **make_defense(config.defense).known,
     )
 
 

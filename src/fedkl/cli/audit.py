@@ -45,7 +45,10 @@ def audit(
         typer.Option("--run", help="Folder of a finished run; its settings and keys are used."),
     ] = None,
     defenses: Annotated[
-        str, typer.Option(help=f"With commas, of: {', '.join(DEFENSES)}.")
+        str,
+        typer.Option(
+            help=f"With commas, of: {', '.join(DEFENSES)}; also joined by +, as in norm+noise."
+        ),
     ] = DEFENDED,
     attacks: Annotated[
         str, typer.Option(help=f"With commas, or all, of: {', '.join(ATTACKS)}.")

@@ -45,6 +45,8 @@ PADS: Final = _defense("pad", "open-pad")
 KEYED: Final = _defense("channel", "pad")
 PRIVATE: Final = _defense("fedbn", "channel", "pad", "open-pad")
 NORMED: Final = _defense("norm", "fedbn", "channel", "pad", "open-pad")
+NOISE: Final = _defense("noise")
+PRUNE: Final = _defense("prune")
 # Figures that only keys and private tensors give rise to.
 EXAMINED_KEYS: Final = replace(KEYED, filed=False)
 EXAMINED: Final = replace(PRIVATE, filed=False)

@@ -19,12 +19,14 @@ from fedkl.cli.needs import (
     KEYED,
     LEARNING,
     MOMENTUM,
+    NOISE,
     NORMED,
     ONE,
     PAD,
     PADS,
     PASSES,
     PRIVATE,
+    PRUNE,
     RENEWING,
     SGD,
     SHARDS,
@@ -39,7 +41,7 @@ METHODS: Final = ("centralized", "fedavg", "fedsgd", "fedkl")
 DATASETS: Final = ("fashion-mnist", "mnist", "cifar10", "cifar100", "imagenet", "digits")
 PARTITIONS: Final = ("iid", "shards", "dirichlet")
 MODELS: Final = ("lenet", "resnet20", "resnet32", "resnet18", "resnet34", "vgg16")
-DEFENSES: Final = ("none", "norm", "fedbn", "channel", "pad", "open-pad")
+DEFENSES: Final = ("none", "norm", "fedbn", "channel", "pad", "open-pad", "noise", "prune")
 LOCK_PRESETS: Final = ("paper", "paper-sigmoid")
 INSERTED: Final = ("batch", "group", "instance")
 ACTIVATIONS: Final = ("identity", "relu", "sigmoid", "tanh")
@@ -166,11 +168,13 @@ SETTINGS: Final = (
             MODELS),
     Setting("model.init", "--init", str, None, "safetensors file to start from."),
     Setting("defense.name", "--defense", str, "none",
-            "What a client does to protect itself; several are joined by +. channel is the "
-            "paper's lock (a secret scale and shift per channel), pad the hardened one (per "
-            "position, first layer and classifier private). To compare with: none, norm (the norm "
-            "a lock stands on, shared), fedbn (that norm private, without a key) and open-pad (the "
-            "pad's network without a key: everything secret is learned instead of drawn).",
+            "What a client does to protect itself; several are joined by +, as in norm+noise, and "
+            "come in that order. channel is the paper's lock (a secret scale and shift per "
+            "channel), pad the hardened one (per position, first layer and classifier private). To "
+            "compare with: none, norm (the norm a lock stands on, shared), fedbn (that norm "
+            "private, without a key), open-pad (the pad's network without a key: everything secret "
+            "is learned instead of drawn), and what is usual elsewhere: noise (updates are clipped "
+            "and get Gaussian noise) and prune (the largest entries of each tensor are sent).",
             DEFENSES),
     Setting("defense.preset", "--lock-preset", str, None, "The lock as published.", LOCK_PRESETS,
             needs=(CHANNEL,)),
@@ -244,6 +248,15 @@ SETTINGS: Final = (
     Setting("defense.max_length", "--max-length", int, None,
             "Largest number of tokens, for models over tokens; that of the example if not given.",
             needs=(PADS,)),
+    Setting("defense.clip", "--clip", float, None,
+            "L2 norm to which a client shortens its update where it is longer, before the noise.",
+            needs=(NOISE,), defaults=(("noise", 2.5),)),
+    Setting("defense.noise_multiplier", "--noise-multiplier", float, None,
+            "Standard deviation of the noise on every entry of an update, in units of --clip. No "
+            "epsilon is claimed.", needs=(NOISE,), defaults=(("noise", 0.001),)),
+    Setting("defense.prune_ratio", "--prune-ratio", float, None,
+            "Share of every tensor's entries, the smallest of the change, that is not sent; 0 or "
+            "more, below 1.", needs=(PRUNE,), defaults=(("prune", 0.9),)),
     Setting("training.optimizer", "--optimizer", str, "sgd", "Local optimizer.", OPTIMIZERS),
     Setting("training.lr", "--lr", float, 0.05, "Learning rate."),
     Setting("training.momentum", "--momentum", float, 0.9, "Momentum of the optimizer.",

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkl.data import Images, augment
-from fedkl.defenses import Defense
+from fedkl.defenses import Defense, Sending
 from fedkl.errors import DataError
 from fedkl.federation.config import TrainingConfig
 from fedkl.federation.length import at_length
@@ -297,26 +297,43 @@ class Workspace:
         self.model.zero_grad(set_to_none=True)
         return float(loss.detach()), len(rows), tensors, moments
 
+    def protected(
+        self,
+        tensors: dict[str, Tensor],
+        shared: Mapping[str, Tensor],
+        kind: str,
+        lr: float,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """What leaves in place of an update: at one length, if at all, then as the defense has it.
+
+        A tied parameter is dealt with once, and sent alike under all its names.
+        """
+        received = None
+        if kind == "state":
+            received = {name: tensor.to(self.device) for name, tensor in shared.items()}
+        found = self.rescaled(tensors, received, lr)
+        names = [*self.names.values()]
+        found = self.defense.share(found, Sending(received, names, generator))
+        tied = {n: self.names[p] for n, p in self.parameters.items() if n != self.names[p]}
+        return {**found, **{n: found[m].clone() for n, m in tied.items() if {n, m} <= found.keys()}}
+
     def rescaled(
-        self, tensors: dict[str, Tensor], received: Mapping[str, Tensor], kind: str, lr: float
+        self, tensors: dict[str, Tensor], received: Mapping[str, Tensor] | None, lr: float
     ) -> dict[str, Tensor]:
         """The update at ``training.update_length``, if there is one; buffers stay as they are.
 
         Weights move by the rate of the round, so their length falls as that does. The server
-        takes steps of its own along gradients.
+        takes steps of its own along gradients, of which nothing was ``received``.
         """
-        length, start = self.training.update_length, None
+        length = self.training.update_length
         if length is None:
             return tensors
-        if kind == "state":
-            start = {name: tensor.to(self.device) for name, tensor in received.items()}
+        if received is not None:
             length *= lr / self.training.lr
         if length == 0:  # at a rate of 0 nothing moved
             return tensors
-        found = at_length(tensors, length, received=start, names={*self.names.values()})
-        # A tied parameter counts once, and is sent alike under all its names.
-        tied = {n: self.names[p] for n, p in self.parameters.items() if n != self.names[p]}
-        return {**found, **{n: found[m].clone() for n, m in tied.items() if {n, m} <= found.keys()}}
+        return at_length(tensors, length, received=received, names={*self.names.values()})
 
 
 def without_lock(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -339,7 +356,7 @@ def client_update(
         workspace: The model and settings.
         shared: Global shared state.
         task: The client's data, key and private state.
-        generator: Batch order, augmentation and dropout.
+        generator: Batch order, augmentation and dropout; then the noise of a defense that has any.
 
     Raises:
         StateError: The global or private state does not fit the model.
@@ -362,7 +379,7 @@ def client_update(
         loss, moments = workspace.train(task, generator)
         tensors = {name: tensor.clone() for name, tensor in workspace.shared.items()}
         kind, examples = "state", len(task.index)
-    tensors = workspace.rescaled(tensors, shared, kind, task.lr)
-    update = Update(task.client, task.round, kind, workspace.defense.share(tensors), examples)
+    tensors = workspace.protected(tensors, shared, kind, task.lr, generator)
+    update = Update(task.client, task.round, kind, tensors, examples)
     private = {name: tensor.clone() for name, tensor in workspace.private.items()}
     return ClientResult(update, private, moments, loss, workspace.presented)

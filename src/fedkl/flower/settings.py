@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from fedkl.defenses import parts_of
 from fedkl.errors import ConfigError, unknown
 from fedkl.federation import RunConfig, config_from
 from fedkl.flower.strategies import STRATEGIES
@@ -139,8 +140,16 @@ def check_together(config: RunConfig, flower: FlowerConfig) -> None:
     """Raises unless ``config`` and ``flower`` can be had together.
 
     Raises:
-        ConfigError: Private layers would leave a client without the noise that is accounted for.
+        ConfigError: Private layers would leave a client without the noise that is accounted for, or
+            the noise would be drawn from a seed that the server has.
     """
+    if "noise" in parts_of(config.defense.name):
+        raise ConfigError(
+            f"got defense {config.defense.name!r} over Flower: its noise follows from the run's "
+            "seed, which the server sends, so it could be subtracted. Leave noise out, and let "
+            "Flower clip and noise on the client: flower.dp = 'local' with flower.clip and "
+            "flower.epsilon (docs/flower.md)."
+        )
     if config.federation.seal_private and flower.dp != "none":
         raise ConfigError(
             f"got federation.seal_private with flower.dp {flower.dp!r}, whose guarantee is for "

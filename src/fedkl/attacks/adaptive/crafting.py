@@ -110,13 +110,18 @@ def catch(observation: Observation, target: int) -> Observation:
         target: The class that :func:`craft` was given.
 
     Raises:
-        AttackError: The update is of several steps, or no image of the class was in it.
+        AttackError: The update is of several steps or pruned, or no image of the class was in it.
     """
     training = observation.training
     if observation.kind != "gradient" and training.local_steps != 1:
         raise AttackError(
             f"got updates of {training.local_steps} steps; after the first one the weights are no "
             "longer those that were crafted. Fish with local_steps 1."
+        )
+    if training.prune_ratio:
+        raise AttackError(
+            f"got updates {training.altered}; one image is read off the whole gradient of the "
+            "classifier. Attack them without crafted weights."
         )
     network = Network(observation)
     weight, bias = classifier(network, observation.num_classes)
@@ -128,7 +133,13 @@ def catch(observation: Observation, target: int) -> Observation:
         kind="gradient",
         changes=changes,
         training=replace(
-            training, batch_size=1, local_steps=1, repeats=False, clients=1, length=None
+            training,
+            batch_size=1,
+            local_steps=1,
+            repeats=False,
+            clients=1,
+            length=None,
+            clip=None,
         ),
         labels=torch.full((observation.count, 1), target),
         statistics=(),  # those are of the whole batch
@@ -148,7 +159,8 @@ def _caught(
     # rescaled update has in it of the class is taken to be one.
     images = training.batch_size * training.clients
     count = -gradient[bias][target] * images
-    if training.length is not None and float(count) > 0:
+    unsized = training.length is not None or training.clip is not None
+    if unsized and float(count) > 0:
         gradient = {name: g / count for name, g in gradient.items()}
         count = torch.ones_like(count)
     if float(count) < 0.5:

@@ -12,8 +12,10 @@ from torch.nn.functional import normalize
 
 from fedkl.attacks.adaptive.matched import Matched, Pool, rotated
 from fedkl.attacks.adaptive.mixture import best, parts
+from fedkl.attacks.adaptive.noisy import weighed
 from fedkl.attacks.adaptive.retrieval import Gallery, Retrieval
 from fedkl.attacks.adaptive.shadow import Side, given_away, holds_all
+from fedkl.attacks.adaptive.shadow_client import ShadowClient
 from fedkl.attacks.adaptive.shadow_decoder import RESTANDARDIZATIONS
 from fedkl.attacks.adaptive.sketch import LinearSketch, gradients_of
 from fedkl.attacks.adaptive.within import Within
@@ -41,6 +43,9 @@ class Replay(Retrieval):
 
     Where the coordinates differ altogether (pads), ``matched`` finds rotations from many victims
     under one lock (:class:`~fedkl.attacks.adaptive.matched.Matched`).
+
+    Of noised gradients of single images, where nothing is unknown but these, candidates are weighed
+    by their likelihood (:mod:`~fedkl.attacks.adaptive.noisy`).
 
     An update of several images or steps is taken for the sum of their gradients at the weights
     before it, of which those of all candidates of all its images are to explain as much as they
@@ -99,7 +104,8 @@ class Replay(Retrieval):
                 are of several clients with secrets.
         """
         if not observations or observations[0].training.presentations == 1:
-            return super().reconstruct(observations, generator=generator, progress=progress)
+            found = super().reconstruct(observations, generator=generator, progress=progress)
+            return self._weighed(found, observations)
         first, network = self._check_batches(observations)
         length = BATCH_SKETCH * self.sketch
         # One after the other, and twice: of large networks all of them would fill the memory.
@@ -116,6 +122,19 @@ class Replay(Retrieval):
             read.append(one.read(seen))
             self._teller(number, count, progress)(float("nan"))
         return self._of_batches(learned, torch.cat(read, dim=1), first)
+
+    def _weighed(
+        self, found: list[Reconstruction], observations: Sequence[Observation]
+    ) -> list[Reconstruction]:
+        """By the noise, where there is some and nothing is unknown but the image."""
+        first = observations[0]
+        if not first.training.noise or first.kind != "gradient":
+            return found
+        network = Network.of(observations)
+        if not holds_all(first, network):
+            return found
+        held = {name: first.known[name] for name in network.secrets}
+        return weighed(found, observations, ShadowClient(network, held, first.num_classes))
 
     def _check_batches(self, observations: Sequence[Observation]) -> tuple[Observation, Network]:
         first = observations[0]
@@ -302,11 +321,13 @@ class Replayed:
     def read(self, inputs: Tensor) -> Tensor:
         """What clients gave away (N, d), with the class mean: (N, size).
 
-        How much an update of one length was stretched is not known, so what stretching adds in
-        these coordinates, some multiple of where nothing at all lies, is left out.
+        How much an update of one length was stretched is not known, nor how much one was clipped,
+        so what stretching adds in these coordinates, some multiple of where nothing at all lies, is
+        left out.
         """
         found = self.within.whole(self.side.coordinates.enter(inputs))
-        if self.side.client.network.training.length is None:
+        training = self.side.client.network.training
+        if training.length is None and training.clip is None:
             return found
         nothing = self.side.coordinates.enter(torch.zeros_like(inputs[:1]))
         along = normalize(self.within.whole(nothing), dim=1)

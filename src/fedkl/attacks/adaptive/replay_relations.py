@@ -96,7 +96,7 @@ class ReplayRelations(Retrieval):
         seen, every = moved[0], torch.cat([*labels])
         sides = [side.inputs for side in learned]
         client = learned[0].client
-        sized = client.network.training.length is None
+        sized = client.network.sized
         relations = Relations(sides, self.public.labels, client.num_classes, sized=sized)
         gallery = Gallery(partial(_as_shadows_see, learned), labeled=True)
         shown = self._resembling(relations, torch.stack(sides, dim=1), seen, every)

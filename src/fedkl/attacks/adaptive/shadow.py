@@ -320,7 +320,12 @@ def holds_all(observation: Observation, network: Network) -> bool:
 
 
 def gives_features(observation: Observation, network: Network) -> bool:
-    """Whether the classifier is shared, so that its gradient gives its input away."""
+    """Whether the classifier is shared, so that its gradient gives its input away.
+
+    Of a pruned one little is left of it.
+    """
+    if observation.training.prune_ratio:
+        return False
     try:
         classifier(network, observation.num_classes)
     except AttackError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from fedkl.attacks.adaptive.laws import draw_affines, draw_secrets
 from fedkl.attacks.labels import classifier
 from fedkl.attacks.network import Network
+from fedkl.attacks.sending import as_sent
 from fedkl.errors import AttackError, ConfigError, number_of
 from fedkl.locking import LockSpec
 from fedkl.observation import Observation
@@ -174,13 +175,28 @@ class ShadowClient:
             handle.remove()
 
     def gradients(self, images: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
-        """Gradients of the shared parameters, per image, chunk by chunk: each name (n, *shape)."""
+        """Gradients of the shared parameters, per image, chunk by chunk: each name (n, *shape).
+
+        Where victims send updates of one image, with what they remove of theirs.
+        """
         network, secrets, classes = self.network, self.secrets, self.num_classes
+        training = network.training
+        single = training.presentations == 1
+        told = replace(
+            training,
+            length=None,  # which sketches take away themselves
+            prune_ratio=training.prune_ratio if single else None,
+            # The change of weights is another number than the gradient.
+            clip=training.clip if single and network.kind == "gradient" else None,
+        )
 
         def loss(shared: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             return network.loss({**shared, **secrets}, x[None], y[None])
 
-        each = vmap(grad(loss), in_dims=(None, 0, 0))
+        def sent(shared: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return as_sent(grad(loss)(shared, x, y), told)
+
+        each = vmap(sent, in_dims=(None, 0, 0))
         for rows in torch.split(torch.arange(len(images)), self.chunk):
             y = one_hot(labels[rows], classes).to(images.dtype)
             yield each(network.shared, images[rows], y)

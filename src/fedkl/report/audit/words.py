@@ -14,6 +14,8 @@ DEFENSES: Final = {
     "none": "undefended",
     "norm": "ordinary norm",
     "fedbn": "private norm, no key",
+    "noise": "clipping and noise",
+    "prune": "pruning",
 }
 THREATS: Final = {
     "adaptive": "adaptive attacker",
@@ -100,8 +102,11 @@ def span(interval: Interval, metric: str = "") -> str:
 
 
 def defense_name(defense: str) -> str:
-    """A defense in words, its id where there are none."""
-    return DEFENSES.get(defense, defense)
+    """A defense in words, its id where there are none; of a composition every part."""
+    parts = [part.strip() for part in defense.split("+")]
+    if len(parts) > 1 and "none" in parts:
+        parts.remove("none")
+    return " + ".join(DEFENSES.get(part, part) for part in parts)
 
 
 def threat_name(threat: str) -> str:
