@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedkl.errors import ExtraStateWarning, LockError
 from fedkl.key import Key
 from fedkl.locking.behind import is_layer, room_behind
+from fedkl.locking.ends import head_of, heads_of
 from fedkl.locking.insertion import (
     INPUT_NAME,
     INSERTED_NAME,
@@ -40,15 +41,14 @@ from fedkl.locking.sizes import (
     Size,
     activation_sizes,
     check_batch_axis,
-    ends_of,
-    head_of,
+    has_weights,
     stem_of,
 )
 from fedkl.locking.sources import AffineSource
 from fedkl.locking.spec import LockSpec, SiteSpec
 from fedkl.locking.split import forget, record, split
 from fedkl.locking.stem import draw_private, give_back, make_private, owned
-from fedkl.locking.survey import Trace, is_norm
+from fedkl.locking.survey import Trace
 
 
 @dataclass(frozen=True)
@@ -134,18 +134,6 @@ def _behind_weights(model: nn.Module, example: Any, targets: Sequence[Target]) -
     return targets
 
 
-def has_weights(model: nn.Module, stem: Collection[str]) -> bool:
-    """Whether a stem has parameters besides those of norms, which start alike for everybody."""
-    known = {
-        f"{name}.{n}".removeprefix(".")
-        for name, module in model.named_modules(remove_duplicate=False)
-        if is_norm(module)
-        for n, _ in module.named_parameters(recurse=False)
-    }
-    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    return any(n in parameters and n not in known for n in stem)
-
-
 def _of_tokens(model: nn.Module, target: Target, rooms: Mapping[str, Room]) -> bool:
     """Whether what stands there is normalized over its last axis, whatever lies before."""
     module = model.get_submodule(target.name)
@@ -172,18 +160,15 @@ def _head(
 
     Empty if nobody asked for a private head and it, with what is taken, is all there is to share.
     """
-    named = list(model.named_parameters(remove_duplicate=False))
+    named = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     try:
-        heads = ends_of(model, example)
-        if not heads or all(is_norm(model.get_submodule(name)) for name in heads):
-            heads = [*heads, head_of(ran.order, model)]
-        ids = {id(p) for name in heads for p in model.get_submodule(name).parameters()}
+        heads = {*heads_of(model, ran.order, example, guess=not scheme.head)}
     except LockError:
         if scheme.head:
             raise
         return []
-    found = [n for n, p in named if id(p) in ids and n not in taken]
-    rest = {n for n, _ in named} - taken - set(found)
+    found = [n for n in named if n in heads and n not in taken]
+    rest = {*named} - taken - {*found}
     return found if rest or scheme.head else []
 
 
