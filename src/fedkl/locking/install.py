@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedkl.errors import ExtraStateWarning, LockError
 from fedkl.key import Key
+from fedkl.locking.batch import check_batch_axis
 from fedkl.locking.behind import is_layer, room_behind
 from fedkl.locking.ends import head_of, heads_of
 from fedkl.locking.insertion import (
@@ -40,7 +41,6 @@ from fedkl.locking.sites import (
 from fedkl.locking.sizes import (
     Size,
     activation_sizes,
-    check_batch_axis,
     has_weights,
     stem_of,
 )

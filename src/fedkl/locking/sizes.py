@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from fedkl.errors import LockError
 from fedkl.locking.check import restored
@@ -73,54 +73,6 @@ def run(model: nn.Module, example: Any, *, train: bool) -> list[Tensor]:
         except Exception as error:
             raise does_not_run(model, example, error) from error
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-
-
-def check_batch_axis(model: nn.Module, example: Any, sizes: Mapping[str, Size]) -> None:
-    """Raises unless axis 0 is the batch where the locks stand: on twice the batch they fit as well.
-
-    Models of tokens may keep them in axis 0 and the batch behind (``batch_first=False``). A pad
-    would then have one γ and β per example of the batch, and all tokens would share them.
-
-    Args:
-        model: Not yet locked.
-        example: As of :func:`fedkl.lock`.
-        sizes: Size per example by module's name, as :func:`activation_sizes` gives it.
-
-    Raises:
-        LockError: It is not.
-    """
-    batches = [len(t) for t in tree_leaves(example) if isinstance(t, Tensor) and t.ndim]
-    if not batches:
-        return
-    batch = batches[0]
-
-    def doubled(value: Any) -> Any:
-        ours = isinstance(value, Tensor) and value.ndim and len(value) == batch
-        return torch.cat([value, value]) if ours else value
-
-    try:
-        after = activation_sizes(model, tree_map(doubled, example), list(sizes))
-    except LockError:
-        return  # not made of a batch that could be doubled
-    ends = _first_axes(model, example)
-    turned = any(
-        isinstance(t, Tensor) and t.ndim in (2, 3) and {t.shape[1]} == ends != {t.shape[0]}
-        for t in tree_leaves(example)
-    )
-    if turned or after != sizes:
-        raise LockError(
-            "the batch is not the first axis where the locks stand (tokens come first, as with "
-            "batch_first=False), so that a pad would hang on examples instead of positions; build "
-            "the model with batch_first=True, or use scheme='channel'."
-        )
-
-
-def _first_axes(model: nn.Module, example: Any) -> set[int]:
-    """Lengths of the first axis of the model's outputs."""
-    with restored(model), torch.no_grad():
-        model.eval()
-        leaves = tree_leaves(call(model, example))
-    return {len(t) for t in leaves if isinstance(t, Tensor) and t.ndim}
 
 
 def stem_of(model: nn.Module, example: Any, first: str) -> list[str]:
