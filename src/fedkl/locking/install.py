@@ -237,6 +237,29 @@ def install(
     return sources
 
 
+def check_private(model: nn.Module, what: Plan, example: Any) -> None:
+    """Raises unless private layers do in the locked model what made them private before.
+
+    The first lock hears of all the stem; of every further module that owns something private an
+    output does.
+
+    Raises:
+        LockError: Names the modules that play no part any more.
+    """
+    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    private = {n: n.rpartition(".")[0] for n in what.private if n in parameters}
+    before, heard = ({*stem_of(model, example, n)} for n in (what.targets[0].name, ""))
+    lost = {owner for n, owner in private.items() if n in what.stem and n not in before}
+    rest = {owner for n, owner in private.items() if n not in what.stem}
+    lost |= rest - {owner for n, owner in private.items() if n in heard}
+    if lost:
+        raise LockError(
+            f"private layers play no part in the locked model: {', '.join(sorted(lost))}. lock() "
+            "exchanges their classes for subclasses, and a forward that asks for a class by "
+            "type(layer) is … no longer calls them; let it ask by isinstance."
+        )
+
+
 def _seal(model: nn.Module, scheme: Scheme) -> None:
     """Guards private layers, lets the split know them, and checks that something is shared."""
     for module in model.modules():
