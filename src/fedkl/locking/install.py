@@ -41,6 +41,7 @@ from fedkl.locking.sites import (
 from fedkl.locking.sizes import (
     Size,
     activation_sizes,
+    feature_axis,
     has_weights,
     stem_of,
 )
@@ -217,8 +218,8 @@ def install(
         shape = what.sizes.get(site, affine_shape(module))
         scale, shift = current_affine(module)
         if scheme.positional:
-            last = rows or isinstance(module, nn.LayerNorm | nn.RMSNorm)
-            scale, shift = (_spread_out(t, shape, last=last) for t in (scale, shift))
+            before = _axes_before(scheme, module, site, shape, rows=rows)
+            scale, shift = (_spread_out(t, shape, before) for t in (scale, shift))
         place = Site(name=site, scale=scale, shift=shift, shape=shape, previous=previous)
         source = scheme.source(place, key)
         told = rows and room is not None
@@ -297,13 +298,25 @@ def _insert(model: nn.Module, target: Target, norm: str, room: Room | None) -> b
     return room.rows
 
 
-def _spread_out(affine: Tensor, shape: Size, *, last: bool) -> Tensor:
-    """γ or β of a norm so that it broadcasts over positions of ``shape``.
+def _axes_before(scheme: Scheme, norm: nn.Module, site: str, shape: Size, *, rows: bool) -> int:
+    """How many of the axes of ``shape`` come before those of the norm's γ.
 
-    ``last``: its features are the last axis, as in a transformer; otherwise the first.
+    None in torch's own norms of channels, all others in those of rows. In classes of somebody
+    else's, such as a layer norm that turns channels to the end and back, this has to be seen, if
+    something is learned per channel.
     """
-    missing = (1,) * (len(shape) - affine.ndim)
-    return affine.reshape((*missing, *affine.shape) if last else (*affine.shape, *missing))
+    missing = len(shape) - len(affine_shape(norm))
+    own = rows or type(norm).__module__.startswith("torch.nn.")
+    told = own or len(affine_shape(norm)) > 1
+    if not told and isinstance(scheme, Pad) and scheme.learned == "channel":
+        return feature_axis(norm, site, shape)
+    return missing if rows or isinstance(norm, nn.LayerNorm | nn.RMSNorm) else 0
+
+
+def _spread_out(affine: Tensor, shape: Size, before: int) -> Tensor:
+    """γ or β of a norm so that it broadcasts over ``shape``, behind so many of its axes."""
+    missing = len(shape) - affine.ndim
+    return affine.reshape((1,) * before + tuple(affine.shape) + (1,) * (missing - before))
 
 
 def remove(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedkl.errors import LockError
 from fedkl.locking.check import restored
+from fedkl.locking.sites import affine_shape, current_affine
 from fedkl.locking.survey import call, does_not_run, hookable, is_norm
 from fedkl.rng import borrowed, derive
 
@@ -73,6 +74,54 @@ def run(model: nn.Module, example: Any, *, train: bool) -> list[Tensor]:
         except Exception as error:
             raise does_not_run(model, example, error) from error
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+
+
+def feature_axis(norm: nn.Module, name: str, shape: Size) -> int:
+    """Axis of ``shape``, a norm's output without the batch, along which the entries of its γ lie.
+
+    Seen from what moves in that output with the first entry.
+
+    Args:
+        norm: Not yet locked; left as it was. Its γ has one axis.
+        name: Its name in the model.
+        shape: What it puts out for one example.
+
+    Raises:
+        LockError: There is no telling.
+    """
+    features = affine_shape(norm)
+    like = current_affine(norm)[0]
+    x = torch.randn((2, *shape), generator=derive(0, "feature axis")).to(like.device, like.dtype)
+    found: list[int] = []
+    with suppress(Exception):
+        one, two = (_with_first_entry(norm, x, value) for value in (1.0, 2.0))
+        moved = (one != two).any(0).nonzero()
+        found = [
+            axis
+            for axis in range(len(shape))
+            if features == (shape[axis],) and set(moved[:, axis].tolist()) == {0}
+        ]
+    if len(found) != 1:
+        raise LockError(
+            f"where the channels of {name} ({type(norm).__name__}) lie in its output {shape} is "
+            "not to be seen, and learned='channel' has to know; take learned='position', or leave "
+            "it out with layers=…"
+        )
+    return found[0]
+
+
+def _with_first_entry(norm: nn.Module, x: Tensor, value: float) -> Tensor:
+    """What the norm makes of ``x`` in eval mode with γ = (value, 1, 1, …)."""
+    own = norm._parameters["weight"]
+    scale = torch.ones(affine_shape(norm), device=x.device, dtype=x.dtype)
+    scale[0] = value
+    norm._parameters["weight"] = nn.Parameter(scale)
+    try:
+        with restored(norm), torch.no_grad():
+            made: Tensor = norm.eval().forward(x)
+            return made
+    finally:
+        norm._parameters["weight"] = own
 
 
 def stem_of(model: nn.Module, example: Any, first: str) -> list[str]:
