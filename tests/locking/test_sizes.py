@@ -257,11 +257,12 @@ def test_tokens_behind_the_batch_are_not(batch: int) -> None:
     lock(Recurrent(batch_first=True), KEY, scheme="pad", example=torch.rand(batch, 9, 5))
 
 
-def test_norms_over_the_batch_are_no_tokens() -> None:
-    """In eval mode too its examples hear of each other, and so do the channels."""
-    net = behind(nn.Conv2d(3, 4, 3))
-    net[1] = nn.BatchNorm2d(4, track_running_stats=False)
-    assert lock_spec(lock(net, KEY, scheme="pad", example=X)).sites[0].shape == (4, 6, 6)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_norms_over_the_batch_are_no_tokens(groups: int) -> None:
+    """In eval mode too its examples hear of each other, and channels perhaps do not."""
+    net = behind(nn.Conv2d(3, 3, 3, groups=groups), channels=3)
+    net[1] = nn.BatchNorm2d(3, track_running_stats=False)
+    assert lock_spec(lock(net, KEY, scheme="pad", example=X)).sites[0].shape == (3, 6, 6)
 
 
 def test_max_length_makes_room_for_tokens_alone() -> None:

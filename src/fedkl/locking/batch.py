@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedkl.errors import LockError
@@ -22,7 +23,7 @@ def check_batch_axis(model: nn.Module, example: Any, sizes: Mapping[str, Size]) 
     would then have one γ and β per example of the batch, and all tokens would share them. It is so
     where locks do not fit twice the batch, where outputs have the example's second axis for their
     first, and where in eval mode entries of axis 0 hear of each other and those of axis 1 do not,
-    as examples of a batch: if those of axis 1 do as well, the model may have norms over the batch.
+    as examples of a batch: if those of axis 1 do as well, the model may mix examples on purpose.
 
     Args:
         model: Not yet locked.
@@ -107,14 +108,19 @@ def _apart_along(model: nn.Module, example: Any, names: Sequence[str], axis: int
 
 
 def _made(model: nn.Module, example: Any, names: Sequence[str]) -> list[Tensor]:
-    """What the modules put out in eval mode, and then the model."""
+    """What modules, and the model, put out in eval mode with norms over the batch left aside."""
     made: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found = (t for t in tree_leaves(output) if isinstance(t, Tensor))
         made.extend(t.detach().clone() for t in found if t.is_floating_point())
 
-    handles = [model.get_submodule(name).register_forward_hook(keep) for name in names]
+    def aside(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return args[0] if args else output
+
+    over = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
+    handles = [norm.register_forward_hook(aside) for norm in over]
+    handles += [model.get_submodule(name).register_forward_hook(keep) for name in names]
     try:
         with restored(model):
             outputs = run(model, example, train=False)
