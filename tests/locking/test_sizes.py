@@ -194,6 +194,77 @@ def test_tokens_before_the_batch_are_refused(outside: bool) -> None:
     lock(net, KEY, scheme="channel", example=x)
 
 
+def encoder(**how: bool) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, **how)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+class PerToken(nn.Module):
+    """An output for every token; in axis 0, as torch's layers are unless told otherwise."""
+
+    def __init__(self, **how: bool) -> None:
+        super().__init__()
+        self.emb, self.enc, self.out = nn.Embedding(50, 16), encoder(**how), nn.Linear(16, 50)
+
+    def forward(self, src: Tensor) -> Tensor:
+        out: Tensor = self.out(self.enc(self.emb(src)))
+        return out
+
+
+class Recurrent(nn.Module):
+    """``turned``: it looks at what comes later, instead of at what came before."""
+
+    def __init__(self, *, turned: bool = False, **how: bool) -> None:
+        super().__init__()
+        self.rnn, self.norm, self.turned = nn.LSTM(5, 8, **how), nn.LayerNorm(8), turned
+        self.mix, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flip(0) if self.turned else x
+        x = self.rnn(x)[0]
+        x = x.flip(0) if self.turned else x
+        out: Tensor = self.out(self.mix(self.norm(x)).relu())
+        return out
+
+
+TOKENS = torch.arange(60) % 50
+FIRST: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
+    "attention": (PerToken, TOKENS[:48].reshape(12, 4), {"behind": "emb"}),
+    "as many tokens as examples": (PerToken, TOKENS[:36].reshape(6, 6), {"behind": "emb"}),
+    "one example": (PerToken, TOKENS[:12].reshape(12, 1), {"behind": "emb"}),
+    "a recurrent layer": (Recurrent, torch.rand(9, 4, 5), {}),
+    "one that looks ahead": (lambda: Recurrent(turned=True), torch.rand(9, 4, 5), {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::fedkl.errors.ShortcutWarning")
+@pytest.mark.parametrize("kind", FIRST)
+def test_tokens_before_the_batch_are_refused_also_with_an_output_per_token(kind: str) -> None:
+    make, x, where = FIRST[kind]
+    with pytest.raises(LockError, match=r"not the first axis.*batch_first=True.*channel"):
+        lock(make(), KEY, scheme="pad", example=x, **where)
+    lock(make(), KEY, scheme="channel", example=x, **where)
+
+
+@pytest.mark.filterwarnings("ignore::fedkl.errors.ShortcutWarning")
+@pytest.mark.parametrize("batch", [1, 4, 5])
+def test_tokens_behind_the_batch_are_not(batch: int) -> None:
+    model = PerToken(batch_first=True)
+    locked = lock(
+        model, KEY, scheme="pad", example=TOKENS[: batch * 5].view(batch, 5), behind="emb"
+    )
+    assert lock_spec(locked).sites[0].shape == (5, 16)
+    lock(Recurrent(batch_first=True), KEY, scheme="pad", example=torch.rand(batch, 9, 5))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_norms_over_the_batch_are_no_tokens(groups: int) -> None:
+    """In eval mode too its examples hear of each other, and channels perhaps do not."""
+    net = behind(nn.Conv2d(3, 3, 3, groups=groups), channels=3)
+    net[1] = nn.BatchNorm2d(3, track_running_stats=False)
+    assert lock_spec(lock(net, KEY, scheme="pad", example=X)).sites[0].shape == (3, 6, 6)
+
+
 def test_max_length_makes_room_for_tokens_alone() -> None:
     series = nn.Sequential(
         *(nn.Conv1d(2, 6, 3, padding=1), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4)),

@@ -72,7 +72,8 @@ def deviations(spec: LockSpec, secrets: Mapping[str, Tensor]) -> dict[str, float
 
     γ and β have that of the scheme's law, as they start; where the law is not random (``fedbn``,
     ``open-pad``) or nothing is stated (the paper's presets), 1, as wide as what a norm puts out.
-    Weights and biases of private layers have that of U(±1/√fan_in), norms in between 1.
+    Weights and biases of private layers have that of U(±1/√fan_in), norms in between 1; so have
+    embeddings, recurrent layers and attention, whose own laws names and shapes do not tell.
     """
     found = {}
     for name, value in secrets.items():

@@ -19,6 +19,7 @@ from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
 from fedkl.locking.insertion import INSERTABLE
 from fedkl.locking.install import (
     Plan,
+    check_private,
     install,
     plan,
     remove,
@@ -69,6 +70,7 @@ def lock(
         layers: ``first`` (executed on ``example``), ``all``, a module's name, a regular
             expression over whole names, a list of names, or ``predicate(name, module)``. Of
             ``all`` a pad leaves out norms of the input itself, which come to lie in its stem.
+            A module that is itself called ``first`` or ``all`` is meant by a list, ``["first"]``.
         behind: Name of any module, such as a whole stage or block, behind which the first lock
             stands; a norm is inserted there unless it is one. Of ``layers`` those count that run
             later, none with ``first``. A pad there makes everything before it private. Takes an
@@ -95,9 +97,9 @@ def lock(
             shared nor in the private state.
 
     Raises:
-        LockError: Nothing can be locked or nothing would be left to share, a lock would have no
-            effect, the model is locked already, or ``layers`` names something that cannot carry a
-            lock. A model locked ``inplace`` is then as it was.
+        LockError: Nothing can be locked or nothing would be left to share, a lock or a private
+            layer would have no effect, the model is locked already, or ``layers`` names something
+            that cannot carry a lock. A model locked ``inplace`` is then as it was.
         ConfigError: Unknown scheme, setting or kind of norm.
     """
     value = scheme_of(scheme, **settings)
@@ -119,6 +121,8 @@ def lock(
             agree(locked, group)
         if example is not None:
             verify(locked, sources, example)
+            if what.private:
+                check_private(locked, what, example)
             if isinstance(value, Pad) and value.stem:
                 warn_of_shortcuts(locked, what, example)
     except Exception:

@@ -29,7 +29,7 @@ def verify(model: nn.Module, sources: Mapping[str, AffineSource], example: Any) 
     Raises:
         LockError: Names the locks without effect, or the mode in which the model fails.
     """
-    with restored(model), _nothing_zero(model):
+    with restored(model), nothing_zero(model):
         silent = set(sources)
         for mode in ("train", "eval"):
             waiting = {name: source for name, source in sources.items() if name in silent}
@@ -69,7 +69,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _nothing_zero(model: nn.Module) -> Iterator[None]:
+def nothing_zero(model: nn.Module) -> Iterator[None]:
     """Parameters that start as zeros (heads, residual scales) would hide every influence."""
     zeros = [p for p in model.parameters() if p.is_floating_point() and not bool(p.any())]
     kept = [p.detach().clone() for p in zeros]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fedkl.errors import ExtraStateWarning, LockError
 from fedkl.key import Key
+from fedkl.locking.batch import check_batch_axis
 from fedkl.locking.behind import is_layer, room_behind
+from fedkl.locking.ends import head_of, heads_of
 from fedkl.locking.insertion import (
     INPUT_NAME,
     INSERTED_NAME,
@@ -39,16 +41,15 @@ from fedkl.locking.sites import (
 from fedkl.locking.sizes import (
     Size,
     activation_sizes,
-    check_batch_axis,
-    ends_of,
-    head_of,
+    feature_axis,
+    has_weights,
     stem_of,
 )
 from fedkl.locking.sources import AffineSource
 from fedkl.locking.spec import LockSpec, SiteSpec
 from fedkl.locking.split import forget, record, split
 from fedkl.locking.stem import draw_private, give_back, make_private, owned
-from fedkl.locking.survey import Trace, is_norm
+from fedkl.locking.survey import Trace
 
 
 @dataclass(frozen=True)
@@ -134,18 +135,6 @@ def _behind_weights(model: nn.Module, example: Any, targets: Sequence[Target]) -
     return targets
 
 
-def has_weights(model: nn.Module, stem: Collection[str]) -> bool:
-    """Whether a stem has parameters besides those of norms, which start alike for everybody."""
-    known = {
-        f"{name}.{n}".removeprefix(".")
-        for name, module in model.named_modules(remove_duplicate=False)
-        if is_norm(module)
-        for n, _ in module.named_parameters(recurse=False)
-    }
-    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    return any(n in parameters and n not in known for n in stem)
-
-
 def _of_tokens(model: nn.Module, target: Target, rooms: Mapping[str, Room]) -> bool:
     """Whether what stands there is normalized over its last axis, whatever lies before."""
     module = model.get_submodule(target.name)
@@ -172,18 +161,15 @@ def _head(
 
     Empty if nobody asked for a private head and it, with what is taken, is all there is to share.
     """
-    named = list(model.named_parameters(remove_duplicate=False))
+    named = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     try:
-        heads = ends_of(model, example)
-        if not heads or all(is_norm(model.get_submodule(name)) for name in heads):
-            heads = [*heads, head_of(ran.order, model)]
-        ids = {id(p) for name in heads for p in model.get_submodule(name).parameters()}
+        heads = {*heads_of(model, ran.order, example, guess=not scheme.head)}
     except LockError:
         if scheme.head:
             raise
         return []
-    found = [n for n, p in named if id(p) in ids and n not in taken]
-    rest = {n for n, _ in named} - taken - set(found)
+    found = [n for n in named if n in heads and n not in taken]
+    rest = {*named} - taken - {*found}
     return found if rest or scheme.head else []
 
 
@@ -232,8 +218,8 @@ def install(
         shape = what.sizes.get(site, affine_shape(module))
         scale, shift = current_affine(module)
         if scheme.positional:
-            last = rows or isinstance(module, nn.LayerNorm | nn.RMSNorm)
-            scale, shift = (_spread_out(t, shape, last=last) for t in (scale, shift))
+            before = _axes_before(scheme, module, site, shape, rows=rows)
+            scale, shift = (_spread_out(t, shape, before) for t in (scale, shift))
         place = Site(name=site, scale=scale, shift=shift, shape=shape, previous=previous)
         source = scheme.source(place, key)
         told = rows and room is not None
@@ -250,6 +236,29 @@ def install(
     )
     _seal(model, scheme)
     return sources
+
+
+def check_private(model: nn.Module, what: Plan, example: Any) -> None:
+    """Raises unless private layers do in the locked model what made them private before.
+
+    The first lock hears of all the stem; of every further module that owns something private an
+    output does.
+
+    Raises:
+        LockError: Names the modules that play no part any more.
+    """
+    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    private = {n: n.rpartition(".")[0] for n in what.private if n in parameters}
+    before, heard = ({*stem_of(model, example, n)} for n in (what.targets[0].name, ""))
+    lost = {owner for n, owner in private.items() if n in what.stem and n not in before}
+    rest = {owner for n, owner in private.items() if n not in what.stem}
+    lost |= rest - {owner for n, owner in private.items() if n in heard}
+    if lost:
+        raise LockError(
+            f"private layers play no part in the locked model: {', '.join(sorted(lost))}. lock() "
+            "exchanges their classes for subclasses, and a forward that asks for a class by "
+            "type(layer) is … no longer calls them; let it ask by isinstance."
+        )
 
 
 def _seal(model: nn.Module, scheme: Scheme) -> None:
@@ -289,13 +298,25 @@ def _insert(model: nn.Module, target: Target, norm: str, room: Room | None) -> b
     return room.rows
 
 
-def _spread_out(affine: Tensor, shape: Size, *, last: bool) -> Tensor:
-    """γ or β of a norm so that it broadcasts over positions of ``shape``.
+def _axes_before(scheme: Scheme, norm: nn.Module, site: str, shape: Size, *, rows: bool) -> int:
+    """How many of the axes of ``shape`` come before those of the norm's γ.
 
-    ``last``: its features are the last axis, as in a transformer; otherwise the first.
+    None in torch's own norms of channels, all others in those of rows. In classes of somebody
+    else's, such as a layer norm that turns channels to the end and back, this has to be seen, if
+    something is learned per channel.
     """
-    missing = (1,) * (len(shape) - affine.ndim)
-    return affine.reshape((*missing, *affine.shape) if last else (*affine.shape, *missing))
+    missing = len(shape) - len(affine_shape(norm))
+    own = rows or type(norm).__module__.startswith("torch.nn.")
+    told = own or len(affine_shape(norm)) > 1
+    if not told and isinstance(scheme, Pad) and scheme.learned == "channel":
+        return feature_axis(norm, site, shape)
+    return missing if rows or isinstance(norm, nn.LayerNorm | nn.RMSNorm) else 0
+
+
+def _spread_out(affine: Tensor, shape: Size, before: int) -> Tensor:
+    """γ or β of a norm so that it broadcasts over ``shape``, behind so many of its axes."""
+    missing = len(shape) - affine.ndim
+    return affine.reshape((1,) * before + tuple(affine.shape) + (1,) * (missing - before))
 
 
 def remove(model: nn.Module) -> None:

@@ -14,9 +14,9 @@ from fedkl.errors import LockError, ShortcutWarning
 from fedkl.locking.behind import check_behind, room_behind
 from fedkl.locking.check import _probe, _run, restored
 from fedkl.locking.holder import unwrap
-from fedkl.locking.install import Plan, has_weights, remove, site_name
+from fedkl.locking.install import Plan, remove, site_name
 from fedkl.locking.passing import passes_by, sources_watched
-from fedkl.locking.sizes import stem_of
+from fedkl.locking.sizes import has_weights, stem_of
 from fedkl.locking.survey import hookable, trace
 
 _TRIED: Final = 8

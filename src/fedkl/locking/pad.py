@@ -201,8 +201,9 @@ class Pad(Scheme):
         stem: Whether everything up to and including the first lock is private, drawn from the key.
         head: Whether the classifier is private as well, so that no gradient gives its input away:
             every layer from which an output of the model follows, in eval mode, without another
-            one's parameters; behind a last norm the last linear layer too. None: yes, unless
-            nothing would be left to share.
+            one's parameters, also parameters that are read without a call; behind a last norm the
+            last linear layer too. None: yes, unless nothing would be left to share, and if no
+            output has a gradient, the last linear layer.
         lock_head_input: Whether a norm with a pad is inserted in front of the classifier.
         max_length: Rows allocated for tokens (T, D); None takes the example's length. Of shorter
             inputs the first T rows are used. What is learned of them moves as fast as if all were

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedkl.errors import LockError
-from fedkl.locking.check import _nothing_zero, _probe, _run, _tells, restored
+from fedkl.locking.check import _probe, _run, _tells, nothing_zero, restored
 from fedkl.locking.sizes import stem_of
 
 
@@ -33,7 +33,7 @@ def passes_by(model: nn.Module, first: str, example: Any) -> bool:
     Raises:
         LockError: The model does not run on the example.
     """
-    with _nothing_zero(model):
+    with nothing_zero(model):
         return (
             any(_hears(model, first, example, mode) for mode in ("eval", "train"))
             or _differs(model, first, example)
@@ -137,7 +137,7 @@ def _played_back(
 
     def replay(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         before = played.pop(0)
-        changed.append(_apart(tree_leaves(before), tree_leaves(output)))
+        changed.append(apart(tree_leaves(before), tree_leaves(output)))
         return _copied(before)
 
     outputs = []
@@ -152,10 +152,11 @@ def _played_back(
             return False  # it takes no others, or their values decide what runs
         finally:
             handle.remove()
-    return _apart(*outputs) and (any(changed) or not heard)
+    return apart(*outputs) and (any(changed) or not heard)
 
 
-def _apart(ones: list[Any], others: list[Any]) -> bool:
+def apart(ones: list[Any], others: list[Any]) -> bool:
+    """Whether tensors of two lists differ by more than rounding; only those of one shape count."""
     return any(
         isinstance(a, Tensor)
         and a.shape == b.shape

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from fedkl.errors import LockError
 from fedkl.locking.check import restored
-from fedkl.locking.survey import call, does_not_run, hookable, is_norm, kind_of
+from fedkl.locking.sites import affine_shape, current_affine
+from fedkl.locking.survey import call, does_not_run, hookable, is_norm
 from fedkl.rng import borrowed, derive
 
 Size = tuple[int, ...]
@@ -43,7 +44,7 @@ def activation_sizes(
         for mode in (False, True):
             if not all(found.values()):
                 with restored(model):
-                    _run(model, example, train=mode)
+                    run(model, example, train=mode)
     finally:
         for handle in handles:
             handle.remove()
@@ -60,7 +61,12 @@ def activation_sizes(
     return {name: sizes.pop() for name, sizes in found.items()}
 
 
-def _run(model: nn.Module, example: Any, *, train: bool) -> list[Tensor]:
+def run(model: nn.Module, example: Any, *, train: bool) -> list[Tensor]:
+    """The tensors that ``model`` makes of the example in one of its modes, with a graph.
+
+    Raises:
+        LockError: It does not run.
+    """
     with torch.enable_grad(), borrowed(derive(0, "sizes")):
         model.train(train)
         try:
@@ -70,112 +76,52 @@ def _run(model: nn.Module, example: Any, *, train: bool) -> list[Tensor]:
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
-def head_of(order: Sequence[str], model: nn.Module) -> str:
-    """The classifier: the last linear layer that runs, or else the last convolution.
+def feature_axis(norm: nn.Module, name: str, shape: Size) -> int:
+    """Axis of ``shape``, a norm's output without the batch, along which the entries of its γ lie.
 
-    Raises:
-        LockError: There is neither.
-    """
-    for kind in ("linear", "convolution"):
-        for name in reversed(order):
-            if kind_of(model.get_submodule(name)) == kind:
-                return name
-    raise LockError("the model has no linear layer or convolution that could be its head.")
-
-
-def check_batch_axis(model: nn.Module, example: Any, sizes: Mapping[str, Size]) -> None:
-    """Raises unless axis 0 is the batch where the locks stand: on twice the batch they fit as well.
-
-    Models of tokens may keep them in axis 0 and the batch behind (``batch_first=False``). A pad
-    would then have one γ and β per example of the batch, and all tokens would share them.
+    Seen from what moves in that output with the first entry.
 
     Args:
-        model: Not yet locked.
-        example: As of :func:`fedkl.lock`.
-        sizes: Size per example by module's name, as :func:`activation_sizes` gives it.
+        norm: Not yet locked; left as it was. Its γ has one axis.
+        name: Its name in the model.
+        shape: What it puts out for one example.
 
     Raises:
-        LockError: It is not.
+        LockError: There is no telling.
     """
-    batches = [len(t) for t in tree_leaves(example) if isinstance(t, Tensor) and t.ndim]
-    if not batches:
-        return
-    batch = batches[0]
-
-    def doubled(value: Any) -> Any:
-        ours = isinstance(value, Tensor) and value.ndim and len(value) == batch
-        return torch.cat([value, value]) if ours else value
-
-    try:
-        after = activation_sizes(model, tree_map(doubled, example), list(sizes))
-    except LockError:
-        return  # not made of a batch that could be doubled
-    ends = _first_axes(model, example)
-    turned = any(
-        isinstance(t, Tensor) and t.ndim in (2, 3) and {t.shape[1]} == ends != {t.shape[0]}
-        for t in tree_leaves(example)
-    )
-    if turned or after != sizes:
+    features = affine_shape(norm)
+    like = current_affine(norm)[0]
+    x = torch.randn((2, *shape), generator=derive(0, "feature axis")).to(like.device, like.dtype)
+    found: list[int] = []
+    with suppress(Exception):
+        one, two = (_with_first_entry(norm, x, value) for value in (1.0, 2.0))
+        moved = (one != two).any(0).nonzero()
+        found = [
+            axis
+            for axis in range(len(shape))
+            if features == (shape[axis],) and set(moved[:, axis].tolist()) == {0}
+        ]
+    if len(found) != 1:
         raise LockError(
-            "the batch is not the first axis where the locks stand (tokens come first, as with "
-            "batch_first=False), so that a pad would hang on examples instead of positions; build "
-            "the model with batch_first=True, or use scheme='channel'."
+            f"where the channels of {name} ({type(norm).__name__}) lie in its output {shape} is "
+            "not to be seen, and learned='channel' has to know; take learned='position', or leave "
+            "it out with layers=…"
         )
+    return found[0]
 
 
-def _first_axes(model: nn.Module, example: Any) -> set[int]:
-    """Lengths of the first axis of the model's outputs."""
-    with restored(model), torch.no_grad():
-        model.eval()
-        leaves = tree_leaves(call(model, example))
-    return {len(t) for t in leaves if isinstance(t, Tensor) and t.ndim}
-
-
-def ends_of(model: nn.Module, example: Any) -> list[str]:
-    """Output layers: modules from which the output follows without another one's parameters.
-
-    By the gradient of the output in eval mode with respect to what each module puts out, cut off
-    from what it was made of. Of modules within modules the innermost count.
-
-    Raises:
-        LockError: The model does not run on the example.
-    """
-    made: list[tuple[str, Tensor]] = []
-
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            def cut(value: Any) -> Any:
-                if not isinstance(value, Tensor) or not value.is_floating_point():
-                    return value
-                made.append((name, value.detach().requires_grad_()))
-                return made[-1][1].clone()  # for layers that write into their input
-
-            return tree_map(cut, output)
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(watch(name))
-        for name, module in hookable(model)
-        if any(True for _ in module.parameters(recurse=False)) and _innermost(module)
-    ]
+def _with_first_entry(norm: nn.Module, x: Tensor, value: float) -> Tensor:
+    """What the norm makes of ``x`` in eval mode with γ = (value, 1, 1, …)."""
+    own = norm._parameters["weight"]
+    scale = torch.ones(affine_shape(norm), device=x.device, dtype=x.dtype)
+    scale[0] = value
+    norm._parameters["weight"] = nn.Parameter(scale)
     try:
-        with restored(model), torch.enable_grad():
-            outputs = [t for t in _run(model, example, train=False) if t.requires_grad]
-            total = sum((_energy(t) for t in outputs), torch.zeros(()))
-            values = [value for _, value in made]
-            grads = torch.autograd.grad(total, values, allow_unused=True) if outputs else ()
+        with restored(norm), torch.no_grad():
+            made: Tensor = norm.eval().forward(x)
+            return made
     finally:
-        for handle in handles:
-            handle.remove()
-    found = (name for (name, _), grad in zip(made, grads, strict=False) if grad is not None)
-    return list(dict.fromkeys(found))
-
-
-def _innermost(module: nn.Module) -> bool:
-    """Whether no layer with parameters runs inside it; torch's own read them without calling."""
-    inside = (p for child in module.children() for p in child.parameters())
-    return type(module).__module__.startswith("torch.nn.") or next(inside, None) is None
+        norm._parameters["weight"] = own
 
 
 def stem_of(model: nn.Module, example: Any, first: str) -> list[str]:
@@ -204,11 +150,23 @@ def stem_of(model: nn.Module, example: Any, first: str) -> list[str]:
     return names
 
 
+def has_weights(model: nn.Module, stem: Collection[str]) -> bool:
+    """Whether a stem has parameters besides those of norms, which start alike for everybody."""
+    known = {
+        f"{name}.{n}".removeprefix(".")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if is_norm(module)
+        for n, _ in module.named_parameters(recurse=False)
+    }
+    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    return any(n in parameters and n not in known for n in stem)
+
+
 def _before(
     model: nn.Module, example: Any, first: str, *, train: bool
 ) -> tuple[set[int], set[nn.Module]]:
     """Ids of the parameters in the output of ``first``, and the modules begun before that."""
-    parameters = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
+    parameters = [p for p in model.parameters() if _differentiable(p)]
     outputs: list[Tensor] = []
     before: set[nn.Module] = set()
     # Scripted modules take no hooks: those have run whose buffers move.
@@ -232,8 +190,8 @@ def _before(
     handles.append(model.get_submodule(first).register_forward_hook(end))
     try:
         # Backward before the buffers are put back, which would spoil it.
-        with restored(model), torch.enable_grad(), _all_with_gradient(parameters):
-            _run(model, example, train=train)
+        with restored(model), torch.enable_grad(), with_gradient(parameters):
+            run(model, example, train=train)
             total = sum((_energy(t) for t in outputs), torch.zeros(()))
             used = (
                 torch.autograd.grad(total, parameters, allow_unused=True)
@@ -247,13 +205,18 @@ def _before(
     return found, before if outputs else set()
 
 
+def _differentiable(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
 def _energy(value: Tensor) -> Tensor:
     return (torch.view_as_real(value) if value.is_complex() else value).float().square().sum()
 
 
 @contextmanager
-def _all_with_gradient(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    frozen = [p for p in parameters if not p.requires_grad]
+def with_gradient(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block frozen parameters are in the graph as well."""
+    frozen = [p for p in parameters if _differentiable(p) and not p.requires_grad]
     for p in frozen:
         p.requires_grad_(True)
     try:

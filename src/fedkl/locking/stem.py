@@ -3,16 +3,18 @@ key, never from weights that others have seen."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedkl.errors import LockError
 from fedkl.key import Key, KeyStream
-from fedkl.locking.survey import is_norm
+from fedkl.locking.survey import is_norm, kind_of
 
 _OWNED: Final = "_fedkl_private"
 
@@ -106,8 +108,10 @@ def _restore(module: nn.Module, *, parameters: bool) -> None:
 def draw_private(model: nn.Module, key: Key) -> None:
     """Draws the private parameters from the key (in place); buffers start as before locking.
 
-    Weights follow PyTorch's own law for linear layers and convolutions, U(±1/√fan_in), their
-    biases too, of complex ones the real and the imaginary part; norms start at 1 and 0.
+    By PyTorch's own laws: linear layers and convolutions U(±1/√fan_in), their biases too, of
+    complex ones the real and the imaginary part; norms start at 1 and 0; recurrent layers
+    U(±1/√hidden); embeddings N(0, 1) with zeros for padding; attention as
+    ``nn.MultiheadAttention``. Parameters of other modules are drawn as those of linear layers.
     """
     restore(model, parameters=False)
     with torch.no_grad():
@@ -116,18 +120,46 @@ def draw_private(model: nn.Module, key: Key) -> None:
                 parameter = module._parameters.get(local)
                 if kept.stream is not None and parameter is not None:
                     stream = key.stream(f"stem/{kept.stream}")
-                    parameter.copy_(_start(kept.stream, module, parameter, stream))
+                    parameter.copy_(_start(local, module, parameter, stream))
 
 
 def _start(name: str, owner: nn.Module, parameter: Tensor, stream: KeyStream) -> Tensor:
     shape = tuple(parameter.shape)
     if is_norm(owner):
         return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
-    weight = owner._parameters.get("weight")
-    like = parameter if parameter.ndim > 1 or weight is None else weight
-    inputs = like.numel() // like.shape[0] if like.ndim else 1
-    bound = float(max(inputs, 1)) ** -0.5
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        rows: Tensor = stream.normal(shape)
+        if owner.padding_idx is not None:
+            rows[owner.padding_idx] = 0
+        return rows
+    if name in ("bias_k", "bias_v") and isinstance(owner, nn.MultiheadAttention):
+        added: Tensor = stream.normal(shape) * parameter.shape[-1] ** -0.5
+        return added
+    bound = _bound(name, owner, parameter)
     if parameter.is_complex():
         return torch.view_as_complex((stream.uniform((*shape, 2)) * 2 - 1) * bound)
     start: Tensor = (stream.uniform(shape) * 2 - 1) * bound
     return start
+
+
+def _bound(name: str, owner: nn.Module, parameter: Tensor) -> float:
+    """B of the law U(±B) that a parameter is drawn by."""
+    if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
+        return math.sqrt(1 / max(owner.hidden_size, 1))
+    if isinstance(owner, nn.MultiheadAttention):
+        return 0.0 if parameter.ndim == 1 else math.sqrt(6 / sum(parameter.shape))
+    if name == "bias" and isinstance(owner, NonDynamicallyQuantizableLinear):
+        return 0.0  # the last layer of attention
+    like = _matrix(owner, parameter) if parameter.ndim == 1 else parameter
+    inputs = like.numel() // like.shape[0] if like.ndim else 1
+    bound: float = float(max(inputs, 1)) ** -0.5
+    return bound
+
+
+def _matrix(owner: nn.Module, bias: Tensor) -> Tensor:
+    """The weight that a parameter of one axis belongs to; the parameter itself if there is none."""
+    weight = owner._parameters.get("weight")
+    if weight is not None or kind_of(owner) != "other":
+        return bias if weight is None else weight
+    sides = (p for p in owner._parameters.values() if p is not None and p.ndim > 1)
+    return max((p for p in sides if len(p) == len(bias)), key=Tensor.numel, default=bias)
