@@ -15,6 +15,7 @@ from fedkl.errors import ConfigError, LockError, unknown
 from fedkl.key import Key
 from fedkl.locking.behind import check_behind, is_layer, refusal_behind, room_of_site
 from fedkl.locking.check import verify
+from fedkl.locking.copies import refuse_copies
 from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
 from fedkl.locking.insertion import INSERTABLE
 from fedkl.locking.install import (
@@ -56,6 +57,9 @@ def lock(
     every gradient of W points along the key vector. ``torch.export`` and ``torch.jit`` write the
     key vector into what they save; export ``merge(model)`` instead.
 
+    Layers that never run are shared, and sent as they are: a teacher that is averaged from the
+    model outside of its forward must be kept outside of the model, too.
+
     Args:
         model: Any module. Stays as it is unless ``inplace``.
         key: The client's key. None only for the keyless schemes. A pad is a function of key, layer
@@ -91,12 +95,13 @@ def lock(
         ShortcutWarning: Something of the input goes around the first lock of a pad, as in a
             pre-norm transformer or a second branch: the pad does not hide that part. Or that lock
             stands on the input itself, with no private weights before it.
-        ExtraStateWarning: Modules have extra state (``get_extra_state``), which is neither in the
-            shared nor in the private state.
+        ExtraStateWarning: Modules have extra state (``get_extra_state``), or hooks add to the state
+            dict, which is neither in the shared nor in the private state.
 
     Raises:
         LockError: Nothing can be locked or nothing would be left to share, a lock would have no
-            effect, the model is locked already, or ``layers`` names something that cannot carry a
+            effect, something shared follows private weights as the model runs (a moving average
+            of them), the model is locked already, or ``layers`` names something that cannot carry a
             lock. A model locked ``inplace`` is then as it was.
         ConfigError: Unknown scheme, setting or kind of norm.
     """
@@ -119,6 +124,7 @@ def lock(
             agree(locked, group)
         if example is not None:
             verify(locked, sources, example)
+            refuse_copies(locked, [t.name for t in what.targets], example)
             if isinstance(value, Pad) and value.stem:
                 warn_of_shortcuts(locked, what, example)
     except Exception:
