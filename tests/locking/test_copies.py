@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 import warnings
 from typing import Any
 
@@ -10,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import LockError
+from fedkl.errors import LockError, SecretError
 from fedkl.key import Key
-from fedkl.locking import lock, shared_state
+from fedkl.locking import lock, set_key, shared_state, unlock
 from fedkl.rng import derive
 
 KEY = Key.generate()
@@ -107,3 +109,76 @@ def test_parameters_that_move_by_locked_features_are_no_copy() -> None:
         warnings.simplefilter("error")
         locked: Any = lock(Codes(), KEY, scheme="pad", example=X)
     assert not locked.codes.any()
+
+
+class Mutexed(nn.Conv2d):
+    """A layer with an attribute that cannot be copied, and a state that leaves it out."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.mutex = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "mutex"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.mutex = threading.Lock()
+
+
+class OwnWay(nn.Conv2d):
+    """A layer that says itself how it is copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnWay:
+        new = OwnWay(self.in_channels, self.out_channels, 3, padding=1)
+        memo[id(self)] = new
+        new.load_state_dict(self.state_dict())
+        new.__dict__["times"] = self.__dict__.get("times", 0) + 1
+        return new
+
+
+@pytest.mark.parametrize("scheme", ["pad", "channel"])
+def test_copies_do_not_call_what_was_compiled_of_the_old_layers(scheme: str) -> None:
+    plain = cnn().eval()
+    model: Any = lock(plain, KEY, scheme=scheme, example=X).eval()
+    for layer in (0, 1):
+        model[layer].compile(backend="eager")
+    with torch.no_grad():
+        before = model(X)
+        twin: Any = copy.deepcopy(model)
+        set_key(twin, Key.generate())
+        assert not torch.allclose(twin(X), before, atol=1e-3)
+        twin[0].weight.zero_()
+        assert not torch.allclose(twin[0](X), model[0](X))
+        torch.testing.assert_close(unlock(model)(X), plain(X), rtol=0, atol=0)
+        torch.testing.assert_close(model(X), before)
+
+
+def test_a_layer_is_copied_as_it_says_itself() -> None:
+    plain = nn.Sequential(Mutexed(3, 4), *list(cnn())[1:])
+    model: Any = lock(plain, KEY, scheme="pad", example=X).eval()
+    twin: Any = copy.deepcopy(model)
+    assert twin[0].mutex is not model[0].mutex
+    assert type(twin[0]) is type(model[0])
+    torch.testing.assert_close(twin(X), model(X), rtol=0, atol=0)
+    assert list(shared_state(twin)) == list(shared_state(model))
+    opened: Any = unlock(model)
+    assert type(opened[0]) is Mutexed
+    assert torch.equal(opened[0].weight, plain[0].weight)
+    for part in (model, twin, twin[0]):
+        with pytest.raises(SecretError):
+            pickle.dumps(part)
+
+
+def test_a_layer_with_a_copy_of_its_own_stays_private() -> None:
+    plain = nn.Sequential(OwnWay(3, 4, 3, padding=1), *list(cnn())[1:])
+    model: Any = lock(plain, KEY, scheme="pad", example=X).eval()
+    twin: Any = copy.deepcopy(model)
+    assert twin[0].times > 0
+    torch.testing.assert_close(twin(X), model(X), rtol=0, atol=0)
+    assert list(shared_state(twin)) == list(shared_state(model))
+    opened: Any = unlock(twin)
+    assert type(opened[0]) is OwnWay
+    assert torch.equal(opened[0].weight, plain[0].weight)
+    with pytest.raises(SecretError):
+        pickle.dumps(twin[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -14,7 +13,15 @@ from torch import Tensor, nn
 from fedkl.errors import ConfigError, LockError, SecretError, check_positive, unknown
 from fedkl.key import Key, KeyStream
 from fedkl.locking.scheme import Scheme, Site
-from fedkl.locking.sources import LOST, PICKLE_REMEDY, AffineSource, PrivateAffine, Sealed, kept
+from fedkl.locking.sources import (
+    LOST,
+    PICKLE_REMEDY,
+    AffineSource,
+    PrivateAffine,
+    Sealed,
+    copy_of,
+    kept,
+)
 
 SCALE_LAWS: Final[Mapping[str, tuple[float, float]]] = {
     "near-one": (1.0, 0.3),
@@ -140,11 +147,8 @@ class PadAffine(AffineSource):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise SecretError(PICKLE_REMEDY)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PadAffine:
-        copy = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copy
-        copy.__dict__ = deepcopy(self.__dict__, memo)
-        return copy
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy_of(self, type(self), memo)
 
     def extra_repr(self) -> str:
         return f"positions={'x'.join(map(str, self.shape))}"

@@ -19,7 +19,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fedkl.errors import LockError, SecretError
 from fedkl.locking.fused import fused
 from fedkl.locking.positions import positioned
-from fedkl.locking.sources import PICKLE_REMEDY, AffineSource
+from fedkl.locking.sources import PICKLE_REMEDY, AffineSource, copy_of
 
 LOCK_NAME: Final = "keylock"
 SITE: Final = "_fedkl_site"
@@ -53,9 +53,14 @@ def guarded(base: type[nn.Module]) -> dict[str, Any]:
         raise SecretError(PICKLE_REMEDY)
 
     def copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        new = type(self).__new__(type(self))
+        own = getattr(base, "__deepcopy__", None) if isinstance(self, PrivateLayer) else None
+        new: nn.Module = copy_of(self, base, memo) if own is None else own(self, memo)
         memo[id(self)] = new
-        new.__dict__ = deepcopy(self.__dict__, memo)
+        # Whatever way of its own the layer is copied in: what is private stays marked.
+        new.__class__ = type(self)
+        for name in self.__dict__.keys() - new.__dict__.keys():
+            if name.startswith("_fedkl_"):
+                new.__dict__[name] = deepcopy(self.__dict__[name], memo)
         return new
 
     return {
