@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any, Final
 
 import torch
@@ -16,7 +15,7 @@ from fedkl.key import Key
 from fedkl.locking.behind import check_behind, is_layer, refusal_behind, room_of_site
 from fedkl.locking.check import verify
 from fedkl.locking.copies import refuse_copies
-from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
+from fedkl.locking.holder import copied, is_locked, lock_spec, sources_of, unwrap
 from fedkl.locking.insertion import INSERTABLE
 from fedkl.locking.install import (
     Plan,
@@ -111,7 +110,7 @@ def lock(
     _check_norm(norm)
     if group is not None and not isinstance(group, Key):
         raise LockError(f"group must be a fedkl.Key or None, got {type(group).__name__}.")
-    locked = model if inplace else _copy(model)
+    locked = model if inplace else copied(model, "Or lock it with inplace=True")
     # A model's own forward may count or cache: it runs on the copy, never on the argument.
     check_behind(locked, behind, traced=example is not None)
     order = registered(locked) if example is None else trace(locked, example, behind)
@@ -155,7 +154,7 @@ def lock_like(
         raise LockError(f"the lock spec gives {', '.join(large)} a size no lock can have{_FIT}")
     targets = [target_of(site) for site in spec.sites]
     _check_fit(model, spec, targets)
-    locked = model if inplace else _copy(model)
+    locked = model if inplace else copied(model, "Or lock it with inplace=True")
     try:
         sizes = {site.name: site.shape for site in spec.sites} if scheme.positional else {}
         rooms = {
@@ -190,17 +189,6 @@ def _check_fit(model: nn.Module, spec: LockSpec, targets: Sequence[Target]) -> N
 # A spec comes from somebody else and must not make us allocate at will; no activation has as many.
 _MAX_POSITIONS: Final = 2**26
 _FIT: Final = "; build the model with the architecture the spec was made for."
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return deepcopy(model)
-    except Exception as error:
-        raise LockError(
-            f"the model cannot be copied ({type(error).__name__}: {str(error)[:200]}): lock it "
-            "with inplace=True, or remove what torch cannot copy (the old weight_norm, cached "
-            "activations)."
-        ) from error
 
 
 def _check_model(model: nn.Module, key: Key | None, scheme: Scheme) -> None:
@@ -303,10 +291,10 @@ def unlock(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     :func:`lock`.
 
     Raises:
-        LockError: The model is not locked.
+        LockError: The model is not locked, or cannot be copied.
     """
     root = unwrap(model)
-    root = root if inplace else deepcopy(root)
+    root = root if inplace else copied(root, "Or unlock it with inplace=True")
     lock_spec(root)
     remove(root)
     return root

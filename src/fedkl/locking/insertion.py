@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedkl.errors import ConfigError, LockError, unknown
 from fedkl.locking.positions import positioned
-from fedkl.locking.sites import PositionalNorm, Swapped, guarded, source_of
+from fedkl.locking.sites import PositionalNorm, Swapped, check_free, guarded, source_of
 
 INSERTED_NAME: Final = "inserted_norm"
 INPUT_NAME: Final = "input_norm"
@@ -121,8 +121,13 @@ def apply_last(norm: nn.Module, x: Tensor) -> Tensor:
 def insert_norm(
     module: nn.Module, norm: nn.Module, *, rows: bool = False, before: bool = False
 ) -> None:
-    """Puts ``norm`` behind ``module``, or in front of it, over ``rows`` or not (in place)."""
+    """Puts ``norm`` behind ``module``, or in front of it, over ``rows`` or not (in place).
+
+    Raises:
+        LockError: The module has something else of the norm's name.
+    """
     swapped, child = (_fronted_class, INPUT_NAME) if before else (_normed_class, INSERTED_NAME)
+    check_free(module, child)
     module.__class__ = swapped(type(module))
     module.__dict__[_ROWS + child] = rows
     module.add_module(child, norm)

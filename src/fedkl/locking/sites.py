@@ -132,6 +132,19 @@ def release(layer: nn.Module) -> None:
         layer.__class__ = type(layer)._fedkl_base  # type: ignore[attr-defined]
 
 
+def check_free(module: nn.Module, child: str) -> None:
+    """Raises if ``module`` has something of the name under which a lock would be its child.
+
+    Raises:
+        LockError: It has.
+    """
+    if hasattr(module, child):
+        raise LockError(
+            f"a {type(module).__name__} has something called {child} already, which is the name of "
+            "what a lock puts there; rename it, or lock another module (layers=…, behind=…)."
+        )
+
+
 def affine_shape(norm: nn.Module) -> tuple[int, ...]:
     """Shape of γ: (C,) for batch, group and instance norm, ``normalized_shape`` otherwise."""
     if isinstance(norm, _BatchNorm | _InstanceNorm):
@@ -182,7 +195,11 @@ def lock_norm(
     ``rows``: it was inserted and runs over the last axis (:func:`insertion.apply_last`).
 
     A norm whose γ or β is frozen gets a lock that is: the start says what it is, training nothing.
+
+    Raises:
+        LockError: The norm has something else called ``keylock``.
     """
+    check_free(norm, LOCK_NAME)
     norm.__dict__[_ORDER] = tuple(norm._parameters)
     original = {name: norm._parameters.pop(name, None) for name in ("weight", "bias")}
     scale, shift = ((p is not None and not p.requires_grad) for p in original.values())
