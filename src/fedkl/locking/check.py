@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fedkl.errors import LockError
 from fedkl.locking.sites import LOCK_NAME
 from fedkl.locking.sources import AffineSource
-from fedkl.locking.survey import call
+from fedkl.locking.survey import call, gradients
 from fedkl.rng import borrowed, derive
 
 
@@ -144,11 +144,7 @@ def _without_influence(
             asked = {name: [*found] for name, found in seen.items()}
             values = [value for found in asked.values() for value in found]
             total = sum((_probe(t) for t in outputs), torch.zeros(()))
-            grads = iter(
-                torch.autograd.grad(total, values, allow_unused=True)
-                if outputs and values
-                else [None] * len(values)
-            )
+            grads = iter(gradients(total, values) if outputs and values else [None] * len(values))
     finally:
         for source in sources.values():
             del source.__dict__["scale"], source.__dict__["shift"]

@@ -123,7 +123,8 @@ class PadAffine(AffineSource):
         self._look_at_epoch()
         if self._stale:
             raise LockError(STALE.format(self._drawn, int(self.epoch)))
-        value = self._sealed.tensor[index]
+        # Of a replica on another device (DataParallel) only parameters and buffers have moved.
+        value = self._sealed.tensor[index].to(self.epoch.device)
         return value if learned is None else torch.add(value, learned, alpha=self.gain)
 
     def _scale(self) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fedkl.errors import LockError
 from fedkl.locking.check import _nothing_zero, _probe, _run, _tells, restored
 from fedkl.locking.sizes import stem_of
+from fedkl.locking.survey import gradients
 
 
 def passes_by(model: nn.Module, first: str, example: Any) -> bool:
@@ -69,7 +70,7 @@ def _told(outputs: list[Tensor], sources: list[Tensor]) -> set[int]:
         return set()
     total = sum((_probe(t) for t in outputs), torch.zeros(()))
     # The graph is asked twice: by way of the lock's output, and without it.
-    found = torch.autograd.grad(total, sources, allow_unused=True, retain_graph=True)
+    found = gradients(total, sources, retain_graph=True)
     return {i for i, g in enumerate(found) if g is not None and _tells(g)}
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fedkl.errors import LockError
 from fedkl.locking.check import restored
-from fedkl.locking.survey import call, does_not_run, hookable, is_norm, kind_of
+from fedkl.locking.survey import call, does_not_run, gradients, hookable, is_norm, kind_of
 from fedkl.rng import borrowed, derive
 
 Size = tuple[int, ...]
@@ -164,7 +164,7 @@ def ends_of(model: nn.Module, example: Any) -> list[str]:
             outputs = [t for t in _run(model, example, train=False) if t.requires_grad]
             total = sum((_energy(t) for t in outputs), torch.zeros(()))
             values = [value for _, value in made]
-            grads = torch.autograd.grad(total, values, allow_unused=True) if outputs else ()
+            grads = gradients(total, values) if outputs else ()
     finally:
         for handle in handles:
             handle.remove()
@@ -235,11 +235,7 @@ def _before(
         with restored(model), torch.enable_grad(), _all_with_gradient(parameters):
             _run(model, example, train=train)
             total = sum((_energy(t) for t in outputs), torch.zeros(()))
-            used = (
-                torch.autograd.grad(total, parameters, allow_unused=True)
-                if total.requires_grad
-                else [None] * len(parameters)
-            )
+            used = gradients(total, parameters) if total.requires_grad else [None] * len(parameters)
     finally:
         for handle in handles:
             handle.remove()
