@@ -102,6 +102,22 @@ def test_an_example_on_which_the_merged_model_is_another_is_told() -> None:
     assert not is_locked(merge(model))
 
 
+class OwnWay(nn.Linear):
+    """A layer that says itself how it is copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnWay:
+        new = OwnWay(self.in_features, self.out_features)
+        new.load_state_dict(self.state_dict(), strict=False)
+        return new
+
+
+def test_a_layer_with_a_copy_of_its_own_is_copied_with_its_norm() -> None:
+    x = torch.rand(4, 6, generator=derive(0, "rows"))
+    plain = nn.Sequential(OwnWay(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    merged = merge(lock(plain, KEY, example=x), example=x).eval()
+    torch.testing.assert_close(copy.deepcopy(merged)(x), merged(x), rtol=0, atol=0)
+
+
 class Caches(nn.Module):
     """Keeps what it put out."""
 

@@ -63,8 +63,8 @@ class Followed(nn.Sequential):
             return super().__getattr__(name)
         except AttributeError:
             modules = self.__dict__.get("_modules", {})
-            if "1" not in modules:
-                raise  # it is still being put together
+            if "1" not in modules or name.startswith("__"):
+                raise  # still being put together, or asked how to be copied
             return getattr(modules["0"], name)
 
 
