@@ -76,7 +76,7 @@ def test_compiled_model_hears_a_renewed_pad() -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("train", [False, True])
 def test_a_compiled_average_refuses_a_pad_that_is_not_of_its_number(
     train: bool, backend: str
