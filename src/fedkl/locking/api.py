@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fedkl.errors import ConfigError, LockError, unknown
 from fedkl.key import Key
 from fedkl.locking.behind import check_behind, is_layer, refusal_behind, room_of_site
-from fedkl.locking.check import verify
+from fedkl.locking.check import verify, weights_kept
 from fedkl.locking.copies import refuse_copies
 from fedkl.locking.holder import copied, is_locked, lock_spec, sources_of, unwrap
 from fedkl.locking.insertion import INSERTABLE
@@ -29,7 +29,7 @@ from fedkl.locking.pad import Pad, PadAffine
 from fedkl.locking.scheme import Scheme
 from fedkl.locking.schemes import Channel, scheme_of
 from fedkl.locking.select import Layers, Target, select
-from fedkl.locking.sources import KeyedAffine
+from fedkl.locking.sources import AffineSource, KeyedAffine
 from fedkl.locking.spec import LockSpec
 from fedkl.locking.survey import refusal, registered, trace
 
@@ -117,19 +117,32 @@ def lock(
     targets = select(locked, layers, order, traced=example is not None, behind=behind)
     every = layers == "all" and behind is None
     try:
-        what = plan(locked, value, targets, order, example, every=every)
+        with weights_kept(locked):
+            what = plan(locked, value, targets, order, example, every=every)
         sources = install(locked, key, value, what, norm, share_statistics)
         if group is not None:
             agree(locked, group)
         if example is not None:
-            verify(locked, sources, example)
-            refuse_copies(locked, [t.name for t in what.targets], example)
-            if isinstance(value, Pad) and value.stem:
-                warn_of_shortcuts(locked, what, example)
+            _try(locked, value, what, sources, example)
     except Exception:
         remove(locked)
         raise
     return locked
+
+
+def _try(
+    locked: nn.Module,
+    scheme: Scheme,
+    what: Plan,
+    sources: Mapping[str, AffineSource],
+    example: Any,
+) -> None:
+    """Raises or warns where on the example a lock does not do what it is for."""
+    with weights_kept(locked):
+        verify(locked, sources, example)
+        refuse_copies(locked, [t.name for t in what.targets], example)
+        if isinstance(scheme, Pad) and scheme.stem:
+            warn_of_shortcuts(locked, what, example)
 
 
 def lock_like(

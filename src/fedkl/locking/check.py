@@ -47,13 +47,11 @@ def verify(model: nn.Module, sources: Mapping[str, AffineSource], example: Any) 
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Within the block modes, parameters and buffers may change; afterwards they are as before.
+    """Within the block modes and buffers may change; afterwards they are as before.
 
     Buffers are the same tensors again, also where the model puts new ones in their place.
     """
     modes = {module: module.training for module in model.modules()}
-    lazy = nn.parameter.is_lazy
-    parameters = [(p, p.detach().clone()) for p in model.parameters() if not lazy(p)]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -65,13 +63,25 @@ def restored(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module, name, buffer, before in buffers:
+            buffer.copy_(before)
+            module._buffers[name] = buffer
+
+
+@contextmanager
+def weights_kept(model: nn.Module) -> Iterator[None]:
+    """Within the block a model may write into its parameters; afterwards they are as before.
+
+    Apart from :func:`restored`, since of a large model a copy of them all takes its time.
+    """
+    parameters = [(p, p.detach().clone()) for p in model.parameters()]
+    try:
+        yield
+    finally:
         with torch.no_grad():
             for parameter, before in parameters:
                 if not torch.equal(parameter, before):
                     parameter.copy_(before)
-        for module, name, buffer, before in buffers:
-            buffer.copy_(before)
-            module._buffers[name] = buffer
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fedkl.errors import LockError
-from fedkl.locking.check import _nothing_zero, _run, restored
+from fedkl.locking.check import _nothing_zero, _run, restored, weights_kept
 from fedkl.locking.split import split
 
 # Added to every private weight: of a slow average a thousandth of a thousandth still shows.
@@ -83,7 +83,7 @@ def _left_by(
     """The named tensors as a run in train mode leaves them, ``change`` added to private weights."""
     handles = [model.get_submodule(name).register_forward_hook(hook) for name in sites]
     try:
-        with restored(model), torch.enable_grad():
+        with restored(model), weights_kept(model), torch.enable_grad():
             with torch.no_grad():
                 for p in private:
                     p.add_(change)
