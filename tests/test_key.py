@@ -28,6 +28,7 @@ from scipy import stats
 
 from fedkl.errors import ConfigError, KeyFileError, OutputError, SecretError
 from fedkl.key import LAWS, Key, KeyStream
+from fedkl.key.document import Hidden, _cipher
 
 SECRET = bytes(range(100, 132))
 SPELLINGS = [SECRET.hex(), base64.b64encode(SECRET).decode(), repr(SECRET)[2:-1], str(list(SECRET))]
@@ -641,6 +642,35 @@ def test_running_out_of_memory_shows_no_secret_either(
         with pytest.raises(KeyFileError, match="MemoryError") as caught:
             act()
         assert not any(s[:16] in frames(caught.value) for s in (*SPELLINGS, PASSWORD))
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_passes_and_shows_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    path = saved(tmp_path, passphrase=PASSWORD)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise kind from ValueError(PASSWORD)
+
+    monkeypatch.setattr("fedkl.key.document.Scrypt", interrupted)
+    for act in (
+        lambda: key().save(tmp_path / "key", passphrase=PASSWORD),
+        lambda: Key.load(path, passphrase=PASSWORD),
+    ):
+        with pytest.raises(kind) as caught:
+            act()
+        assert not any(s[:16] in frames(caught.value) for s in (*SPELLINGS, PASSWORD))
+
+
+def test_the_passphrase_in_bytes_is_in_no_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedkl.key.document.Scrypt", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        _cipher(Hidden(PASSWORD), bytes(16), 2, 1, 1)
+    assert PASSWORD[:16] not in frames(caught.value)
 
 
 def everything(error: BaseException | None) -> str:

@@ -74,6 +74,30 @@ def test_compiled_model_hears_a_renewed_pad() -> None:
     assert not torch.allclose(compiled(IMAGE), first)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_compiled_average_refuses_a_pad_that_is_not_of_its_number(
+    train: bool, backend: str
+) -> None:
+    model = locked("batch").train(train)
+    renew(model, KEY, 2)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True).train(
+        train
+    )
+    run = torch.compile(ema.module, backend=backend, fullgraph=True)
+    run(IMAGE)
+    ema.update_parameters(model)
+    run(IMAGE)
+    renew(model, KEY, 8)
+    ema.update_parameters(model)
+    with pytest.raises((LockError, RuntimeError), match="of one epoch, and its private state"):
+        run(IMAGE)
+    renew(ema.module, KEY, 9)
+    torch.testing.assert_close(run(IMAGE), copy.deepcopy(ema.module)(IMAGE))
+
+
 @pytest.mark.filterwarnings("ignore", "error:.*to a Python integer")
 def test_a_trace_does_not_ask_which_pad_it_is() -> None:
     model = locked("batch").eval()

@@ -140,8 +140,9 @@ BYTES = ((255 * X).byte(), torch.arange(4) % 3)
     ],
 )
 def test_a_way_around_the_first_lock_is_told(make: Callable[[], nn.Module], example: Any) -> None:
-    with pytest.warns(ShortcutWarning, match="passes the first lock"):
+    with pytest.warns(ShortcutWarning, match="passes the first lock") as seen:
         model = lock(make(), KEY, scheme="pad", example=example)
+    assert seen[0].filename == __file__  # the caller's line, not one of ours
     assert model.training
     assert all(p.grad is None for p in model.parameters())
 

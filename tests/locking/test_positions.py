@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
 
+from fedkl.errors import LockError
 from fedkl.key import Key
 from fedkl.locking import lock, sources_of
 from fedkl.locking import positions as module
@@ -162,3 +164,14 @@ def test_only_a_compiler_and_only_channels_first_take_that_form(
     assert len(seen) == expected
     monkeypatch.setattr(module, "_ChannelsLast", None)  # whoever uses it now fails
     locked(batch(2))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 9, 9), (4, 3, 7, 8)])
+def test_another_size_raises_from_no_frame_that_has_the_pad(shape: tuple[int, ...]) -> None:
+    model = padded(batch(4))
+    with pytest.raises(LockError, match="one scale per position") as caught:
+        model(torch.rand(shape))
+    sizes = {source.shape for source in sources_of(model).values()}
+    for frame, _ in traceback.walk_tb(caught.value.__traceback__):
+        held = [v for v in frame.f_locals.values() if isinstance(v, Tensor)]
+        assert not any(t.shape in sizes for t in held), frame.f_code.co_name

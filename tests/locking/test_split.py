@@ -299,3 +299,18 @@ def test_extra_state_is_in_neither_part_and_stays_in_the_model(extra: Any) -> No
     load_private_state(model, private)
     assert str(model.extra) == str(extra)
     assert "_extra_state" not in shared_views(plain)
+
+
+def test_a_copy_that_a_hook_puts_into_the_state_dict_is_not_sent() -> None:
+    def add(module: Any, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        state[prefix + "ema"] = state[prefix + "0.weight"].detach().clone()
+
+    plain = cnn()
+    plain._register_state_dict_hook(add)
+    with pytest.warns(ExtraStateWarning, match="ema, which is neither shared nor private"):
+        model = lock(plain, KEY, scheme="pad", example=X)
+    assert "ema" in model.state_dict()
+    assert not any("ema" in part(model) for part in (shared_state, private_state))
+    late = locked()
+    late._register_state_dict_hook(add)
+    assert "ema" not in shared_state(late)

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
-from fedkl.errors import ConfigError, FedKLError, SecretError, unknown
+from fedkl.errors import ConfigError, SecretError, unknown
 from fedkl.key.document import (
     MAX_VECTOR,
     SEED,
@@ -181,7 +181,7 @@ class Key:
         given = Hidden(passphrase)
         del passphrase  # no frame of an error may show it
         found = shielded(path, lambda: read(path, hide(given)))
-        if isinstance(found, FedKLError):
+        if isinstance(found, BaseException):
             raise found
         kind, secret, fingerprint = found
         key = cls._of(kind, secret.value)

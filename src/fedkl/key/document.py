@@ -56,8 +56,11 @@ class Hidden(Generic[T]):
 Passphrase: TypeAlias = Hidden[str] | None
 
 
-def shielded(path: PathLike, work: Callable[[], T]) -> T | FedKLError:
-    """What ``work`` returns, or the error it raised, without the frames it passed through."""
+def shielded(path: PathLike, work: Callable[[], T]) -> T | BaseException:
+    """What ``work`` returns, or the error it raised, without the frames it passed through.
+
+    Of errors that are none of ours a KeyFileError; an interrupt (Ctrl-C) stays what it is.
+    """
     try:
         return work()
     except FedKLError as error:
@@ -67,6 +70,9 @@ def shielded(path: PathLike, work: Callable[[], T]) -> T | FedKLError:
             f"{path!r:.200} cannot be used as a key file ({type(error).__name__}); give the path "
             "of a file as text or pathlib.Path, and check that there is memory left."
         )
+    except BaseException as interrupt:
+        interrupt.__cause__ = interrupt.__context__ = None
+        return interrupt.with_traceback(None)
 
 
 def hide(passphrase: Hidden[Any]) -> Passphrase:
@@ -200,8 +206,8 @@ def _cipher(passphrase: Hidden[str], salt: bytes, n: int, r: int, p: int) -> aea
     if not passphrase.value:
         raise KeyFileError("the passphrase is empty. Give one, or None for no encryption.")
     # NFKC: the same characters are the same passphrase, whichever keyboard composed them.
-    text = unicodedata.normalize("NFKC", passphrase.value).encode("utf-8", "surrogatepass")
-    return aead.AESGCM(Scrypt(salt=salt, length=32, n=n, r=r, p=p).derive(text))
+    text = Hidden(unicodedata.normalize("NFKC", passphrase.value).encode("utf-8", "surrogatepass"))
+    return aead.AESGCM(Scrypt(salt=salt, length=32, n=n, r=r, p=p).derive(text.value))
 
 
 def _encrypt(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -14,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 from fedkl.errors import ConfigError, LockError, unknown
 from fedkl.key import Key
 from fedkl.locking.behind import check_behind, is_layer, refusal_behind, room_of_site
-from fedkl.locking.check import verify
-from fedkl.locking.holder import is_locked, lock_spec, sources_of, unwrap
+from fedkl.locking.check import verify, weights_kept
+from fedkl.locking.copies import refuse_copies
+from fedkl.locking.holder import copied, is_locked, lock_spec, sources_of, unwrap
 from fedkl.locking.insertion import INSERTABLE
 from fedkl.locking.install import (
     Plan,
@@ -30,7 +30,7 @@ from fedkl.locking.pad import Pad, PadAffine
 from fedkl.locking.scheme import Scheme
 from fedkl.locking.schemes import Channel, scheme_of
 from fedkl.locking.select import Layers, Target, select
-from fedkl.locking.sources import KeyedAffine
+from fedkl.locking.sources import AffineSource, KeyedAffine
 from fedkl.locking.spec import LockSpec
 from fedkl.locking.survey import refusal, registered, trace
 
@@ -56,6 +56,9 @@ def lock(
     The lock's gradients, its optimizer's moments and its trained weights are as secret as the key:
     every gradient of W points along the key vector. ``torch.export`` and ``torch.jit`` write the
     key vector into what they save; export ``merge(model)`` instead.
+
+    Layers that never run are shared, and sent as they are: a teacher that is averaged from the
+    model outside of its forward must be kept outside of the model, too.
 
     Args:
         model: Any module. Stays as it is unless ``inplace``.
@@ -93,13 +96,14 @@ def lock(
         ShortcutWarning: Something of the input goes around the first lock of a pad, as in a
             pre-norm transformer or a second branch: the pad does not hide that part. Or that lock
             stands on the input itself, with no private weights before it.
-        ExtraStateWarning: Modules have extra state (``get_extra_state``), which is neither in the
-            shared nor in the private state.
+        ExtraStateWarning: Modules have extra state (``get_extra_state``), or hooks add to the state
+            dict, which is neither in the shared nor in the private state.
 
     Raises:
         LockError: Nothing can be locked or nothing would be left to share, a lock or a private
-            layer would have no effect, the model is locked already, or ``layers`` names something
-            that cannot carry a lock. A model locked ``inplace`` is then as it was.
+            layer would have no effect, something shared follows private weights as the model
+            runs (a moving average of them), the model is locked already, or ``layers`` names
+            something that cannot carry a lock. A model locked ``inplace`` is then as it was.
         ConfigError: Unknown scheme, setting or kind of norm.
     """
     value = scheme_of(scheme, **settings)
@@ -108,27 +112,41 @@ def lock(
     _check_norm(norm)
     if group is not None and not isinstance(group, Key):
         raise LockError(f"group must be a fedkl.Key or None, got {type(group).__name__}.")
-    locked = model if inplace else _copy(model)
+    locked = model if inplace else copied(model, "Or lock it with inplace=True")
     # A model's own forward may count or cache: it runs on the copy, never on the argument.
     check_behind(locked, behind, traced=example is not None)
     order = registered(locked) if example is None else trace(locked, example, behind)
     targets = select(locked, layers, order, traced=example is not None, behind=behind)
     every = layers == "all" and behind is None
     try:
-        what = plan(locked, value, targets, order, example, every=every)
+        with weights_kept(locked):
+            what = plan(locked, value, targets, order, example, every=every)
         sources = install(locked, key, value, what, norm, share_statistics)
         if group is not None:
             agree(locked, group)
         if example is not None:
-            verify(locked, sources, example)
-            if what.private:
-                check_private(locked, what, example)
-            if isinstance(value, Pad) and value.stem:
-                warn_of_shortcuts(locked, what, example)
+            _try(locked, value, what, sources, example)
     except Exception:
         remove(locked)
         raise
     return locked
+
+
+def _try(
+    locked: nn.Module,
+    scheme: Scheme,
+    what: Plan,
+    sources: Mapping[str, AffineSource],
+    example: Any,
+) -> None:
+    """Raises or warns where on the example a lock does not do what it is for."""
+    with weights_kept(locked):
+        verify(locked, sources, example)
+        refuse_copies(locked, [t.name for t in what.targets], example)
+        if what.private:
+            check_private(locked, what, example)
+        if isinstance(scheme, Pad) and scheme.stem:
+            warn_of_shortcuts(locked, what, example)
 
 
 def lock_like(
@@ -153,7 +171,7 @@ def lock_like(
         raise LockError(f"the lock spec gives {', '.join(large)} a size no lock can have{_FIT}")
     targets = [target_of(site) for site in spec.sites]
     _check_fit(model, spec, targets)
-    locked = model if inplace else _copy(model)
+    locked = model if inplace else copied(model, "Or lock it with inplace=True")
     try:
         sizes = {site.name: site.shape for site in spec.sites} if scheme.positional else {}
         rooms = {
@@ -188,17 +206,6 @@ def _check_fit(model: nn.Module, spec: LockSpec, targets: Sequence[Target]) -> N
 # A spec comes from somebody else and must not make us allocate at will; no activation has as many.
 _MAX_POSITIONS: Final = 2**26
 _FIT: Final = "; build the model with the architecture the spec was made for."
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return deepcopy(model)
-    except Exception as error:
-        raise LockError(
-            f"the model cannot be copied ({type(error).__name__}: {str(error)[:200]}): lock it "
-            "with inplace=True, or remove what torch cannot copy (the old weight_norm, cached "
-            "activations)."
-        ) from error
 
 
 def _check_model(model: nn.Module, key: Key | None, scheme: Scheme) -> None:
@@ -301,10 +308,10 @@ def unlock(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     :func:`lock`.
 
     Raises:
-        LockError: The model is not locked.
+        LockError: The model is not locked, or cannot be copied.
     """
     root = unwrap(model)
-    root = root if inplace else deepcopy(root)
+    root = root if inplace else copied(root, "Or unlock it with inplace=True")
     lock_spec(root)
     remove(root)
     return root

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fedkl.errors import LockError, unknown
 from fedkl.locking.check import restored
 from fedkl.locking.insertion import INSERTED_NAME, Room, is_sequence
-from fedkl.locking.sites import Swapped
+from fedkl.locking.sites import Swapped, check_free
 from fedkl.locking.sizes import activation_sizes
 from fedkl.locking.spec import SiteSpec
 from fedkl.locking.survey import LAYERS, Trace, call, features_of, kind_of, refusal
@@ -96,6 +96,7 @@ def _features_last(name: str, size: tuple[int, ...], model: nn.Module, last: str
 def _check_output(model: nn.Module, example: Any, name: str) -> None:
     """Raises unless ``name`` puts out one tensor and would not run the norm itself."""
     module = model.get_submodule(name)
+    check_free(module, INSERTED_NAME)
     witness, outputs, runs = nn.Identity(), list[Any](), list[Any]()
     failed = False
     handles = [

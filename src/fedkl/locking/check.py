@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fedkl.errors import LockError
 from fedkl.locking.sites import LOCK_NAME
 from fedkl.locking.sources import AffineSource
-from fedkl.locking.survey import call
+from fedkl.locking.survey import call, gradients
 from fedkl.rng import borrowed, derive
 
 
@@ -66,6 +66,22 @@ def restored(model: nn.Module) -> Iterator[None]:
         for module, name, buffer, before in buffers:
             buffer.copy_(before)
             module._buffers[name] = buffer
+
+
+@contextmanager
+def weights_kept(model: nn.Module) -> Iterator[None]:
+    """Within the block a model may write into its parameters; afterwards they are as before.
+
+    Apart from :func:`restored`, since of a large model a copy of them all takes its time.
+    """
+    parameters = [(p, p.detach().clone()) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in parameters:
+                if not torch.equal(parameter, before):
+                    parameter.copy_(before)
 
 
 @contextmanager
@@ -138,11 +154,7 @@ def _without_influence(
             asked = {name: [*found] for name, found in seen.items()}
             values = [value for found in asked.values() for value in found]
             total = sum((_probe(t) for t in outputs), torch.zeros(()))
-            grads = iter(
-                torch.autograd.grad(total, values, allow_unused=True)
-                if outputs and values
-                else [None] * len(values)
-            )
+            grads = iter(gradients(total, values) if outputs and values else [None] * len(values))
     finally:
         for source in sources.values():
             del source.__dict__["scale"], source.__dict__["shift"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -31,6 +32,21 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def copied(model: nn.Module, then: str) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        LockError: torch cannot make one; ``then`` says what the caller can do about it.
+    """
+    try:
+        return deepcopy(model)
+    except Exception as error:
+        raise LockError(
+            f"the model cannot be copied ({type(error).__name__}: {str(error)[:200]}): remove what "
+            f"torch cannot copy (the old weight_norm, cached activations). {then}."
+        ) from error
 
 
 def holders(model: nn.Module) -> Iterator[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fedkl.errors import ConfigError, LockError, unknown
 from fedkl.locking.positions import positioned
-from fedkl.locking.sites import PositionalNorm, Swapped, guarded, source_of
+from fedkl.locking.sites import PositionalNorm, Swapped, check_free, guarded, source_of, subclass
 
 INSERTED_NAME: Final = "inserted_norm"
 INPUT_NAME: Final = "input_norm"
@@ -66,16 +67,29 @@ def _normed_class(base: type[nn.Module]) -> type[nn.Module]:
         out: Tensor = base.forward(self, *args, **kwargs)
         return _applied(self, INSERTED_NAME, out)
 
-    def in_order(self: nn.Module, input: Any) -> Tensor:
+    # A sequence goes over all its children, and the norm is to run last, in a way of its own.
+    members |= _members_of_sequences(base) if is_sequence(base) else {"forward": forward}
+    _NORMED[base] = subclass(f"Normed{base.__name__}", (NormAfter, base), members)
+    return _NORMED[base]
+
+
+def _members_of_sequences(base: Any) -> dict[str, Any]:
+    def forward(self: nn.Module, input: Any) -> Tensor:
         for name, child in self._modules.items():
             if name != INSERTED_NAME and child is not None:
                 input = child(input)
         return _applied(self, INSERTED_NAME, input)
 
-    # A sequence goes over all its children, and the norm is to run last, in a way of its own.
-    members["forward"] = in_order if is_sequence(base) else forward
-    _NORMED[base] = type(f"Normed{base.__name__}", (NormAfter, base), members)
-    return _NORMED[base]
+    def getitem(self: nn.Module, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return base.__getitem__(self, index)
+        part = base(OrderedDict(list(self._modules.items())[index]))
+        if INSERTED_NAME in part._modules:
+            part.__class__ = type(self)
+            part.__dict__[_ROWS + INSERTED_NAME] = runs_over_rows(self)
+        return part
+
+    return {"forward": forward, "__getitem__": getitem}
 
 
 def is_sequence(kind: type[nn.Module]) -> bool:
@@ -88,12 +102,17 @@ def _fronted_class(base: type[nn.Module]) -> type[nn.Module]:
         return _FRONTED[base]
     members = guarded(base)
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        out: Tensor = base.forward(self, _applied(self, INPUT_NAME, x))
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            args = (_applied(self, INPUT_NAME, args[0]), *args[1:])
+        else:
+            name = "input" if "input" in kwargs else next(iter(kwargs))
+            kwargs[name] = _applied(self, INPUT_NAME, kwargs[name])
+        out: Tensor = base.forward(self, *args, **kwargs)
         return out
 
     members["forward"] = forward
-    _FRONTED[base] = type(f"Fronted{base.__name__}", (NormBefore, base), members)
+    _FRONTED[base] = subclass(f"Fronted{base.__name__}", (NormBefore, base), members)
     return _FRONTED[base]
 
 
@@ -121,8 +140,13 @@ def apply_last(norm: nn.Module, x: Tensor) -> Tensor:
 def insert_norm(
     module: nn.Module, norm: nn.Module, *, rows: bool = False, before: bool = False
 ) -> None:
-    """Puts ``norm`` behind ``module``, or in front of it, over ``rows`` or not (in place)."""
+    """Puts ``norm`` behind ``module``, or in front of it, over ``rows`` or not (in place).
+
+    Raises:
+        LockError: The module has something else of the norm's name.
+    """
     swapped, child = (_fronted_class, INPUT_NAME) if before else (_normed_class, INSERTED_NAME)
+    check_free(module, child)
     module.__class__ = swapped(type(module))
     module.__dict__[_ROWS + child] = rows
     module.add_module(child, norm)

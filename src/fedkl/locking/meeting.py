@@ -142,7 +142,7 @@ def warn_of_shortcuts(model: nn.Module, what: Plan, example: Any) -> None:
             "sees what the next layer gets. Lock behind the first layer that has weights "
             "(layers=… or behind=…).",
             ShortcutWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     if passes_by(model, first.name, example):
         warnings.warn(
@@ -152,7 +152,7 @@ def warn_of_shortcuts(model: nn.Module, what: Plan, example: Any) -> None:
             "that it keeps others from using the model, not that it hides images (docs/theory.md, "
             "shortcuts).",
             ShortcutWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fedkl.errors import LockError
-from fedkl.locking.behind import is_layer
-from fedkl.locking.holder import is_locked, lock_spec, unwrap
+from fedkl.locking.check import restored
+from fedkl.locking.holder import copied, is_locked, lock_spec, unwrap
 from fedkl.locking.insertion import (
-    INSERTED_NAME,
     NormAfter,
     apply_last,
     is_sequence,
@@ -21,6 +23,8 @@ from fedkl.locking.insertion import (
 )
 from fedkl.locking.sites import LockedNorm, source_of, unlock_norm
 from fedkl.locking.split import forget
+from fedkl.locking.survey import call, does_not_run
+from fedkl.rng import borrowed, derive
 
 
 class Shift(nn.Module):
@@ -58,22 +62,29 @@ class Followed(nn.Sequential):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            module = self.__dict__.get("_modules", {}).get("0")
-            if module is None:
-                raise
-            return getattr(module, name)
+            modules = self.__dict__.get("_modules", {})
+            if "1" not in modules or name.startswith("__"):
+                raise  # still being put together, or asked how to be copied
+            return getattr(modules["0"], name)
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, *, example: Any = None) -> nn.Module:
     """An ordinary model with γ and β baked into its norms: computes the same, carries no key.
 
-    The result is private (γ and β are in it), can be pickled, and runs without FedKL's lock. An
-    inserted norm becomes ``nn.Sequential(layer, norm)``, so those names change; behind a sequence
-    it becomes the last of its children.
+    The result is private (γ and β are in it), can be pickled, and runs without FedKL's lock. A
+    layer with an inserted norm becomes an ``nn.Sequential`` of both, wherever the model refers to
+    it, so those names change; it takes what the layer takes and shows the layer's attributes.
+    Behind a sequence the norm becomes the last of its children.
+
+    Args:
+        model: What :func:`fedkl.lock` returned. Stays as it is.
+        example: As of :func:`fedkl.lock`. With it both models run on it in eval mode, and have to
+            put out the same.
 
     Raises:
-        LockError: The model is not locked, or its lock has one γ and β per position (``pad``),
-            which no ordinary norm can hold.
+        LockError: The model is not locked, or cannot be copied, or its lock has one γ and β per
+            position (``pad``), which no ordinary norm can hold. Or the result differs on the
+            example: the model looks at the class of a layer, say.
     """
     spec = lock_spec(model)
     if spec.scheme_value().positional:
@@ -81,16 +92,39 @@ def merge(model: nn.Module) -> nn.Module:
             f"a lock of scheme {spec.scheme!r} has one scale per position, which no ordinary norm "
             "can hold; use the locked model itself, or keep its state_dict and the key."
         )
-    root = deepcopy(unwrap(model))
+    root = copied(unwrap(model), "Then merge it")
     for module in list(root.modules()):
         if isinstance(module, LockedNorm):
             _bake(module)
-    root = _replace(root, {})
+    root = _exchanged(root)
     for module in root.modules():
         module.__dict__.pop("_fedkl_spec", None)
         forget(module)
     assert not is_locked(root)
+    if example is not None:
+        _compare(unwrap(model), root, example)
     return root
+
+
+def _compare(locked: nn.Module, merged: nn.Module, example: Any) -> None:
+    outputs = []
+    for model in (locked, merged):
+        with restored(model), torch.no_grad(), borrowed(derive(0, "merge")):
+            try:
+                output = call(model.eval(), example)
+            except Exception as error:
+                raise does_not_run(model, example, error) from error
+            outputs.append([t for t in tree_leaves(output) if isinstance(t, Tensor)])
+    # Sums in another order: γ is rounded once, not at every call.
+    if len(outputs[0]) != len(outputs[1]) or not all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+        for a, b in zip(*outputs, strict=True)
+    ):
+        raise LockError(
+            "the merged model computes something else on this example: it looks at the class of a "
+            "layer behind which a norm was inserted, or reads its weights past it. Use the locked "
+            "model itself."
+        )
 
 
 def _bake(norm: nn.Module) -> None:
@@ -108,30 +142,48 @@ def _bake(norm: nn.Module) -> None:
             setattr(norm, flag, True)
 
 
-def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """Exchanges normed layers and shifted RMS norms for sequences, everywhere they are used."""
-    if id(module) in done:
-        return done[id(module)]
-    done[id(module)] = module
-    for name, child in module._modules.items():
-        if child is not None:
-            module._modules[name] = _replace(child, done)
-    result = module
-    if isinstance(module, NormAfter):
-        result = _with_norm(module)
-    elif "_fedkl_shift" in module.__dict__:
-        result = nn.Sequential(module, Shift(module.__dict__.pop("_fedkl_shift")))
-    result.training = module.training
-    done[id(module)] = result
-    return result
+def _exchanged(root: nn.Module) -> nn.Module:
+    """A copy with sequences in the place of normed layers and shifted RMS norms (uses up ``root``).
+
+    Python's own copying then puts each wherever the old one was, in lists and dicts of the model's
+    as well.
+    """
+    memo: dict[int, Any] = {}
+    for module in _inside_first(root, set()):
+        norm: nn.Module | None = None
+        if isinstance(module, NormAfter):
+            norm = _norm_behind(module)
+        elif "_fedkl_shift" in module.__dict__:
+            norm = Shift(module.__dict__.pop("_fedkl_shift"))
+        if norm is not None:
+            if id(module) in memo:
+                raise LockError(
+                    f"another layer refers to this {type(module).__name__} without having it for "
+                    "a child, and would go past its norm; use the locked model itself."
+                )
+            norm.training = module.training
+            made = Followed(deepcopy(module, memo), deepcopy(norm, memo))
+            made.training = module.training
+            memo[id(module)] = made
+    return deepcopy(root, memo)
 
 
-def _with_norm(module: nn.Module) -> nn.Module:
-    """A normed module as an ordinary one."""
+def _inside_first(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
+    """All modules, each behind those that are in it."""
+    if module not in seen:
+        seen.add(module)
+        for child in list(module.children()):
+            yield from _inside_first(child, seen)
+        yield module
+
+
+def _norm_behind(module: nn.Module) -> nn.Module | None:
+    """Takes the inserted norm off; of a sequence it becomes a child, and there is none left."""
     rows, norm = runs_over_rows(module), remove_norm(module)
     norm = LastAxis(norm) if rows else norm
-    norm.training = module.training
     if is_sequence(type(module)):
-        module.add_module(INSERTED_NAME, norm)
-        return module
-    return (nn.Sequential if is_layer(module) else Followed)(module, norm)
+        norm.training = module.training
+        free = (str(i) for i in itertools.count(len(module._modules)))
+        module.add_module(next(name for name in free if name not in module._modules), norm)
+        return None
+    return norm

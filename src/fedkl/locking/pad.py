@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -14,7 +13,15 @@ from torch import Tensor, nn
 from fedkl.errors import ConfigError, LockError, SecretError, check_positive, unknown
 from fedkl.key import Key, KeyStream
 from fedkl.locking.scheme import Scheme, Site
-from fedkl.locking.sources import LOST, PICKLE_REMEDY, AffineSource, PrivateAffine, Sealed, kept
+from fedkl.locking.sources import (
+    LOST,
+    PICKLE_REMEDY,
+    AffineSource,
+    PrivateAffine,
+    Sealed,
+    copy_of,
+    kept,
+)
 
 SCALE_LAWS: Final[Mapping[str, tuple[float, float]]] = {
     "near-one": (1.0, 0.3),
@@ -30,6 +37,8 @@ STALE: Final = (
     "(AveragedModel) with use_buffers=False, and anew after each renewal: learned parts of two "
     "pads have no mean."
 )
+# What a compiled model says, to which the numbers are none of its own.
+_STALE_COMPILED: Final = STALE.replace("of epoch {}", "of one epoch").format("another")
 
 
 class PadAffine(AffineSource):
@@ -72,6 +81,7 @@ class PadAffine(AffineSource):
         self._drawn = epoch
         self._stale = self._lost = False
         self._version = -1
+        self._number = torch.tensor(epoch, device="cpu")  # where it stays
         self._sealed = self._master = Sealed(pad)
 
     def redraw(self, pad: Tensor, epoch: int, owner: str) -> None:
@@ -81,6 +91,7 @@ class PadAffine(AffineSource):
         self._master = Sealed(pad)
         self._sealed = Sealed(pad.to(old.device, old.dtype))
         self._drawn, self._stale, self._lost = epoch, False, False
+        self._number = torch.tensor(epoch, device="cpu")
         with torch.no_grad():
             self.epoch.fill_(epoch)
 
@@ -102,7 +113,12 @@ class PadAffine(AffineSource):
     def _look_at_epoch(self) -> None:
         """Whoever averages or copies buffers writes into ``epoch`` without a word."""
         # Either would make the number a part of its program.
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch.compiler.is_compiling():
+            # As a tensor it is none. A GPU would not survive the error.
+            if self.epoch.is_cpu:
+                torch._assert_async(self.epoch == self._number, _STALE_COMPILED)
+            return
+        if torch._C._get_tracing_state() is not None:
             return
         # The count of writes costs no wait for a GPU; in inference mode torch keeps none.
         version = -1 if self.epoch.is_inference() else self.epoch._version
@@ -113,10 +129,12 @@ class PadAffine(AffineSource):
     def _pad(self, index: int, learned: Tensor | None) -> Tensor:
         if self._lost:
             raise LockError(LOST)
-        self._look_at_epoch()
+        if index == 0:  # once a call is enough, and γ is asked for first
+            self._look_at_epoch()
         if self._stale:
             raise LockError(STALE.format(self._drawn, int(self.epoch)))
-        value = self._sealed.tensor[index]
+        # Of a replica on another device (DataParallel) only parameters and buffers have moved.
+        value = self._sealed.tensor[index].to(self.epoch.device)
         return value if learned is None else torch.add(value, learned, alpha=self.gain)
 
     def _scale(self) -> Tensor:
@@ -140,11 +158,8 @@ class PadAffine(AffineSource):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise SecretError(PICKLE_REMEDY)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PadAffine:
-        copy = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copy
-        copy.__dict__ = deepcopy(self.__dict__, memo)
-        return copy
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy_of(self, type(self), memo)
 
     def extra_repr(self) -> str:
         return f"positions={'x'.join(map(str, self.shape))}"

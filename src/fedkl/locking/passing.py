@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedkl.errors import LockError
-from fedkl.locking.check import _probe, _run, _tells, nothing_zero, restored
+from fedkl.locking.check import _probe, _run, _tells, nothing_zero, restored, weights_kept
 from fedkl.locking.sizes import stem_of
+from fedkl.locking.survey import gradients
 
 
 def passes_by(model: nn.Module, first: str, example: Any) -> bool:
@@ -23,7 +24,7 @@ def passes_by(model: nn.Module, first: str, example: Any) -> bool:
     the residual stream of a transformer. In train mode too, for what is an input and no target.
     What gradients do not tell, such as frozen features without a graph, values do: with the output
     of ``first`` played back, another example has to give the same; and in train mode leave the same
-    behind in the buffers of what runs later.
+    behind in the tensors of what runs later.
 
     Args:
         model: Locked; is left as it was.
@@ -69,7 +70,7 @@ def _told(outputs: list[Tensor], sources: list[Tensor]) -> set[int]:
         return set()
     total = sum((_probe(t) for t in outputs), torch.zeros(()))
     # The graph is asked twice: by way of the lock's output, and without it.
-    found = torch.autograd.grad(total, sources, allow_unused=True, retain_graph=True)
+    found = gradients(total, sources, retain_graph=True)
     return {i for i, g in enumerate(found) if g is not None and _tells(g)}
 
 
@@ -97,22 +98,28 @@ def _differs(model: nn.Module, first: str, example: Any) -> bool:
 
 
 def _remembers(model: nn.Module, first: str, example: Any) -> bool:
-    """The same by buffers that would be sent, such as a running mean of the input kept at the end.
+    """The same by tensors that would be sent, such as a running mean of the input kept at the end.
 
     Those of the stem and of ``first`` are another matter: they are private unless asked for.
     """
     stem, kept = {*stem_of(model, example, first)}, model.state_dict(keep_vars=True)
-    buffers = dict(model.named_buffers(remove_duplicate=False))
+    tensors = _tensors(model)
     # By what they are: a norm in two places has two names.
-    mine = {id(buffers[name]) for name in buffers if name in stem or name.startswith(f"{first}.")}
+    mine = {id(tensors[name]) for name in tensors if name in stem or name.startswith(f"{first}.")}
     late = [
         name
-        for name, value in buffers.items()
+        for name, value in tensors.items()
         if name in kept and value.is_floating_point() and id(value) not in mine
     ]
     # A mean does not hear of another order.
     other = tree_map(lambda v: v if v is (new := _other(v)) else 0.5 * new + 0.1, example)
     return bool(late) and _played_back(model, first, example, other, heard=False, late=late)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all their names."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {**dict(named), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _played_back(
@@ -126,7 +133,7 @@ def _played_back(
 ) -> bool:
     """Whether ``other`` gives another output while ``first`` puts out what ``example`` makes it.
 
-    ``heard``: and by itself ``first`` would not. ``late``: buffers that are looked at instead of
+    ``heard``: and by itself ``first`` would not. ``late``: tensors that are looked at instead of
     the output, in train mode.
     """
     played: list[Any] = []
@@ -144,10 +151,11 @@ def _played_back(
     for hook, given in ((keep, example), (replay, other)):
         handle = model.get_submodule(first).register_forward_hook(hook)
         try:
-            with restored(model), torch.enable_grad():
+            kept = weights_kept(model) if late else nullcontext()
+            with restored(model), kept, torch.enable_grad():
                 made = _run(model.train(bool(late)), given, "train" if late else "eval")
-                now = dict(model.named_buffers(remove_duplicate=False))
-                outputs.append([now[name].clone() for name in late] if late else made)
+                now = _tensors(model)
+                outputs.append([now[name].detach().clone() for name in late] if late else made)
         except LockError:
             return False  # it takes no others, or their values decide what runs
         finally:
@@ -160,6 +168,7 @@ def apart(ones: list[Any], others: list[Any]) -> bool:
     return any(
         isinstance(a, Tensor)
         and a.shape == b.shape
+        and not torch.equal(a, b)  # which takes a large model less time
         and not torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
         for a, b in zip(ones, others, strict=False)
     )

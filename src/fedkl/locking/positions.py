@@ -27,10 +27,13 @@ def positioned(source: AffineSource, x: Tensor, *, channels_first: bool = False)
     Raises:
         LockError: The positions are others than those of the lock.
     """
+    shape = source.shape
+    whole = x.shape[1:] == shape
+    # Before γ and β are there: no frame of the error may show them.
+    if not whole and (x.ndim != 3 or x.shape[2:] != shape[1:] or x.shape[1] > shape[0]):
+        raise LockError(_misfit(shape, tuple(x.shape)))
     scale, shift = source.scale(), source.shift()
-    if x.shape[1:] != scale.shape:
-        if x.ndim != 3 or x.shape[2:] != scale.shape[1:] or x.shape[1] > scale.shape[0]:
-            raise LockError(_misfit(tuple(scale.shape), tuple(x.shape)))
+    if not whole:
         scale, shift = scale[: x.shape[1]], shift[: x.shape[1]]
     out: Tensor
     if channels_first and x.ndim == 4 and x.is_cpu and _compiling():

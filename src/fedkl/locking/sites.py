@@ -19,7 +19,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fedkl.errors import LockError, SecretError
 from fedkl.locking.fused import fused
 from fedkl.locking.positions import positioned
-from fedkl.locking.sources import PICKLE_REMEDY, AffineSource
+from fedkl.locking.sources import PICKLE_REMEDY, AffineSource, copy_of
 
 LOCK_NAME: Final = "keylock"
 SITE: Final = "_fedkl_site"
@@ -53,9 +53,14 @@ def guarded(base: type[nn.Module]) -> dict[str, Any]:
         raise SecretError(PICKLE_REMEDY)
 
     def copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        new = type(self).__new__(type(self))
+        own = getattr(base, "__deepcopy__", None) if isinstance(self, PrivateLayer) else None
+        new: nn.Module = copy_of(self, base, memo) if own is None else own(self, memo)
         memo[id(self)] = new
-        new.__dict__ = deepcopy(self.__dict__, memo)
+        # Whatever way of its own the layer is copied in: what is private stays marked.
+        new.__class__ = type(self)
+        for name in self.__dict__.keys() - new.__dict__.keys():
+            if name.startswith("_fedkl_"):
+                new.__dict__[name] = deepcopy(self.__dict__[name], memo)
         return new
 
     return {
@@ -64,6 +69,22 @@ def guarded(base: type[nn.Module]) -> dict[str, Any]:
         "__module__": base.__module__,
         "_fedkl_base": base,
     }
+
+
+def subclass(name: str, bases: tuple[type, type[nn.Module]], members: dict[str, Any]) -> type:
+    """The class that a module of the class ``bases[1]`` is given.
+
+    Raises:
+        LockError: That class does not let itself be derived from.
+    """
+    try:
+        return type(name, bases, members)
+    except Exception as error:
+        raise LockError(
+            f"{bases[1].__name__} does not take a lock, nor can it be private, for it does not "
+            f"allow a plain subclass ({type(error).__name__}: {str(error)[:200]}): give the "
+            "arguments of its __init_subclass__ defaults, or lock another module (layers=…)."
+        ) from error
 
 
 # One generated class per class, so that isinstance and torch.compile see the same one each time.
@@ -79,14 +100,14 @@ def _locked_class(base: type[nn.Module]) -> type[nn.Module]:
     members["weight"] = property(lambda self: self._modules[LOCK_NAME].scale())
     if issubclass(base, nn.RMSNorm):
 
-        def forward(self: nn.Module, x: Tensor) -> Tensor:
-            out: Tensor = base.forward(cast(nn.RMSNorm, self), x)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            out: Tensor = base.forward(cast(nn.RMSNorm, self), *args, **kwargs)
             return out + source_of(self).shift()
 
         members["forward"] = forward
     else:
         members["bias"] = property(lambda self: self._modules[LOCK_NAME].shift())
-    _LOCKED[base] = type(f"Locked{base.__name__}", (LockedNorm, base), members)
+    _LOCKED[base] = subclass(f"Locked{base.__name__}", (LockedNorm, base), members)
     return _LOCKED[base]
 
 
@@ -96,17 +117,19 @@ def _positional_class(base: type[nn.Module], *, rows: bool) -> type[nn.Module]:
     members = guarded(base)
     channels_first = not issubclass(base, nn.LayerNorm | nn.RMSNorm)
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         source = source_of(self)
-        at_once = fused(base, self, x, source)
-        if at_once is not None:
-            return at_once
-        return positioned(source, base.forward(self, x), channels_first=channels_first)
+        if len(args) == 1 and not kwargs:
+            at_once = fused(base, self, args[0], source)
+            if at_once is not None:
+                return at_once
+        out: Tensor = base.forward(self, *args, **kwargs)
+        return positioned(source, out, channels_first=channels_first)
 
     # The norm's own forward finds no affine.
     members |= {"weight": None, "bias": None} | ({} if rows else {"forward": forward})
     name = f"Locked{base.__name__}" + "OverRows" * rows
-    _POSITIONAL[base, rows] = type(name, (PositionalNorm, base), members)
+    _POSITIONAL[base, rows] = subclass(name, (PositionalNorm, base), members)
     return _POSITIONAL[base, rows]
 
 
@@ -117,7 +140,7 @@ def guard(layer: nn.Module) -> None:
     if issubclass(base, Swapped | torch.jit.ScriptModule):
         return
     if base not in _PRIVATE:
-        _PRIVATE[base] = type(f"Private{base.__name__}", (PrivateLayer, base), guarded(base))
+        _PRIVATE[base] = subclass(f"Private{base.__name__}", (PrivateLayer, base), guarded(base))
     layer.__class__ = _PRIVATE[base]
 
 
@@ -125,6 +148,19 @@ def release(layer: nn.Module) -> None:
     """Inverse of :func:`guard` (in place)."""
     if isinstance(layer, PrivateLayer):
         layer.__class__ = type(layer)._fedkl_base  # type: ignore[attr-defined]
+
+
+def check_free(module: nn.Module, child: str) -> None:
+    """Raises if ``module`` has something of the name under which a lock would be its child.
+
+    Raises:
+        LockError: It has.
+    """
+    if hasattr(module, child):
+        raise LockError(
+            f"a {type(module).__name__} has something called {child} already, which is the name of "
+            "what a lock puts there; rename it, or lock another module (layers=…, behind=…)."
+        )
 
 
 def affine_shape(norm: nn.Module) -> tuple[int, ...]:
@@ -177,7 +213,14 @@ def lock_norm(
     ``rows``: it was inserted and runs over the last axis (:func:`insertion.apply_last`).
 
     A norm whose γ or β is frozen gets a lock that is: the start says what it is, training nothing.
+
+    Raises:
+        LockError: The norm has something else called ``keylock``, or is of a class that does not
+            let itself be derived from.
     """
+    check_free(norm, LOCK_NAME)
+    kind = type(norm)
+    swapped = _positional_class(kind, rows=rows) if positional else _locked_class(kind)
     norm.__dict__[_ORDER] = tuple(norm._parameters)
     original = {name: norm._parameters.pop(name, None) for name in ("weight", "bias")}
     scale, shift = ((p is not None and not p.requires_grad) for p in original.values())
@@ -190,8 +233,7 @@ def lock_norm(
         for name in STATISTICS
         if not statistics_shared and (buffer := norm._buffers.get(name)) is not None
     }
-    kind = type(norm)
-    norm.__class__ = _positional_class(kind, rows=rows) if positional else _locked_class(kind)
+    norm.__class__ = swapped
     norm.add_module(LOCK_NAME, source)
     if positional:
         # Fused inference paths (nn.TransformerEncoderLayer), which skip norms, respect a hook.

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fedkl.errors import LockError
 from fedkl.locking.check import restored
 from fedkl.locking.sites import affine_shape, current_affine
-from fedkl.locking.survey import call, does_not_run, hookable, is_norm
+from fedkl.locking.survey import call, does_not_run, gradients, hookable, is_norm
 from fedkl.rng import borrowed, derive
 
 Size = tuple[int, ...]
@@ -193,11 +193,7 @@ def _before(
         with restored(model), torch.enable_grad(), with_gradient(parameters):
             run(model, example, train=train)
             total = sum((_energy(t) for t in outputs), torch.zeros(()))
-            used = (
-                torch.autograd.grad(total, parameters, allow_unused=True)
-                if total.requires_grad
-                else [None] * len(parameters)
-            )
+            used = gradients(total, parameters) if total.requires_grad else [None] * len(parameters)
     finally:
         for handle in handles:
             handle.remove()

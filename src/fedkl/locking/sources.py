@@ -63,6 +63,19 @@ def kept(before: Tensor, after: Tensor) -> bool:
     return bool((now - was).norm() <= 0.02 * was.norm())  # not so if anything is NaN
 
 
+def copy_of(module: nn.Module, base: type[nn.Module], memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a module that refuses to be pickled, by the state that ``base`` says it has.
+
+    What was compiled of a module is no part of that; the copy would call the old one.
+    """
+    new = type(module).__new__(type(module))
+    memo[id(module)] = new
+    # A layer may say that it has less; the state of an ordinary one is all it has.
+    state = deepcopy(base.__getstate__(module), memo)  # type: ignore[no-untyped-call]
+    new.__setstate__(state)  # type: ignore[no-untyped-call]
+    return new
+
+
 class AffineSource(nn.Module, ABC):
     """Computes γ and β of one site. Child ``keylock`` of every locked norm."""
 
@@ -221,11 +234,8 @@ class KeyedAffine(AffineSource):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise SecretError(PICKLE_REMEDY)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KeyedAffine:
-        copy = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copy
-        copy.__dict__ = deepcopy(self.__dict__, memo)
-        return copy
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy_of(self, type(self), memo)
 
     def extra_repr(self) -> str:
         inputs = self.scale_weight.shape[1]

@@ -38,8 +38,9 @@ class Split:
     Attributes:
         shared: What may leave the client.
         private: What never does.
-        left_out: Names of what is in neither: extra state (``get_extra_state``) and whatever else
-            is no tensor. Nobody knows whether that is public, and it cannot be copied in place.
+        left_out: Names of what is in neither: extra state (``get_extra_state``), and what hooks
+            put into the state dict that is no module's own parameter or buffer. Nobody knows
+            whether that is public, and it cannot be copied in place.
     """
 
     shared: dict[str, Tensor] = field(default_factory=dict)
@@ -63,7 +64,7 @@ def forget(module: nn.Module) -> None:
 def split(model: nn.Module) -> Split:
     """Shared and private tensors of a model; all are shared where there is no lock.
 
-    What a module keeps as extra state is in neither part.
+    What a module keeps as extra state, or a hook adds to the state dict, is in neither part.
 
     Raises:
         StateError: The model was changed since ``lock()`` so that something private is not there
@@ -96,8 +97,9 @@ def split(model: nn.Module) -> Split:
         )
     state = root.state_dict(keep_vars=True)
     parts = Split()
+    own = {id(tensor) for module in root.modules() for tensor in _own(module).values()}
     for name, tensor in zip(_original_names(root, state), state.values(), strict=True):
-        if name.rpartition(".")[2] == _EXTRA or not isinstance(tensor, Tensor):
+        if name.rpartition(".")[2] == _EXTRA or id(tensor) not in own:
             parts.left_out.append(name)
             continue
         part = parts.private if id(tensor) in private else parts.shared

@@ -31,8 +31,9 @@ def shared_state(model: nn.Module) -> dict[str, Tensor]:
     The tensors are detached but not copied; clone them before training goes on. Only one that
     shares its memory with others is a copy, since serializers write the whole of it. Integer
     buffers such as ``num_batches_tracked`` of shared norms are in it and must not be averaged.
-    Extra state of a module (``get_extra_state``) is not in it, nor in the private state: it may be
-    anything. :func:`fedkl.lock` warns of it; the model's own ``state_dict()`` has it.
+    Extra state of a module (``get_extra_state``), and what hooks add to the state dict, is not in
+    it, nor in the private state: it may be anything. :func:`fedkl.lock` warns of it; the model's
+    own ``state_dict()`` has it.
 
     Raises:
         LockError: The model is not locked, so all of it would be sent.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -189,6 +189,30 @@ def does_not_run(model: nn.Module, example: Any, error: Exception) -> LockError:
             "of at least two inputs."
         )
     )
+
+
+def gradients(
+    total: Tensor, values: Sequence[Tensor], *, retain_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """The gradient of ``total`` by each of ``values``, None where it does not depend on one.
+
+    Raises:
+        LockError: The model does not allow that.
+    """
+    try:
+        return torch.autograd.grad(total, values, allow_unused=True, retain_graph=retain_graph)
+    except RuntimeError as error:
+        first = str(error).strip().partition("\n")[0][:300].rstrip(".")
+        remedy = (
+            "Activation checkpointing of the old kind allows no gradients but those of backward(): "
+            "pass use_reentrant=False to torch.utils.checkpoint."
+            if "use_reentrant" in first
+            else "Mend that, or leave the layers at fault out with layers=…"
+        )
+        raise LockError(
+            f"what a lock does cannot be looked at, for the model's gradients fail: {first}. "
+            f"{remedy}"
+        ) from error
 
 
 def _of_one_dtype(model: nn.Module, example: Any) -> str:
