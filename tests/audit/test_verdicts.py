@@ -37,9 +37,11 @@ def rows(
     ]
 
 
-WORKING = rows("none", "open", 200, 0.3, 150)
-HOLDER = rows("channel", "key-shared", 200, 0.3, 150)
-IDLE = rows("none", "open", 200, 0.0)
+WORKING = [
+    row for d in ("channel", "pad") for row in rows(d, "key-shared", 200, 0.3, 150)
+]  # fmt: skip
+ELSEWHERE = rows("none", "open", 200, 0.3, 150)  # another network than that of a lock
+IDLE = rows("channel", "key-shared", 200, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +51,10 @@ IDLE = rows("none", "open", 200, 0.0)
         (rows("channel", "adaptive", 50, 0.2), IDLE, "leaks", "beats the floor"),
         (rows("channel", "adaptive", 200, -0.1, 40), WORKING, "leaks", "identified"),
         (rows("channel", "adaptive", 200, -0.1, 0), WORKING, "holds", "succeeds where it should"),
-        (rows("channel", "adaptive", 200, -0.1, 0), HOLDER, "holds", "succeeds where it should"),
         (rows("channel", "adaptive", 200, -0.1, 0), IDLE, "inconclusive", "says nothing"),
+        # It gets through another network, and not through this one with the key.
+        (rows("channel", "adaptive", 200, -0.1, 0), [*IDLE, *ELSEWHERE], "inconclusive", "nothing"),
+        (rows("channel", "adaptive", 200, -0.1, 0), ELSEWHERE, "inconclusive", "says nothing"),
         (rows("channel", "adaptive", 200, -0.1, 0), [], "inconclusive", "says nothing"),
         # Only what is too wide is named.
         (rows("channel", "adaptive", 20, -0.1, 0), WORKING, "inconclusive", "room for identific"),
@@ -104,9 +108,46 @@ def test_cheap_attacks_need_the_narrow_bound() -> None:
     assert overall(entries, ["channel"])["overall"] == "inconclusive"
 
 
+@pytest.mark.parametrize(
+    "defense, control, threat, verdict",
+    [
+        ("noise", "none", "open", "holds"),  # the same network
+        ("norm+noise", "none", "open", "inconclusive"),  # another one, where that has no norm
+        ("norm+noise", "norm", "open", "holds"),
+        ("pad", "norm", "open", "holds"),  # where no key holder could be attacked
+        ("pad", "fedbn", "key-shared", "inconclusive"),
+        ("pad+noise", "pad+noise", "key-shared", "holds"),
+        ("pad+noise", "none", "open", "inconclusive"),
+    ],
+)
+def test_control_is_the_key_holder_or_the_same_network_in_the_open(
+    defense: str, control: str, threat: str, verdict: str
+) -> None:
+    found = [*rows(control, threat, 200, 0.3, 150), *rows(defense, "adaptive", 200, -0.1)]
+    entries = summarize(found, judged=[defense])
+    assert next(e for e in entries if e["role"] == "defense")["verdict"] == verdict
+    if "pad" in defense and threat == "open":  # a key holder who fails outweighs it
+        entries = summarize([*found, *rows(defense, "key-shared", 200, 0.0)], judged=[defense])
+        mine = next(e for e in entries if e["role"] == "defense")
+        assert mine["verdict"] == "inconclusive"
+
+
+def test_control_that_succeeds_by_luck_is_none() -> None:
+    """5 of 20 identified and 0.11 of advantage, give or take 0.05: above a tenth, but not surely."""
+    lucky = rows("pad", "key-shared", 20, 0.11, 5, noise=0.1)
+    found = summarize([*lucky, *rows("pad", "adaptive", 200, -0.1)], judged=["pad"])
+    entry = next(e for e in found if e["role"] == "defense")
+    assert entry["works"] == {"advantage": False, "identified": False}
+    assert entry["verdict"] == "inconclusive"
+    # An ordinary good control of 20 victims is enough.
+    good = rows("pad", "key-shared", 20, 0.25, 8, noise=0.2)
+    found = summarize([*good, *rows("pad", "adaptive", 200, -0.1)], judged=["pad"])
+    assert next(e for e in found if e["role"] == "defense")["verdict"] == "holds"
+
+
 def test_control_in_another_metric_does_not_count() -> None:
     """An attack that finds identities but no likeness cannot show that likeness is hidden."""
-    controls = rows("none", "open", 200, 0.0, 150)
+    controls = rows("channel", "key-shared", 200, 0.0, 150)
     entries = summarize([*controls, *rows("channel", "adaptive", 200, -0.1)], judged=["channel"])
     entry = next(e for e in entries if e["role"] == "defense")
     assert entry["works"] == {"advantage": False, "identified": True}
@@ -166,12 +207,12 @@ def test_one_leak_is_a_leak_and_the_worst_defense_counts() -> None:
 
 
 def test_defense_that_nobody_attacked_is_not_said_to_hold() -> None:
-    verdict = overall(summarize(WORKING, judged=["channel"]), ["channel"])
+    verdict = overall(summarize(ELSEWHERE, judged=["channel"]), ["channel"])
     assert verdict["overall"] == "inconclusive"
 
 
 def test_key_holder_is_a_control() -> None:
-    entries = summarize([*WORKING, *HOLDER], judged=["channel"])
+    entries = summarize([*ELSEWHERE, *WORKING], judged=["channel"])
     assert {e["role"] for e in entries} == {"control"}
 
 
@@ -191,7 +232,7 @@ def test_intervals_are_of_the_images() -> None:
 
 
 def test_crafted_control_does_not_vouch_for_an_honest_servers_attack() -> None:
-    crafted = rows("none", "crafting", 200, 0.3, 150)
+    crafted = rows("norm", "crafting", 200, 0.3, 150)
     entries = summarize([*crafted, *rows("pad", "adaptive", 200, -0.1)], judged=["pad"])
     entry = next(e for e in entries if e["role"] == "defense")
     assert entry["works"] == {"advantage": False, "identified": False}
@@ -202,7 +243,7 @@ def test_crafted_control_does_not_vouch_for_an_honest_servers_attack() -> None:
 
 
 def test_honest_key_holder_does_not_vouch_for_a_crafting_servers_attack() -> None:
-    found = [*HOLDER, *rows("channel", "crafting", 200, -0.1)]
+    found = [*WORKING, *rows("channel", "crafting", 200, -0.1)]
     entries = summarize(found, judged=["channel"])
     entry = next(e for e in entries if e["role"] == "defense")
     assert entry["works"] == {"advantage": False, "identified": False}
@@ -285,9 +326,9 @@ def test_more_candidates_do_not_make_it_easier_to_hold(hits: int, verdict: str) 
 
 def test_bound_in_the_reason_is_the_one_that_counted() -> None:
     found = [*WORKING, *rows("channel", "adaptive", 100, -0.1, 90)]
-    (entry,) = summarize(found, judged=["channel"], candidates=30)[1:]
+    entry = summarize(found, judged=["channel"], candidates=30)[-1]
     assert "more than 4.33%." in entry["reason"]
-    (entry,) = summarize(found, judged=["channel"])[1:]
+    entry = summarize(found, judged=["channel"])[-1]
     assert "more than 2%." in entry["reason"]
 
 
@@ -298,7 +339,7 @@ def absent(attack: str, threat: str, defense: str = "channel") -> dict[str, str]
 def judged(*skipped: dict[str, str], threats: tuple[str, ...] = ("adaptive",)) -> dict[str, Any]:
     """The verdict on a defense that holds against ``a`` under ``threats``."""
     found = [row for threat in threats for row in rows("channel", threat, 200, -0.1)]
-    crafted = rows("none", "crafting", 200, 0.3, 150)
+    crafted = rows("norm", "crafting", 200, 0.3, 150)
     entries = summarize([*WORKING, *crafted, *found], judged=["channel"])
     verdict: dict[str, Any] = overall(entries, ["channel"], skipped)["defenses"]["channel"]
     return verdict

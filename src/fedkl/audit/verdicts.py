@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from fedkl.audit.config import ALIKE, KEY_HOLDER
+from fedkl.defenses import parts_of
 from fedkl.metrics import mean_interval, proportion_interval
 from fedkl.observation import THREATS
 
@@ -21,6 +22,8 @@ IDENTIFIED_HOLDS_FEW, FEW = 0.06, 100
 FEWEST = 5  # victims: below, one lucky hit is a leak with 95 % confidence
 CHANCE = 0.01  # among 100 candidates, which the bounds on identification are for
 WORKS = 0.10
+LOCKS: Final = {"norm", "fedbn", "channel", "pad", "open-pad"}
+"""Defenses with a network of their own: that of ``none`` with norms put in where it has none."""
 
 CELL: Final = (
     "attack", "defense", "threat", "stage", "batch", "steps", "observations", "aggregated",
@@ -84,10 +87,12 @@ def summarize(
 
 
 def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
-    """Whether the same attack succeeds undefended or holding the key, per metric.
+    """Whether the same attack surely (95 %) succeeds where nothing is secret, per metric.
 
-    What a server gets by crafting weights does not show that an honest one's attack works, nor the
-    other way round.
+    That is in the hands of who holds the key of the same defense. Where nobody does, it is on the
+    same network: the ordinary norm if the defense has a lock, the undefended one if not. An attack
+    that gets through another network alone proves nothing. What a server gets by crafting weights
+    does not show that an honest one's attack works, nor the other way round.
     """
     same = [
         other
@@ -97,15 +102,15 @@ def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
             for name in ("attack", "stage", "batch", "steps", "observations", "aggregated")
         )
         and _crafted(other) == _crafted(entry)
-        and (
-            other["defense"] == "none"
-            or (other["defense"] == entry["defense"] and other["threat"] == KEY_HOLDER)
-        )
     ]
+    defense = str(entry["defense"])
+    holders = [o for o in same if o["defense"] == defense and o["threat"] == KEY_HOLDER]
+    network = "norm" if LOCKS & {*parts_of(defense)} else "none"
+    controls = holders or [o for o in same if o["defense"] == network]
     return {
-        "advantage": any((o["advantage"]["mean"] or 0.0) >= WORKS for o in same),
+        "advantage": any((o["advantage"]["low"] or 0.0) >= WORKS for o in controls),
         "identified": any(
-            o["identified"]["mean"] - o["floor_identified"]["mean"] >= WORKS for o in same
+            o["identified"]["low"] - o["floor_identified"]["mean"] >= WORKS for o in controls
         ),
     }
 
@@ -142,9 +147,9 @@ def judge(
     if missing := [name for name in counted if not entry["works"][name]]:
         what = {"advantage": "aligned SSIM", "identified": "identification"}
         return INCONCLUSIVE, (
-            f"the attack does not beat the floor by {WORKS} in "
-            f"{' or '.join(what[name] for name in missing)} undefended or with the key either, so "
-            "its failure says nothing."
+            f"the attack does not surely (95 %) beat the floor by {WORKS} in "
+            f"{' or '.join(what[name] for name in missing)} with the key either (where there is "
+            "none: on the same network in the open), so its failure says nothing."
         )
     few = not cheap and entry["n"] >= FEW
     bound = rise + (IDENTIFIED_HOLDS_FEW if few else IDENTIFIED_HOLDS)
