@@ -157,7 +157,12 @@ class Training:
     @property
     def images(self) -> int:
         """Distinct images behind one update."""
-        return self.batch_size * (1 if self.repeats else self.local_steps) * self.clients
+        return self.batch_size * self.batches * self.clients
+
+    @property
+    def batches(self) -> int:
+        """Batches of one client: one for every step, unless all of them saw the same."""
+        return 1 if self.repeats else self.local_steps
 
     @property
     def presentations(self) -> int:
@@ -222,6 +227,8 @@ class Observation:
             with one more axis in front, over the clients.
         labels: True labels (T, images), if the threat model grants them; those of several clients
             in an order that does not tell whose they are.
+        ordered: Whether labels granted of one client stand in the order of its steps; if not,
+            attacks deal them out to the steps as they do labels that they have counted.
         spec: The lock spec as plain data, None without a lock.
         lock_weights: The lock's own tensors by state-dict name, if granted.
         lock_gradients: T gradients of the lock's own parameters, if sent.
@@ -240,6 +247,7 @@ class Observation:
     secrets: tuple[str, ...] = ()
     known: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     labels: Tensor | None = None
+    ordered: bool = True
     spec: Mapping[str, Any] | None = field(default=None, repr=False)
     lock_weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     lock_gradients: tuple[Mapping[str, Tensor], ...] = field(default=(), repr=False)

@@ -183,7 +183,7 @@ class GradientMatching(Attack):
         guesses: Sequence[Tensor] | None,
         generator: torch.Generator,
     ) -> list[Job]:
-        """What is tried: every victim, every order of its labels over clients, every restart."""
+        """What is tried: every victim, every order of its labels over batches, every restart."""
         if not self.infers:
             labels: list[Tensor | None] = [None] * len(observations)
         else:
@@ -196,7 +196,8 @@ class GradientMatching(Attack):
             else:
                 orders = arrangements(mine, observation, network, generator)
                 starts = [(mine.gather(1, o), _in_order(guess, o)) for o in orders]
-            note = f"labels dealt out to clients in {len(starts)} ways; the loss chose"
+            whom = "clients" if observation.training.batches == 1 else "steps"
+            note = f"labels dealt out to {whom} in {len(starts)} ways; the loss chose"
             for y, x in starts:
                 told = note if len(starts) > 1 else None
                 images = [*([] if x is None else [x]), *[None] * self.restarts]

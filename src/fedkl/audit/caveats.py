@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
+from fedkl.attacks.arrangements import MOST, too_many
 from fedkl.audit.config import KEY_HOLDER, AuditConfig
 from fedkl.defenses import parts_of
 from fedkl.errors import number_of
-from fedkl.observation import THREATS
+from fedkl.observation import THREATS, Training
 
 MANY: Final = 1000
 """Images under one pad of which the attack that breaks it finds about half."""
@@ -47,6 +48,7 @@ def caveats(
             f"Attacks that search made {number_of(audit.iterations, 'iteration')}, as the command "
             f"asked, instead of those of effort {audit.effort!r}."
         )
+    found += _in_order(audit)
     found += _outsiders_alone([d for d in _with("channel", audit) if d in holding])
     if audit.run.defense.one_key and (one := [d for d in audit.judged if _keyed(d)]):
         found.append(
@@ -77,6 +79,19 @@ def _with(part: str, audit: AuditConfig) -> list[str]:
 
 def _keyed(defense: str) -> bool:
     return bool({"channel", "pad"} & {*parts_of(defense)})
+
+
+def _in_order(audit: AuditConfig) -> list[str]:
+    """That labels come with their steps, where attackers cannot try all ways to deal them out."""
+    training = Training(
+        batch_size=audit.batch_size, local_steps=audit.local_steps, clients=audit.aggregated
+    )
+    if not too_many(training, audit.observations):
+        return []
+    return [
+        f"All attackers are granted the labels in the order of the {audit.local_steps} steps, which "
+        f"no update tells: there are more than {MOST} ways to deal them out."
+    ]
 
 
 def _noised(names: Sequence[str]) -> list[str]:

@@ -28,7 +28,8 @@ class UpdateConfig:
         update_length: L2 norm at which updates are sent, if they are sent at one. Where it is not
             known any number above 0 will do: the update shows it.
         prune_ratio: Share of every tensor's entries that the client removed, in [0, 1).
-        labels: The true labels, if they are known.
+        labels: The true labels, if they are known, in the order of the steps: those of the first
+            batch, then those of the second. Within a batch their order makes no difference.
     """
 
     num_classes: int = 10
