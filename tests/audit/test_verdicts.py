@@ -133,7 +133,7 @@ def test_control_is_the_key_holder_or_the_same_network_in_the_open(
 
 
 def test_control_that_succeeds_by_luck_is_none() -> None:
-    """5 of 20 identified and 0.11 of advantage, give or take 0.05: above a tenth, but not surely."""
+    """5 of 20 identified and 0.11 of advantage, give or take 0.05: above a tenth, not surely."""
     lucky = rows("pad", "key-shared", 20, 0.11, 5, noise=0.1)
     found = summarize([*lucky, *rows("pad", "adaptive", 200, -0.1)], judged=["pad"])
     entry = next(e for e in found if e["role"] == "defense")

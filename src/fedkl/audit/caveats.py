@@ -89,8 +89,8 @@ def _in_order(audit: AuditConfig) -> list[str]:
     if not too_many(training, audit.observations):
         return []
     return [
-        f"All attackers are granted the labels in the order of the {audit.local_steps} steps, which "
-        f"no update tells: there are more than {MOST} ways to deal them out."
+        f"All attackers are granted the labels in the order of the {audit.local_steps} steps, "
+        f"which no update tells: there are more than {MOST} ways to deal them out."
     ]
 
 
