@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 from audithelp import small_audit
 
-from fedkl.audit.caveats import caveats
+from fedkl.audit import AuditConfig
+from fedkl.audit.caveats import caveats as all_caveats
+
+SEARCHED = "no shadow and no replay attacked it"
+BARE = "not under adaptive"
+
+
+def caveats(*given: Any, **settings: Any) -> list[str]:
+    """What is said, but for what a channel lock was not attacked by and under which threats."""
+    return [
+        one for one in all_caveats(*given, **settings) if SEARCHED not in one and BARE not in one
+    ]
 
 
 @pytest.mark.parametrize(
@@ -128,3 +139,40 @@ def test_a_channel_lock_that_holds_does_so_against_outsiders(
     found = caveats(small_audit(defenses=defenses, **HARD), {}, 10, holding=holding)
     assert len(found) == bool(said)
     assert said in "".join(found)
+
+
+@pytest.mark.parametrize(
+    "defenses, attacks, skipped, said",
+    [
+        (("channel",), ("dlg",), (), True),
+        (("channel+noise",), ("dlg", "retrieval"), (), True),
+        (("channel",), ("dlg", "shadow-label"), (), False),
+        (("channel",), ("replay-relations",), (), False),
+        (("channel",), ("dlg", "replay"), ("replay",), True),  # it could not be mounted
+        (("pad", "none"), ("dlg",), (), False),
+    ],
+)
+def test_a_channel_lock_that_was_only_searched_is_said_so(
+    defenses: tuple[str, ...], attacks: tuple[str, ...], skipped: tuple[str, ...], said: bool
+) -> None:
+    audit = small_audit(defenses=defenses, attacks=attacks)
+    left = [{"defense": defenses[0], "attack": a, "threat": "adaptive"} for a in skipped]
+    left += [{"defense": defenses[0], "attack": a, "threat": "key-shared"} for a in attacks]
+    found = [one for one in all_caveats(audit, {}, 10, left) if SEARCHED in one]
+    assert len(found) == said
+    assert all(one.startswith(defenses[0]) for one in found)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"threats": ("key-unknown",)}, True),
+        ({"threats": ("crafting", "block-ignored"), "defenses": ("none", "pad+prune")}, True),
+        ({"threats": ("key-unknown", "adaptive")}, False),
+        ({"threats": ("key-unknown",), "attacks": ("replay",)}, False),  # one to it
+        ({"threats": ("key-unknown",), "defenses": ("norm", "none")}, False),  # no secrets
+    ],
+)
+def test_searches_that_were_not_adaptive_are_said_so(settings: dict[str, Any], said: bool) -> None:
+    audit: AuditConfig = small_audit(**settings)
+    assert sum(BARE in one for one in all_caveats(audit, {}, 10)) == said

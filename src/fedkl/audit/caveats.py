@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
+from fedkl.attacks import SEARCHING
 from fedkl.attacks.arrangements import MOST, too_many
 from fedkl.audit.config import KEY_HOLDER, AuditConfig
+from fedkl.audit.verdicts import LOCKS
 from fedkl.defenses import parts_of
 from fedkl.errors import number_of
 from fedkl.observation import THREATS, Training
@@ -49,6 +51,8 @@ def caveats(
             f"asked, instead of those of effort {audit.effort!r}."
         )
     found += _in_order(audit)
+    found += _not_adaptive(audit)
+    found += _only_searched(audit, skipped)
     found += _outsiders_alone([d for d in _with("channel", audit) if d in holding])
     if audit.run.defense.one_key and (one := [d for d in audit.judged if _keyed(d)]):
         found.append(
@@ -79,6 +83,31 @@ def _with(part: str, audit: AuditConfig) -> list[str]:
 
 def _keyed(defense: str) -> bool:
     return bool({"channel", "pad"} & {*parts_of(defense)})
+
+
+def _not_adaptive(audit: AuditConfig) -> list[str]:
+    """That a search did not treat secrets as unknowns."""
+    secret = [d for d in audit.judged if LOCKS & {*parts_of(d)} - {"norm"}]
+    searches = [attack for attack in audit.attacks if attack in SEARCHING]
+    if "adaptive" in audit.threats or not secret or not searches:
+        return []
+    return [
+        f"{', '.join(secret)}: {', '.join(searches)} attacked under {', '.join(audit.threats)} and "
+        "not under adaptive, the threat model that counts: an attacker who knows everything but "
+        "the secrets, and searches these as well (--threats adaptive)."
+    ]
+
+
+def _only_searched(audit: AuditConfig, skipped: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Channel locks that no attacker with a client of its own has attacked."""
+    learned = {a for a in audit.attacks if a.startswith(("shadow", "replay"))}
+    spared = {(one["defense"], one["attack"]) for one in skipped if one["threat"] != KEY_HOLDER}
+    return [
+        f"{name}: no shadow and no replay attacked it, which find most behind a channel lock where "
+        "searches fail (--attacks shadow-label,replay)."
+        for name in _with("channel", audit)
+        if all((name, attack) in spared for attack in learned)
+    ]
 
 
 def _in_order(audit: AuditConfig) -> list[str]:
