@@ -275,6 +275,27 @@ def test_labels_that_were_granted_are_not_found() -> None:
     assert summarize(missed, judged=["pad"])[0]["labels_right"]["mean"] == 0
 
 
+def test_labels_of_an_update_are_right_whatever_images_they_went_to() -> None:
+    """Images that are noise are put in any order; all labels were found."""
+
+    def update(label: list[int], found: list[int | None], **own: Any) -> list[dict[str, Any]]:
+        (row,) = rows("none", "open", 1, 0.0)
+        pairs = zip(label, found, strict=True)
+        return [{**row, **own, "label": a, "label_found": b} for a, b in pairs]
+
+    def right(*parts: list[dict[str, Any]]) -> float:
+        (entry,) = summarize([row for part in parts for row in part], judged=["none"])
+        return float(entry["labels_right"]["mean"])
+
+    assert right(update([0, 1, 2, 2], [2, 2, 1, 0])) == 1
+    assert right(update([0, 1, 2, 2], [2, 2, 2, 0])) == 0.75
+    assert right(update([0, 1], [None, None])) == 0
+    # Neither another seed's nor another update's labels count.
+    assert right(update([0, 1], [0, 0], seed=0), update([0, 1], [1, 1], seed=1)) == 0.5
+    assert right(update([0, 1, 2, 3], [1, 0, 2, 2], observations=2)) == 0.75
+    assert right(update([0, 1, 2, 3], [2, 3, 0, 1], observations=2)) == 0
+
+
 def test_part_of_a_victim_widens_the_interval() -> None:
     found = rows("channel", "adaptive", 10, 0.1, 10)
     mixed = [

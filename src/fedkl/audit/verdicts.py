@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
@@ -321,6 +322,26 @@ def _mean(rows: Sequence[Row], name: str) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def _labels_right(rows: Sequence[Row]) -> list[float]:
+    """Of every row the share of its update's labels that were found, in whatever order.
+
+    Rows stand in the order that fits their images, which is no matter of labels.
+    """
+    updates: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        updates.setdefault((row["victim"], row.get("seed")), []).append(i)
+    hits = [0.0] * len(rows)
+    for victim in updates.values():
+        size = max(1, len(victim) // rows[victim[0]]["observations"])
+        for at in range(0, len(victim), size):
+            mine = victim[at : at + size]
+            true = Counter(rows[i]["label"] for i in mine)
+            found = Counter(rows[i]["label_found"] for i in mine)
+            for i in mine:
+                hits[i] = (true & found).total() / len(mine)
+    return hits
+
+
 def _rate(rows: Sequence[Row], name: str) -> dict[str, float | None]:
     """Rate over victims with the interval of Clopper and Pearson; of labels that were granted none.
 
@@ -330,7 +351,7 @@ def _rate(rows: Sequence[Row], name: str) -> dict[str, float | None]:
     if name == "labels_right":
         if any(row.get("labels_granted") for row in rows):
             return {"mean": None, "low": None, "high": None}
-        hits = [float(row["label"] == row["label_found"]) for row in rows]
+        hits = _labels_right(rows)
     else:
         hits = [float(row[name]) for row in rows]
     shares = _by_victim(rows, hits)
