@@ -179,7 +179,7 @@ def on_each(
         except AttackError as error:
             if not error.victims:
                 raise
-            failed |= {left[place]: str(error) for place in error.victims}
+            failed |= {left[place]: reason for place, reason in error.victims.items()}
             left = [victim for victim in left if victim not in failed]
     raise AttackError(next(iter(failed.values())))
 
