@@ -13,13 +13,14 @@ from fedkl.audit.caveats import caveats as all_caveats
 
 SEARCHED = "no shadow and no replay attacked it"
 BARE = "not under adaptive"
+ONE = "about one federation and its keys"
 
 
 def caveats(*given: Any, **settings: Any) -> list[str]:
-    """What is said, but for what a channel lock was not attacked by and under which threats."""
-    return [
-        one for one in all_caveats(*given, **settings) if SEARCHED not in one and BARE not in one
-    ]
+    """What is said, but for what depends on attacks, threats and seeds alone."""
+    mine = (SEARCHED, BARE, ONE)
+    said = all_caveats(*given, **settings)
+    return [one for one in said if not any(words in one for words in mine)]
 
 
 @pytest.mark.parametrize(
@@ -176,3 +177,13 @@ def test_a_channel_lock_that_was_only_searched_is_said_so(
 def test_searches_that_were_not_adaptive_are_said_so(settings: dict[str, Any], said: bool) -> None:
     audit: AuditConfig = small_audit(**settings)
     assert sum(BARE in one for one in all_caveats(audit, {}, 10)) == said
+
+
+@pytest.mark.parametrize(
+    "seeds, holding, said", [(1, ("pad",), True), (1, (), False), (3, ("pad",), False)]
+)
+def test_what_holds_in_one_federation_is_said_to_be_about_that(
+    seeds: int, holding: tuple[str, ...], said: bool
+) -> None:
+    audit = small_audit(defenses=("pad",), seeds=seeds)
+    assert sum(ONE in one for one in all_caveats(audit, {}, 10, holding=holding)) == said

@@ -260,6 +260,29 @@ def test_images_and_seeds_of_one_victim_count_once() -> None:
         assert repeated[name] == pytest.approx(alone[name])
 
 
+def test_federations_that_differ_widen_the_interval() -> None:
+    """All victims of one hang together: thirty of each of three tell no more than three do."""
+    shares = (0.9, 0.3, 0.0)
+    found = [
+        {**row, "seed": seed}
+        for seed, share in enumerate(shares)
+        for row in rows("pad", "adaptive", 30, share, int(30 * share))
+    ]
+    (entry,) = summarize(found, judged=["pad"])
+    mean, half = mean_interval(shares)
+    assert half is not None
+    for name in ("advantage", "identified"):
+        assert entry[name]["mean"] == pytest.approx(mean)
+    assert entry["advantage"]["low"] == pytest.approx(mean - half, abs=1e-3)
+    assert entry["advantage"]["high"] == pytest.approx(mean + half, abs=1e-3)
+    assert (entry["identified"]["low"], entry["identified"]["high"]) == (0, 1)
+    assert entry["verdict"] == "inconclusive"
+    # Where they agree the interval is that over victims.
+    alike = [{**row, "seed": s} for s in range(3) for row in rows("pad", "adaptive", 30, 0.1, 9)]
+    (many,), (one,) = (summarize(r, judged=["pad"]) for r in (alike, alike[:30]))
+    assert many["identified"] == pytest.approx(one["identified"])
+
+
 def test_labels_that_were_granted_are_not_found() -> None:
     """Of labels that an attacker was given nobody can say that it is right about them."""
     nothing = {"mean": None, "low": None, "high": None}

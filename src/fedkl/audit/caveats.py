@@ -54,6 +54,11 @@ def caveats(
     found += _not_adaptive(audit)
     found += _only_searched(audit, skipped)
     found += _outsiders_alone([d for d in _with("channel", audit) if d in holding])
+    if holding and audit.seeds == 1:
+        found.append(
+            "This is about one federation and its keys, under which all victims are: intervals "
+            "over victims do not tell how much others differ (--seeds)."
+        )
     if audit.run.defense.one_key and (one := [d for d in audit.judged if _keyed(d)]):
         found.append(
             f"{', '.join(one)}: all clients hold one key (--one-key), so this is about the server "

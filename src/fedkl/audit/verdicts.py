@@ -312,14 +312,31 @@ def _by_victim(rows: Sequence[Row], values: Sequence[float]) -> list[float]:
 
 
 def _mean(rows: Sequence[Row], name: str) -> dict[str, float | None]:
-    """Mean over victims with Student's interval."""
+    """Mean over victims with Student's interval, over several federations the wider one."""
     known = [row for row in rows if row.get(name) is not None]
     if not known:
         return {"mean": None, "low": None, "high": None}
-    mean, half = mean_interval(_by_victim(known, [row[name] for row in known]))
+    values = [row[name] for row in known]
+    mean, half = mean_interval(_by_victim(known, values))
     if half is None:
         return {"mean": mean, "low": None, "high": None}
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    low, high = _wider(mean - half, mean + half, known, values)
+    return {"mean": mean, "low": low, "high": high}
+
+
+def _wider(
+    low: float, high: float, rows: Sequence[Row], values: Sequence[float]
+) -> tuple[float, float]:
+    """An interval over victims, or Student's over federations as far as that one is wider.
+
+    All victims of a federation are under its weights and keys: where those of several seeds
+    differ, victims alone do not tell by how much.
+    """
+    found: dict[Any, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        found.setdefault(row.get("seed"), []).append(value)
+    mean, half = mean_interval([sum(mine) / len(mine) for mine in found.values()])
+    return (low, high) if half is None else (min(low, mean - half), max(high, mean + half))
 
 
 def _labels_right(rows: Sequence[Row]) -> list[float]:
@@ -346,7 +363,8 @@ def _rate(rows: Sequence[Row], name: str) -> dict[str, float | None]:
     """Rate over victims with the interval of Clopper and Pearson; of labels that were granted none.
 
     A victim with several images or seeds counts as one trial, by its share: to the next victim
-    up for the upper bound and down for the lower one, so the interval is never too narrow.
+    up for the upper bound and down for the lower one, so the interval is never too narrow. Of
+    several federations it is at least as wide as Student's over these.
     """
     if name == "labels_right":
         if any(row.get("labels_granted") for row in rows):
@@ -358,4 +376,5 @@ def _rate(rows: Sequence[Row], name: str) -> dict[str, float | None]:
     total = sum(shares)
     low, _ = proportion_interval(math.floor(total + 1e-9), len(shares))
     _, high = proportion_interval(math.ceil(total - 1e-9), len(shares))
-    return {"mean": total / len(shares), "low": low, "high": high}
+    low, high = _wider(low, high, rows, hits)
+    return {"mean": total / len(shares), "low": max(0.0, low), "high": min(1.0, high)}
