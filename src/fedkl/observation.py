@@ -16,7 +16,7 @@ KINDS: Final = ("gradient", "update")
 
 @dataclass(frozen=True, kw_only=True)
 class ThreatModel:
-    """What an attacker knows beyond the update, the architecture and the lock spec.
+    """What an attacker knows beyond the update, how it was made, the architecture, the lock spec.
 
     Attributes:
         name: How results refer to it.
@@ -25,7 +25,6 @@ class ThreatModel:
         lock_weights: The lock's matrices and biases are given, the key is not.
         key: Key and lock are given: every private tensor is known. The positive control.
         lock_gradients: The gradient of the lock's own parameters is in the update.
-        steps: Batch size, local steps and learning rate are known.
         crafting: The server may send weights of its own making.
         frees_secrets: The attacker treats private tensors as unknowns to be found (Kerckhoffs).
         ignores_block: It leaves out the gradients of the tensors at and before the first lock.
@@ -37,7 +36,6 @@ class ThreatModel:
     lock_weights: bool = False
     key: bool = False
     lock_gradients: bool = False
-    steps: bool = True
     crafting: bool = False
     frees_secrets: bool = False
     ignores_block: bool = False
