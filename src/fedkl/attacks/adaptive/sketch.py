@@ -58,7 +58,8 @@ class Sketch:
 
     def sizes(self, gradients: Tensors) -> Tensor:
         """How large gradients are, (N,) in double precision."""
-        return self._norms(gradients).norm(dim=0)
+        found: Tensor = self._norms(gradients).norm(dim=0)
+        return found
 
     def _norms(self, gradients: Tensors) -> Tensor:
         """(names, N), in double precision, where squares do not overflow."""
