@@ -54,11 +54,7 @@ def caveats(
     found += _not_adaptive(audit)
     found += _only_searched(audit, skipped)
     found += _outsiders_alone([d for d in _with("channel", audit) if d in holding])
-    if holding and audit.seeds == 1:
-        found.append(
-            "This is about one federation and its keys, under which all victims are: intervals "
-            "over victims do not tell how much others differ (--seeds)."
-        )
+    found += _one_federation(audit, holding)
     if audit.run.defense.one_key and (one := [d for d in audit.judged if _keyed(d)]):
         found.append(
             f"{', '.join(one)}: all clients hold one key (--one-key), so this is about the server "
@@ -136,6 +132,16 @@ def _noised(names: Sequence[str]) -> list[str]:
         f"{', '.join(names)}: no attacker here weighs what it sees by the noise that it knows of, "
         "so one that does may find more (results/baselines.md); and running statistics are sent "
         "without noise. No epsilon is claimed."
+    ]
+
+
+def _one_federation(audit: AuditConfig, holding: Collection[str]) -> list[str]:
+    """That what holds does so in one federation."""
+    if audit.seeds > 1 or not holding:
+        return []
+    return [
+        "This is about one federation and its keys, under which all victims are: intervals over "
+        "victims do not tell how much others differ (--seeds)."
     ]
 
 
