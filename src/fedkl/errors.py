@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 
@@ -69,13 +69,13 @@ class AttackError(FedKLError, ValueError):
     """An attack cannot be mounted on an observation, or its settings contradict each other.
 
     Attributes:
-        victims: Places, among the observations of the call, of those that are at fault while the
-            others might be attacked; empty where it is not about single ones.
+        victims: Of those that are at fault while the others might be attacked, by their place among
+            the observations of the call, what is wrong; empty where it is not about single ones.
     """
 
-    def __init__(self, message: str, victims: Iterable[int] = ()) -> None:
+    def __init__(self, message: str, victims: Mapping[int, str] | None = None) -> None:
         super().__init__(message)
-        self.victims = tuple(victims)
+        self.victims = dict(victims or {})
 
 
 class FederationError(FedKLError, RuntimeError):

@@ -16,7 +16,7 @@ KINDS: Final = ("gradient", "update")
 
 @dataclass(frozen=True, kw_only=True)
 class ThreatModel:
-    """What an attacker knows beyond the update, the architecture and the lock spec.
+    """What an attacker knows beyond the update, how it was made, the architecture, the lock spec.
 
     Attributes:
         name: How results refer to it.
@@ -25,7 +25,6 @@ class ThreatModel:
         lock_weights: The lock's matrices and biases are given, the key is not.
         key: Key and lock are given: every private tensor is known. The positive control.
         lock_gradients: The gradient of the lock's own parameters is in the update.
-        steps: Batch size, local steps and learning rate are known.
         crafting: The server may send weights of its own making.
         frees_secrets: The attacker treats private tensors as unknowns to be found (Kerckhoffs).
         ignores_block: It leaves out the gradients of the tensors at and before the first lock.
@@ -37,7 +36,6 @@ class ThreatModel:
     lock_weights: bool = False
     key: bool = False
     lock_gradients: bool = False
-    steps: bool = True
     crafting: bool = False
     frees_secrets: bool = False
     ignores_block: bool = False
@@ -157,7 +155,12 @@ class Training:
     @property
     def images(self) -> int:
         """Distinct images behind one update."""
-        return self.batch_size * (1 if self.repeats else self.local_steps) * self.clients
+        return self.batch_size * self.batches * self.clients
+
+    @property
+    def batches(self) -> int:
+        """Batches of one client: one for every step, unless all of them saw the same."""
+        return 1 if self.repeats else self.local_steps
 
     @property
     def presentations(self) -> int:
@@ -222,6 +225,8 @@ class Observation:
             with one more axis in front, over the clients.
         labels: True labels (T, images), if the threat model grants them; those of several clients
             in an order that does not tell whose they are.
+        ordered: Whether labels granted of one client stand in the order of its steps; if not,
+            attacks deal them out to the steps as they do labels that they have counted.
         spec: The lock spec as plain data, None without a lock.
         lock_weights: The lock's own tensors by state-dict name, if granted.
         lock_gradients: T gradients of the lock's own parameters, if sent.
@@ -240,6 +245,7 @@ class Observation:
     secrets: tuple[str, ...] = ()
     known: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     labels: Tensor | None = None
+    ordered: bool = True
     spec: Mapping[str, Any] | None = field(default=None, repr=False)
     lock_weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     lock_gradients: tuple[Mapping[str, Tensor], ...] = field(default=(), repr=False)

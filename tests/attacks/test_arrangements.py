@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedkl.attacks import InvertingGradients
 from fedkl.attacks.arrangements import MOST, arrangements
+from fedkl.attacks.counting import Counted
 from fedkl.attacks.labels import infer_labels
 from fedkl.attacks.network import Network
 from fedkl.metrics import ssim_aligned
@@ -92,3 +93,76 @@ def test_every_guess_goes_with_its_label() -> None:
     assert found.labels.tolist() == [[3, 1]]
     torch.testing.assert_close(found.images, x[None], atol=1e-6, rtol=0)
     assert found.loss < 1e-6
+
+
+def stepwise(x: Tensor, y: Tensor, batch: int, lr: float = 0.3) -> Observation:
+    """The update of plain SGD steps over ``x``, ``batch`` images each."""
+    model = tiny(norm=True)
+    training = Training(batch_size=batch, local_steps=len(y) // batch, lr=lr)
+    seen = replace(observe(model, x[:1], y[:1])[0], kind="update", training=training)
+    network = Network(seen)
+    change = network.change({}, x, torch.nn.functional.one_hot(y, 4).float())
+    return replace(seen, changes=(change,))
+
+
+def step_ways(labels: list[int], training: Training, *, known: bool) -> list[list[int]]:
+    y = torch.tensor(labels)
+    seen = aggregate(images(len(y), (1, 8, 8)), y, training.clients, known=known)
+    seen = replace(seen, kind="update", training=training)
+    orders = arrangements(y[None], seen, Network(seen), derive(0, "a"))
+    assert orders[0].tolist() == [list(range(len(y)))]
+    assert all(sorted(o[0].tolist()) == list(range(len(y))) for o in orders)
+    return [y[o[0]].tolist() for o in orders]
+
+
+def test_labels_are_dealt_to_steps_and_to_steps_of_clients() -> None:
+    two = Training(batch_size=2, local_steps=2, lr=0.1)
+    assert sorted(step_ways([0, 1, 2, 3], two, known=False)) == [
+        [0, 1, 2, 3], [0, 2, 1, 3], [0, 3, 1, 2], [1, 2, 0, 3], [1, 3, 0, 2], [2, 3, 0, 1]
+    ]  # fmt: skip
+    assert (
+        len(step_ways([0, 1, 2, 3], replace(two, batch_size=1, local_steps=4), known=False)) == 24
+    )
+    assert step_ways([0, 1], replace(two, batch_size=1, repeats=True, clients=2), known=False) == [
+        [0, 1]
+    ]
+    # Two clients of two steps: who is who matters only where their secrets are known.
+    both = Training(batch_size=1, local_steps=2, lr=0.1, clients=2)
+    assert len(step_ways([0, 1, 2, 3], both, known=True)) == 24
+    unknown = step_ways([0, 1, 2, 3], both, known=False)
+    assert len(unknown) == 12
+    assert len({tuple(sorted([tuple(w[:2]), tuple(w[2:])])) for w in unknown}) == 12
+    assert (
+        len(step_ways([0, 1, 2, 3, 0, 1, 2, 3], replace(two, local_steps=4), known=False)) == MOST
+    )
+
+
+def test_search_finds_which_label_was_at_which_step() -> None:
+    """The classifier tells that a 1 and a 3 were there; it was the first step that saw the 3."""
+    x, y = images(2, (1, 8, 8)), torch.tensor([3, 1])
+    seen = stepwise(x, y, 1)
+    assert infer_labels(seen, Network(seen)).tolist() == [[1, 3]]
+    attack = InvertingGradients(iterations=1000, signed=False, tv=0.0)
+    (found,) = attack.reconstruct([seen], generator=derive(0, "a"))
+    assert found.labels.tolist() == [[3, 1]]
+    assert float(ssim_aligned(found.images[0], x).min()) > 0.9  # in ascending order below 0.4
+    assert "to steps in 2 ways" in found.notes[0]
+
+
+def test_labels_that_do_not_tell_their_steps_are_dealt_out() -> None:
+    """Those counted with public images, and those granted without their order."""
+    seen = stepwise(images(2, (1, 8, 8)), torch.tensor([3, 1]), 1)
+    attack = InvertingGradients(iterations=1, signed=False)
+    granted = replace(seen, labels=torch.tensor([[1, 3]]), ordered=False)
+    for one, how in ((seen, Counted(attack, images(20, (1, 8, 8), seed=1))), (granted, attack)):
+        (found,) = how.reconstruct([one], generator=derive(0, "a"))
+        assert "to steps in 2 ways" in found.notes[0]
+
+
+def test_labels_granted_in_the_order_of_steps_stay() -> None:
+    x, y = images(2, (1, 8, 8)), torch.tensor([3, 1])
+    seen = replace(stepwise(x, y, 1), labels=y[None])
+    attack = InvertingGradients(iterations=1, signed=False)
+    (found,) = attack.reconstruct([seen], generator=derive(0, "a"))
+    assert found.labels.tolist() == [[3, 1]]
+    assert not any("ways" in note for note in found.notes)

@@ -114,10 +114,10 @@ def test_lock_per_position_stops_it(victims: tuple[Tensor, Tensor]) -> None:
     assert float(ssim_aligned(made, x).max()) < 0.5
 
 
-@pytest.mark.parametrize("name", ["coarse", "fine"])
-def test_settings_out_of_range_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} 0.*expected 1 or more"):
-        Peel(**{name: 0})
+@pytest.mark.parametrize("name, value", [("coarse", 1), ("coarse", 0), ("fine", 0)])
+def test_settings_out_of_range_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name} {value}.*expected 2 or more coarse, 1 or more"):
+        Peel(**{name: value})
 
 
 def test_equations_that_do_not_hold_are_said(victims: tuple[Tensor, Tensor]) -> None:

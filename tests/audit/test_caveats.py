@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 from audithelp import small_audit
 
-from fedkl.audit.caveats import caveats
+from fedkl.audit import AuditConfig
+from fedkl.audit.caveats import caveats as all_caveats
+
+SEARCHED = "no shadow and no replay attacked it"
+BARE = "not under adaptive"
+ONE = "about one federation and its keys"
+
+
+def caveats(*given: Any, **settings: Any) -> list[str]:
+    """What is said, but for what depends on attacks, threats and seeds alone."""
+    mine = (SEARCHED, BARE, ONE)
+    said = all_caveats(*given, **settings)
+    return [one for one in said if not any(words in one for words in mine)]
 
 
 @pytest.mark.parametrize(
@@ -128,3 +140,50 @@ def test_a_channel_lock_that_holds_does_so_against_outsiders(
     found = caveats(small_audit(defenses=defenses, **HARD), {}, 10, holding=holding)
     assert len(found) == bool(said)
     assert said in "".join(found)
+
+
+@pytest.mark.parametrize(
+    "defenses, attacks, skipped, said",
+    [
+        (("channel",), ("dlg",), (), True),
+        (("channel+noise",), ("dlg", "retrieval"), (), True),
+        (("channel",), ("dlg", "shadow-label"), (), False),
+        (("channel",), ("replay-relations",), (), False),
+        (("channel",), ("dlg", "replay"), ("replay",), True),  # it could not be mounted
+        (("pad", "none"), ("dlg",), (), False),
+    ],
+)
+def test_a_channel_lock_that_was_only_searched_is_said_so(
+    defenses: tuple[str, ...], attacks: tuple[str, ...], skipped: tuple[str, ...], said: bool
+) -> None:
+    audit = small_audit(defenses=defenses, attacks=attacks)
+    left = [{"defense": defenses[0], "attack": a, "threat": "adaptive"} for a in skipped]
+    left += [{"defense": defenses[0], "attack": a, "threat": "key-shared"} for a in attacks]
+    found = [one for one in all_caveats(audit, {}, 10, left) if SEARCHED in one]
+    assert len(found) == said
+    assert all(one.startswith(defenses[0]) for one in found)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"threats": ("key-unknown",)}, True),
+        ({"threats": ("crafting", "block-ignored"), "defenses": ("none", "pad+prune")}, True),
+        ({"threats": ("key-unknown", "adaptive")}, False),
+        ({"threats": ("key-unknown",), "attacks": ("replay",)}, False),  # one to it
+        ({"threats": ("key-unknown",), "defenses": ("norm", "none")}, False),  # no secrets
+    ],
+)
+def test_searches_that_were_not_adaptive_are_said_so(settings: dict[str, Any], said: bool) -> None:
+    audit: AuditConfig = small_audit(**settings)
+    assert sum(BARE in one for one in all_caveats(audit, {}, 10)) == said
+
+
+@pytest.mark.parametrize(
+    "seeds, holding, said", [(1, ("pad",), True), (1, (), False), (3, ("pad",), False)]
+)
+def test_what_holds_in_one_federation_is_said_to_be_about_that(
+    seeds: int, holding: tuple[str, ...], said: bool
+) -> None:
+    audit = small_audit(defenses=("pad",), seeds=seeds)
+    assert sum(ONE in one for one in all_caveats(audit, {}, 10, holding=holding)) == said

@@ -12,7 +12,7 @@ import torch
 from audithelp import small_audit
 
 from fedkl.attacks import Attack, ClosedForm, InvertingGradients, Progress, Reconstruction
-from fedkl.attacks.adaptive import Shadow
+from fedkl.attacks.adaptive import Replay, ReplayRelations, Retrieval, Shadow
 from fedkl.attacks.base import each
 from fedkl.audit import arsenal, run_audit
 from fedkl.audit.cells import on_each
@@ -48,6 +48,9 @@ def linear(count: int) -> list[Observation]:
     return found
 
 
+PUBLIC = (torch.rand(40, 1, 8, 8, generator=derive(0, "public")), torch.arange(40) % 4)
+
+
 def spoilt(observation: Observation, value: float) -> Observation:
     change = {n: torch.full_like(g, value) for n, g in observation.changes[0].items()}
     return replace(observation, changes=(change,))
@@ -60,9 +63,20 @@ def spoilt(observation: Observation, value: float) -> Observation:
         (ClosedForm(), 0.0, "zero everywhere"),
         (ClosedForm(), torch.nan, "NaN"),
         (InvertingGradients(iterations=2), torch.nan, "NaN"),
-        (Shadow(torch.rand(40, 1, 8, 8), torch.arange(40) % 4, hidden=0), 0.0, "zero everywhere"),
+        (Shadow(torch.rand(40, 1, 8, 8), torch.arange(40) % 4, hidden=0), 0.0, "is zero"),
+        (Replay(*PUBLIC), 0.0, "is zero"),
+        (ReplayRelations(*PUBLIC), 0.0, "is zero"),
+        (Retrieval(*PUBLIC, epochs=1), 0.0, "is zero"),
     ],
-    ids=["closed-form", "closed-form nan", "inverting-gradients nan", "shadow"],
+    ids=[
+        "closed-form",
+        "closed-form nan",
+        "inverting-gradients nan",
+        "shadow",
+        "replay",
+        "replay-relations",
+        "retrieval",
+    ],
 )
 def test_the_others_are_attacked_as_if_it_had_not_been_there(
     attack: Attack, value: float, reason: str, place: int
@@ -71,7 +85,7 @@ def test_the_others_are_attacked_as_if_it_had_not_been_there(
     odd = [spoilt(o, value) if i == place else o for i, o in enumerate(victims)]
     with pytest.raises(AttackError) as raised:
         attack.reconstruct(odd, generator=derive(0, "a"))
-    assert raised.value.victims == (place,)
+    assert list(raised.value.victims) == [place]
     found, failed = on_each(attack, odd, lambda: derive(0, "a"))
     assert reason in failed.pop(place)
     assert not failed
@@ -80,6 +94,41 @@ def test_the_others_are_attacked_as_if_it_had_not_been_there(
     alone = attack.reconstruct([victims[i] for i in left], generator=derive(0, "a"))
     for i, one in zip(left, alone, strict=True):
         assert torch.equal(found[i].images, one.images)
+
+
+def test_an_update_of_several_images_that_is_zero_is_left_out() -> None:
+    victims = [replace(o, training=Training(batch_size=2)) for o in linear(4)]
+    odd = [spoilt(victims[0], 0.0), spoilt(victims[1], 1e30), *victims[2:]]
+    found, failed = on_each(Replay(*PUBLIC), odd, lambda: derive(0, "a"))
+    assert (sorted(found), sorted(failed)) == ([2, 3], [0, 1])
+
+
+@pytest.mark.parametrize("make", [Replay, ReplayRelations, Retrieval])
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_a_victim_whose_update_is_scaled_is_recognized_as_before(
+    make: type[Retrieval], scale: float
+) -> None:
+    """Its direction is all there; size is asked apart, where it is asked."""
+    victims = linear(4)
+    attack = make(*PUBLIC)
+    (first, *_) = attack.reconstruct(victims, generator=derive(0, "a"))
+    big = {n: g * scale for n, g in victims[0].changes[0].items()}
+    victims[0] = replace(victims[0], changes=(big,))
+    (scaled, *_) = attack.reconstruct(victims, generator=derive(0, "a"))
+    candidates = torch.cat([torch.rand(9, 1, 8, 8, generator=derive(5, "x")), PUBLIC[0][:1]])
+    labels = torch.zeros(4, dtype=torch.int64)
+    if make is ReplayRelations:  # whose size is odd, and whose cosines are not
+        assert first.together is not None
+        assert scaled.together is not None
+        before, after = (one.together([candidates] * 4, labels) for one in (first, scaled))
+        assert all(bool(scores.isfinite().all()) for scores in after)
+        torch.testing.assert_close(after[1].argmax(), before[1].argmax())
+    else:
+        assert first.score is not None
+        assert scaled.score is not None
+        before, after = (one.score(0, candidates) for one in (first, scaled))
+        assert len(before.unique()) == 10
+        torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-3)
 
 
 def test_all_that_fail_are_named_at_once_and_none_is_an_error() -> None:
@@ -94,6 +143,16 @@ def test_all_that_fail_are_named_at_once_and_none_is_an_error() -> None:
     with pytest.raises(AttackError, match="the gradient of"):
         on_each(Counting(), victims, lambda: derive(0, "a"))
     assert len(tries) == 1
+
+
+def test_everyone_who_is_left_out_is_so_for_its_own_reason() -> None:
+    victims = linear(4)
+    odd = [spoilt(victims[0], 0.0), victims[1], spoilt(victims[2], 1e25), victims[3]]
+    attack = InvertingGradients(iterations=2)
+    _, failed = on_each(attack, odd, lambda: derive(0, "a"))
+    assert sorted(failed) == [0, 2]
+    assert "is zero" in failed[0]
+    assert "is too large" in failed[2]
 
 
 def test_what_is_about_the_model_is_about_all() -> None:

@@ -228,7 +228,7 @@ def test_place_among_the_candidates_tells_nothing(first: bool) -> None:
         return torch.arange(len(candidates)) * (-1.0 if first else 1.0)
 
     found = [Reconstruction(images=torch.zeros(1, 1, 1, 6, 6), labels=labels, score=score)] * COUNT
-    assert abs(float(picked(found, truth).double().mean()) - 1 / (DECOYS + 1)) < 0.05
+    assert abs(float(picked(found, truth).mean()) - 1 / (DECOYS + 1)) < 0.05
 
 
 def test_an_attack_that_looks_at_everybodys_candidates_is_asked_once_for_all() -> None:
@@ -254,6 +254,49 @@ def test_an_attack_that_looks_at_everybodys_candidates_is_asked_once_for_all() -
     hits = picked([one] * COUNT, truth)
     assert asked == [COUNT]
     assert hits.tolist() == [i % 2 == 0 for i in range(COUNT)]
+
+
+def test_one_score_that_is_no_number_costs_its_victim_alone() -> None:
+    truth = truth_of_noise(torch.Generator().manual_seed(0))
+
+    def score(update: int, x: Tensor) -> Tensor:
+        return -(x - truth.images[3]).flatten(1).square().sum(dim=1)
+
+    one = Reconstruction(
+        images=torch.zeros(1, 1, 1, 6, 6), labels=torch.zeros(1, 1).long(), score=score
+    )
+    odd = replace(one, score=lambda _, x: torch.full((len(x),), torch.nan))
+    found = [one] * 5 + [odd] + [one] * (COUNT - 6)
+    made = rows_of(found, torch.zeros(COUNT, 1, 6, 6), truth.labels, truth, {})
+    assert [row["victim"] for row in made if row["left_out"] is not None] == [5]
+    assert "no numbers" in made[5]["left_out"]
+    assert (made[5]["identified"], made[5]["advantage"], made[5]["label_found"]) == (False, 0, None)
+    assert made[3]["identified"]
+    # Of an update of two images the other one goes with it.
+
+    def together(candidates: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
+        odd = [i == 5 for i in range(len(candidates))]
+        return [
+            torch.full((len(c),), torch.nan if o else 0.0)
+            for c, o in zip(candidates, odd, strict=True)
+        ]
+
+    two = replace(one, images=torch.zeros(1, 2, 1, 6, 6), score=None, together=together)
+    lost = picked([two] * (COUNT // 2), truth).isnan().nonzero().flatten()
+    assert lost.tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("candidates, said", [(34, ""), (35, "--candidates 34 or fewer")])
+def test_candidates_are_from_outside_the_update(candidates: int, said: str) -> None:
+    """There are 40 of a class, and the update has 7 of them."""
+    bundle = bundle_of(torch.rand(80, 1, 8, 8), torch.arange(80) % 2)
+    rows = torch.tensor([0, 2, 4, 6, 8, 10, 12, 1]).view(1, 1, 8)
+    audit = small_audit(candidates=candidates, batch_size=8)
+    if said:
+        with pytest.raises(DataError, match=said):
+            truth_of(bundle, rows, audit)
+    else:
+        assert truth_of(bundle, rows, audit).decoys.shape == (8, 33)
 
 
 def test_scores_that_are_no_numbers_are_no_miss() -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedkl import at_length
+from fedkl.attacks.labels import infer_labels
 from fedkl.attacks.network import Network
 from fedkl.audit.steps import UpdateConfig
 from fedkl.audit.update import attackers, audit_update, observe_update
-from fedkl.errors import ConfigError, StateError
+from fedkl.errors import AttackError, ConfigError, StateError
 from fedkl.federation import TrainingConfig
 from fedkl.federation.length import length_of
 from fedkl.models import build
@@ -130,6 +131,36 @@ def test_the_true_images_explain_an_update_of_one_length(steps: int, gradient: b
     for name, value in seen.changes[0].items():
         torch.testing.assert_close(change[name], value, rtol=1e-2, atol=1e-3)
     assert length_of(change) == pytest.approx(length_of(seen.changes[0]), rel=1e-3)
+
+
+def without_rate(**settings: Any) -> UpdateConfig:
+    return UpdateConfig(num_classes=4, channels=1, image_size=16, **settings)
+
+
+def test_the_true_images_explain_an_update_whose_rate_is_not_told() -> None:
+    """The change is the gradient times what nobody knows: it must not pass for the gradient."""
+    before, after, x, y = made("lenet", wide=True)
+    seen = observe_update("lenet", without_rate(batch_size=3), before, after)
+    change, _ = Network(seen).sent({}, x, torch.nn.functional.one_hot(y, 4).float())
+    for name, value in seen.changes[0].items():
+        torch.testing.assert_close(change[name], value, rtol=1e-2, atol=1e-4)
+    with pytest.raises(AttackError, match=r"learning rate is not known.*labels = "):
+        infer_labels(seen, Network(seen))
+    # A gradient has been scaled by no rate: its size is known.
+    gradient = {n: (before[n] - after[n]) / LR for n in before}
+    direct = observe_update("lenet", without_rate(batch_size=3), before, gradient, gradient=True)
+    assert direct.training.length is None
+    assert infer_labels(direct, Network(direct)).tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("name", ["dlg", "idlg"])
+def test_searches_find_the_image_without_a_rate(tmp_path: Path, name: str) -> None:
+    before, after, x, y = made("lenet", batch=1, wide=True)
+    seen = observe_update("lenet", without_rate(), before, after)
+    found = audit_update(seen, attackers([name], seen, effort="quick"), tmp_path, truth=x)
+    (entry,) = found["attacks"]
+    assert entry["labels"] == y.tolist()
+    assert entry["ssim"][0] > 0.5
 
 
 def test_what_is_found_is_the_image(tmp_path: Path) -> None:

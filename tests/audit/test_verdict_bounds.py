@@ -41,8 +41,8 @@ def test_bounds_themselves_belong_to_the_milder_verdict(
 @pytest.mark.parametrize("found, enough", [(0.1, True), (0.0999, False)])
 def test_an_attack_works_from_a_tenth_on(found: float, enough: bool) -> None:
     place = dict.fromkeys(("attack", "stage", "batch", "steps", "observations", "aggregated"), 1)
-    figures = {"advantage": {"mean": found}, "identified": {"mean": found}}
+    figures = {name: {"mean": 1.0, "low": found} for name in ("advantage", "identified")}
     floor = {"floor_identified": {"mean": 0.0}}
-    control = {**place, **figures, **floor, "defense": "none", "threat": "open"}
-    entry = {**control, "defense": "pad", "threat": "adaptive"}
+    control = {**place, **figures, **floor, "defense": "pad", "threat": "key-shared"}
+    entry = {**control, "threat": "adaptive"}
     assert works(entry, [control, entry]) == {"advantage": enough, "identified": enough}

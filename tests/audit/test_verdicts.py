@@ -5,41 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from verdicthelp import ELSEWHERE, IDLE, WORKING, rows
 
 from fedkl.audit.verdicts import EXIT_CODES, overall, summarize
 from fedkl.metrics import mean_interval
-
-BASE = {
-    "attack": "a", "stage": "final", "batch": 1, "steps": 1, "observations": 1, "aggregated": 1,
-    "presentations": 1,
-    "label": 1, "label_found": 1, "mse": 0.1, "psnr": 10.0, "ssim": 0.5, "ssim_uniform": 0.5,
-    "lpips": None, "paper_mse": 1.0, "paper_psnr": 1.0, "floor_ssim": 0.4, "success": False,
-    "floor_success": False, "floor_identified": False,
-}  # fmt: skip
-
-
-def rows(
-    defense: str, threat: str, n: int, advantage: float, hits: int = 0, noise: float = 0.001
-) -> list[dict[str, Any]]:
-    """``n`` images with advantages around ``advantage``, ``hits`` of them identified."""
-    return [
-        {
-            **BASE,
-            "victim": i,
-            "defense": defense,
-            "threat": threat,
-            "advantage": advantage + noise * (-1) ** i,
-            "ssim_aligned": 0.4 + advantage,
-            "floor_ssim_aligned": 0.4,
-            "identified": i < hits,
-        }
-        for i in range(n)
-    ]
-
-
-WORKING = rows("none", "open", 200, 0.3, 150)
-HOLDER = rows("channel", "key-shared", 200, 0.3, 150)
-IDLE = rows("none", "open", 200, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +18,10 @@ IDLE = rows("none", "open", 200, 0.0)
         (rows("channel", "adaptive", 50, 0.2), IDLE, "leaks", "beats the floor"),
         (rows("channel", "adaptive", 200, -0.1, 40), WORKING, "leaks", "identified"),
         (rows("channel", "adaptive", 200, -0.1, 0), WORKING, "holds", "succeeds where it should"),
-        (rows("channel", "adaptive", 200, -0.1, 0), HOLDER, "holds", "succeeds where it should"),
         (rows("channel", "adaptive", 200, -0.1, 0), IDLE, "inconclusive", "says nothing"),
+        # It gets through another network, and not through this one with the key.
+        (rows("channel", "adaptive", 200, -0.1, 0), [*IDLE, *ELSEWHERE], "inconclusive", "nothing"),
+        (rows("channel", "adaptive", 200, -0.1, 0), ELSEWHERE, "inconclusive", "says nothing"),
         (rows("channel", "adaptive", 200, -0.1, 0), [], "inconclusive", "says nothing"),
         # Only what is too wide is named.
         (rows("channel", "adaptive", 20, -0.1, 0), WORKING, "inconclusive", "room for identific"),
@@ -102,15 +73,6 @@ def test_cheap_attacks_need_the_narrow_bound() -> None:
     assert overall(summarize(few, judged=["channel"]), ["channel"])["overall"] == "holds"
     entries = summarize(few, judged=["channel"], feed_forward=["a"])
     assert overall(entries, ["channel"])["overall"] == "inconclusive"
-
-
-def test_control_in_another_metric_does_not_count() -> None:
-    """An attack that finds identities but no likeness cannot show that likeness is hidden."""
-    controls = rows("none", "open", 200, 0.0, 150)
-    entries = summarize([*controls, *rows("channel", "adaptive", 200, -0.1)], judged=["channel"])
-    entry = next(e for e in entries if e["role"] == "defense")
-    assert entry["works"] == {"advantage": False, "identified": True}
-    assert entry["verdict"] == "inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -166,12 +128,12 @@ def test_one_leak_is_a_leak_and_the_worst_defense_counts() -> None:
 
 
 def test_defense_that_nobody_attacked_is_not_said_to_hold() -> None:
-    verdict = overall(summarize(WORKING, judged=["channel"]), ["channel"])
+    verdict = overall(summarize(ELSEWHERE, judged=["channel"]), ["channel"])
     assert verdict["overall"] == "inconclusive"
 
 
 def test_key_holder_is_a_control() -> None:
-    entries = summarize([*WORKING, *HOLDER], judged=["channel"])
+    entries = summarize([*ELSEWHERE, *WORKING], judged=["channel"])
     assert {e["role"] for e in entries} == {"control"}
 
 
@@ -188,25 +150,6 @@ def test_intervals_are_of_the_images() -> None:
     assert entry["identified"]["mean"] == 0.25
     assert entry["identified"]["low"] == pytest.approx(0.00631, rel=1e-2)
     assert entry["lpips"] == {"mean": None, "low": None, "high": None}
-
-
-def test_crafted_control_does_not_vouch_for_an_honest_servers_attack() -> None:
-    crafted = rows("none", "crafting", 200, 0.3, 150)
-    entries = summarize([*crafted, *rows("pad", "adaptive", 200, -0.1)], judged=["pad"])
-    entry = next(e for e in entries if e["role"] == "defense")
-    assert entry["works"] == {"advantage": False, "identified": False}
-    entries = summarize([*WORKING, *rows("pad", "crafting", 200, -0.1)], judged=["pad"])
-    assert next(e for e in entries if e["role"] == "defense")["verdict"] == "inconclusive"
-    entries = summarize([*crafted, *rows("pad", "crafting", 200, -0.1)], judged=["pad"])
-    assert next(e for e in entries if e["role"] == "defense")["verdict"] == "holds"
-
-
-def test_honest_key_holder_does_not_vouch_for_a_crafting_servers_attack() -> None:
-    found = [*HOLDER, *rows("channel", "crafting", 200, -0.1)]
-    entries = summarize(found, judged=["channel"])
-    entry = next(e for e in entries if e["role"] == "defense")
-    assert entry["works"] == {"advantage": False, "identified": False}
-    assert entry["verdict"] == "inconclusive"
 
 
 def test_images_and_seeds_of_one_victim_count_once() -> None:
@@ -285,9 +228,9 @@ def test_more_candidates_do_not_make_it_easier_to_hold(hits: int, verdict: str) 
 
 def test_bound_in_the_reason_is_the_one_that_counted() -> None:
     found = [*WORKING, *rows("channel", "adaptive", 100, -0.1, 90)]
-    (entry,) = summarize(found, judged=["channel"], candidates=30)[1:]
+    entry = summarize(found, judged=["channel"], candidates=30)[-1]
     assert "more than 4.33%." in entry["reason"]
-    (entry,) = summarize(found, judged=["channel"])[1:]
+    entry = summarize(found, judged=["channel"])[-1]
     assert "more than 2%." in entry["reason"]
 
 
@@ -298,7 +241,7 @@ def absent(attack: str, threat: str, defense: str = "channel") -> dict[str, str]
 def judged(*skipped: dict[str, str], threats: tuple[str, ...] = ("adaptive",)) -> dict[str, Any]:
     """The verdict on a defense that holds against ``a`` under ``threats``."""
     found = [row for threat in threats for row in rows("channel", threat, 200, -0.1)]
-    crafted = rows("none", "crafting", 200, 0.3, 150)
+    crafted = rows("norm", "crafting", 200, 0.3, 150)
     entries = summarize([*WORKING, *crafted, *found], judged=["channel"])
     verdict: dict[str, Any] = overall(entries, ["channel"], skipped)["defenses"]["channel"]
     return verdict

@@ -11,6 +11,7 @@ from audithelp import small_audit, small_run
 from torch.nn.functional import cross_entropy, one_hot
 
 from fedkl.attacks.network import Network
+from fedkl.audit.caveats import caveats
 from fedkl.audit.observe import observe
 from fedkl.audit.victims import Victims, draw_victims
 from fedkl.errors import ConfigError, DataError
@@ -232,6 +233,29 @@ def test_granted_labels_of_an_aggregate_do_not_tell_whose_they_are(tmp_path: Pat
         true = BUNDLE.test.labels[rows]
         assert len(true.unique()) == 2
         assert torch.equal(seen.labels, true.sort(dim=1).values)
+
+
+@pytest.mark.parametrize("steps, ordered", [(2, False), (4, False), (5, True)])
+def test_all_rows_of_an_audit_know_the_same_of_the_steps(
+    tmp_path: Path, steps: int, ordered: bool
+) -> None:
+    """Who counts labels cannot know their steps, so whoever is granted them must not either.
+
+    Where there are more ways than are tried, both are told.
+    """
+    rows = torch.tensor([[3, 1, 8, 6, 4][:steps]])
+    true = BUNDLE.test.labels[rows]
+    assert not torch.equal(true, true.sort(dim=1).values)
+    for defense in ("none", "pad"):
+        found = victims(tmp_path / defense, defense, local_steps=steps)
+        (seen,) = observe(found, [found.send(rows)], threat_of("adaptive"))
+        assert seen.ordered == ordered
+        assert (seen.labels is None) == (defense == "none" and not ordered)
+        if seen.labels is not None:
+            wanted = true if ordered else true.sort(dim=1).values
+            assert torch.equal(seen.labels, wanted)
+    said = caveats(found.audit, {}, 10)
+    assert any("in the order of the" in line for line in said) == ordered
 
 
 @pytest.mark.parametrize(

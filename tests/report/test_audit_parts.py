@@ -108,7 +108,7 @@ def test_rules_on_the_page_are_those_of_the_audit(tmp_path: Path) -> None:
     bounds = f"at most +{verdicts.ADVANTAGE_HOLDS} and {100 * verdicts.IDENTIFIED_HOLDS:.0f} %"
     few = f" ({100 * verdicts.IDENTIFIED_HOLDS_FEW:.0f} % for attacks by optimization, on "
     assert bounds + few + f"{verdicts.FEW} victims or more)" in text
-    assert f"by at least {verdicts.WORKS:.2f} where nothing is locked" in text
+    assert f"by at least {verdicts.WORKS:.2f} with the key of the same defense" in text
 
 
 def test_films_take_turns_until_the_page_is_full(tmp_path: Path) -> None:

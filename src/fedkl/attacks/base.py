@@ -119,17 +119,17 @@ def each(observations: Sequence[Observation], look: Callable[[Observation], Foun
     """What ``look`` finds in every victim.
 
     Raises:
-        AttackError: It fails on some; all of them are named in ``victims``, so that whoever called
-            can leave them out at once. The message is the first one's.
+        AttackError: It fails on some; all of them are named in ``victims``, each with its own
+            message, so that whoever called can leave them out at once. The message is the first
+            one's.
     """
     found: list[Found] = []
-    failed: dict[int, AttackError] = {}
+    failed: dict[int, str] = {}
     for place, observation in enumerate(observations):
         try:
             found.append(look(observation))
         except AttackError as error:
-            failed[place] = error
+            failed[place] = str(error)
     if failed:
-        first = next(iter(failed.values()))
-        raise AttackError(str(first), failed) from first
+        raise AttackError(next(iter(failed.values())), failed)
     return found

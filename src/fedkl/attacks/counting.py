@@ -60,7 +60,9 @@ class Counted(Attack):
                 known = {} if observation.training.clients > 1 else observation.known
                 expected = mean_probability(network, self.images, {**self.secrets, **known})
                 seen[id(observation.known)] = expected
-            return replace(observation, labels=infer_labels(observation, network, expected))
+            found = infer_labels(observation, network, expected)
+            own = observation.labels is not None
+            return replace(observation, labels=found, ordered=own and observation.ordered)
 
         counted = each(observations, count)
         found = self.attack.reconstruct(counted, generator=generator, progress=progress)

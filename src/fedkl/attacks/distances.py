@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from fedkl.errors import AttackError
+from fedkl.observation import Observation
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -87,6 +91,34 @@ def wasserstein(pairs: Pairs) -> Tensor:
 def grnn(pairs: Pairs) -> Tensor:
     """Squared distance plus Wasserstein distance (Ren et al. 2022, GRNN, equation 9)."""
     return squared(pairs) + wasserstein(pairs)
+
+
+def check_size(observation: Observation, names: Sequence[str], *, squared: bool = True) -> None:
+    """Looks whether there is something to match in the tensors ``names`` of every update.
+
+    Args:
+        observation: The victim.
+        names: Of parameters.
+        squared: Whether it has to be of a size that can be squared in float32; otherwise any will
+            do, for whoever brings updates to one length first.
+
+    Raises:
+        AttackError: There is nothing, or it is too large.
+    """
+    for change in observation.changes:
+        tensors = [change[name].detach() for name in names]
+        tensors = tensors if squared else [one.double() for one in tensors]
+        size = float(torch.stack([one.square().sum() for one in tensors]).sum())
+        if size < (LEAST if squared else 1e-300):
+            raise AttackError(
+                "every entry of the update that could be matched is zero, or rounds to it when "
+                "squared (a loss of zero, say): it tells nothing. Leave this victim out."
+            )
+        if not math.isfinite(size):
+            raise AttackError(
+                "the update is too large to be compared: its squares overflow. Expected a gradient "
+                "or weights before minus after; look how it was scaled."
+            )
 
 
 DISTANCES: Final[Mapping[str, Callable[[Pairs], Tensor]]] = {

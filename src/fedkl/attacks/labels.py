@@ -144,8 +144,9 @@ def infer_labels(
         if training.length is not None:
             raise AttackError(
                 "labels of a batch are counted from the size of the classifier's gradient, which "
-                "an update that was sent at one length does not have; grant the labels "
-                "(audit-update: labels = [...] in the file of steps)."
+                "an update that was sent at one length, or whose learning rate is not known, does "
+                "not have; grant the labels (audit-update: labels = [...] in the file of steps, or "
+                "lr of the client's step)."
             )
         if training.altered:
             raise AttackError(

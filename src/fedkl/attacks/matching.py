@@ -6,7 +6,6 @@ gradients are compared and how it steps; adaptive attacks add the victim's secre
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from fedkl.attacks.arrangements import arrangements
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
-from fedkl.attacks.distances import DISTANCES, LEAST
+from fedkl.attacks.distances import DISTANCES, check_size
 from fedkl.attacks.labels import infer_labels, tells_labels
 from fedkl.attacks.network import Network, Tensors
 from fedkl.attacks.record import Record, refuse_lost, tell
@@ -159,7 +158,7 @@ class GradientMatching(Attack):
         held = secrets or Held()
         left_out = held.ignored(observations[0], network)
         compared = [name for name in network.names if name not in left_out]
-        each(observations, lambda o: _check_size(o, compared))
+        each(observations, lambda o: check_size(o, compared))
         if self.infers and not tells_labels(observations[0], network):
             found = self._unlabelled(observations, generator, progress, secrets, guesses)
             return found if keep_lost else refuse_lost(found)
@@ -183,7 +182,7 @@ class GradientMatching(Attack):
         guesses: Sequence[Tensor] | None,
         generator: torch.Generator,
     ) -> list[Job]:
-        """What is tried: every victim, every order of its labels over clients, every restart."""
+        """What is tried: every victim, every order of its labels over batches, every restart."""
         if not self.infers:
             labels: list[Tensor | None] = [None] * len(observations)
         else:
@@ -196,7 +195,8 @@ class GradientMatching(Attack):
             else:
                 orders = arrangements(mine, observation, network, generator)
                 starts = [(mine.gather(1, o), _in_order(guess, o)) for o in orders]
-            note = f"labels dealt out to clients in {len(starts)} ways; the loss chose"
+            whom = "clients" if observation.training.batches == 1 else "steps"
+            note = f"labels dealt out to {whom} in {len(starts)} ways; the loss chose"
             for y, x in starts:
                 told = note if len(starts) > 1 else None
                 images = [*([] if x is None else [x]), *[None] * self.restarts]
@@ -358,22 +358,6 @@ def _in_order(images: Tensor | None, order: Tensor) -> Tensor | None:
     if images is None:
         return None
     return torch.stack([x[places] for x, places in zip(images, order, strict=True)])
-
-
-def _check_size(observation: Observation, names: Sequence[str]) -> None:
-    """Raises unless there is something to match, of a size that can be squared."""
-    for change in observation.changes:
-        size = float(torch.stack([change[name].detach().square().sum() for name in names]).sum())
-        if size < LEAST:
-            raise AttackError(
-                "every entry of the update that could be matched is zero, or rounds to it when "
-                "squared (a loss of zero, say): it tells nothing. Leave this victim out."
-            )
-        if not math.isfinite(size):
-            raise AttackError(
-                "the update is too large to be compared: its squares overflow. Expected a gradient "
-                "or weights before minus after; look how it was scaled."
-            )
 
 
 def _finite(loss: Tensor, gradients: Tensors) -> Tensor:

@@ -89,7 +89,7 @@ class Peel(Attack):
     [0, 1].
 
     Args:
-        coarse: Lengths of a null vector that are tried before the best is refined, at least 1.
+        coarse: Lengths of a null vector that are tried before the best is refined, at least 2.
         fine: Evaluations of the refinement, at least 1.
     """
 
@@ -97,8 +97,10 @@ class Peel(Attack):
 
     def __init__(self, *, coarse: int = 16, fine: int = 16) -> None:
         super().__init__(coarse=coarse, fine=fine)
-        if min(coarse, fine) < 1:
-            raise ConfigError(f"got coarse {coarse}, fine {fine}; expected 1 or more of each.")
+        if coarse < 2 or fine < 1:  # the lengths go from a least to a greatest one
+            raise ConfigError(
+                f"got coarse {coarse}, fine {fine}; expected 2 or more coarse, 1 or more fine."
+            )
         self.coarse, self.fine = coarse, fine
 
     def reconstruct(

@@ -105,9 +105,9 @@ def refuse_lost(found: Sequence[Reconstruction]) -> list[Reconstruction]:
     """
     lost = [place for place, one in enumerate(found) if one.loss == float("inf")]
     if lost:
-        raise AttackError(
+        message = (
             "no trial ever had a finite loss, so none of them found anything; give smaller steps "
-            "(lr), another distance or more restarts, or look whether the update is out of scale.",
-            lost,
+            "(lr), another distance or more restarts, or look whether the update is out of scale."
         )
+        raise AttackError(message, dict.fromkeys(lost, message))
     return list(found)

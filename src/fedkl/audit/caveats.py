@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
+from fedkl.attacks import SEARCHING
+from fedkl.attacks.arrangements import MOST, too_many
 from fedkl.audit.config import KEY_HOLDER, AuditConfig
+from fedkl.audit.verdicts import LOCKS
 from fedkl.defenses import parts_of
 from fedkl.errors import number_of
-from fedkl.observation import THREATS
+from fedkl.observation import THREATS, Training
 
 MANY: Final = 1000
 """Images under one pad of which the attack that breaks it finds about half."""
@@ -47,7 +50,11 @@ def caveats(
             f"Attacks that search made {number_of(audit.iterations, 'iteration')}, as the command "
             f"asked, instead of those of effort {audit.effort!r}."
         )
+    found += _in_order(audit)
+    found += _not_adaptive(audit)
+    found += _only_searched(audit, skipped)
     found += _outsiders_alone([d for d in _with("channel", audit) if d in holding])
+    found += _one_federation(audit, holding)
     if audit.run.defense.one_key and (one := [d for d in audit.judged if _keyed(d)]):
         found.append(
             f"{', '.join(one)}: all clients hold one key (--one-key), so this is about the server "
@@ -79,6 +86,44 @@ def _keyed(defense: str) -> bool:
     return bool({"channel", "pad"} & {*parts_of(defense)})
 
 
+def _not_adaptive(audit: AuditConfig) -> list[str]:
+    """That a search did not treat secrets as unknowns."""
+    secret = [d for d in audit.judged if LOCKS & {*parts_of(d)} - {"norm"}]
+    searches = [attack for attack in audit.attacks if attack in SEARCHING]
+    if "adaptive" in audit.threats or not secret or not searches:
+        return []
+    return [
+        f"{', '.join(secret)}: {', '.join(searches)} attacked under {', '.join(audit.threats)} and "
+        "not under adaptive, the threat model that counts: an attacker who knows everything but "
+        "the secrets, and searches these as well (--threats adaptive)."
+    ]
+
+
+def _only_searched(audit: AuditConfig, skipped: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Channel locks that no attacker with a client of its own has attacked."""
+    learned = {a for a in audit.attacks if a.startswith(("shadow", "replay"))}
+    spared = {(one["defense"], one["attack"]) for one in skipped if one["threat"] != KEY_HOLDER}
+    return [
+        f"{name}: no shadow and no replay attacked it, which find most behind a channel lock where "
+        "searches fail (--attacks shadow-label,replay)."
+        for name in _with("channel", audit)
+        if all((name, attack) in spared for attack in learned)
+    ]
+
+
+def _in_order(audit: AuditConfig) -> list[str]:
+    """That labels come with their steps, where attackers cannot try all ways to deal them out."""
+    training = Training(
+        batch_size=audit.batch_size, local_steps=audit.local_steps, clients=audit.aggregated
+    )
+    if not too_many(training, audit.observations):
+        return []
+    return [
+        f"All attackers are granted the labels in the order of the {audit.local_steps} steps, "
+        f"which no update tells: there are more than {MOST} ways to deal them out."
+    ]
+
+
 def _noised(names: Sequence[str]) -> list[str]:
     """What noise was not tried against."""
     if not names:
@@ -87,6 +132,16 @@ def _noised(names: Sequence[str]) -> list[str]:
         f"{', '.join(names)}: replay weighs what it sees by the noise, of single images where "
         "nothing is private; no other attacker here does, so one that did might find more. Running "
         "statistics are sent without noise. No epsilon is claimed."
+    ]
+
+
+def _one_federation(audit: AuditConfig, holding: Collection[str]) -> list[str]:
+    """That what holds does so in one federation."""
+    if audit.seeds > 1 or not holding:
+        return []
+    return [
+        "This is about one federation and its keys, under which all victims are: intervals over "
+        "victims do not tell how much others differ (--seeds)."
     ]
 
 

@@ -179,7 +179,7 @@ def on_each(
         except AttackError as error:
             if not error.victims:
                 raise
-            failed |= {left[place]: str(error) for place in error.victims}
+            failed |= {left[place]: reason for place, reason in error.victims.items()}
             left = [victim for victim in left if victim not in failed]
     raise AttackError(next(iter(failed.values())))
 
@@ -198,6 +198,10 @@ def _written(
     treated = list(found.values())
     images, labels = matched(treated, mine)
     rows = rows_of(treated, images, labels, mine, facts, victims=list(found))
+    absent = {**failed, **{r["victim"]: r["left_out"] for r in rows if r["left_out"] is not None}}
+    for victim in absent.keys() - failed.keys():
+        text = f"{cell.name(scene.audit)}: victim {victim} is left out: {absent[victim]}"
+        scene.tell(Event("note", text))
     count = scene.audit.pictured if cell.seed == 0 else 0
     pictures = save_pictures(
         scene.folder,
@@ -218,7 +222,7 @@ def _written(
         "rows": rows,
         "pictures": pictures,
         "skipped": None,
-        "left_out": [{"victim": i, "reason": reason} for i, reason in failed.items()],
+        "left_out": [{"victim": i, "reason": reason} for i, reason in absent.items()],
     }
 
 

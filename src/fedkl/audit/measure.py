@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from fedkl import metrics
 from fedkl.attacks import Reconstruction
@@ -24,6 +25,7 @@ PAPER_PSNR_CEILING: Final = 10 * math.log10(255**2 / (255 * 1e-5))
 """The paper's figure at the same error."""
 
 LPIPS: Final = "alex"
+_NO_NUMBERS: Final = "its scores of the candidates are no numbers."
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
             the weights of LPIPS cannot be read.
     """
     flat = rows.flatten()
-    _check_enough(bundle, flat, audit)
+    _check_enough(bundle, rows, audit)
     images, labels = bundle.test.batch(flat)
     floor = floor_of(bundle.public, bundle.num_classes, labels)
     size = rows.shape[-1]
@@ -86,17 +88,23 @@ def truth_of(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> Truth:
     return replace(truth, floor_figures=measured(floor, truth, size))
 
 
-def _check_enough(bundle: DataBundle, flat: Tensor, audit: AuditConfig) -> None:
-    """Says how many candidates there can be, in the command line's words."""
+def _check_enough(bundle: DataBundle, rows: Tensor, audit: AuditConfig) -> None:
+    """Says how many candidates there can be for ``rows``, in the command line's words."""
     labels = bundle.test.labels
-    counts = torch.bincount(labels)[labels[flat]]
+    mine = labels[rows]
+    # Other images of its class in the same update are no decoys.
+    beside = one_hot(mine, bundle.num_classes).sum(dim=-2).gather(-1, mine) - 1
+    counts = torch.bincount(labels)[mine] - beside
     most = int(counts.min())
-    if audit.candidates > most:
-        raise DataError(
-            f"the true image is to be found among {audit.candidates} of its class, but "
-            f"{bundle.name} has {number_of(most, 'test image')} of class "
-            f"{int(labels[flat][counts.argmin()])}; give --candidates {most} or fewer."
-        )
+    if audit.candidates <= most:
+        return
+    outside = " and outside of one update" if int(beside.max()) else ""
+    raise DataError(
+        f"the true image is to be found among {audit.candidates} of its class{outside}, but "
+        f"{bundle.name} has {number_of(most, 'test image')} of class "
+        f"{int(mine.flatten()[counts.argmin()])}{outside}; give "
+        + (f"--candidates {most} or fewer." if most > 1 else "updates of fewer images.")
+    )
 
 
 def in_order(guesses: Tensor, images: Tensor, size: int) -> Tensor:
@@ -223,11 +231,11 @@ def picked(found: Sequence[Reconstruction], truth: Truth) -> Tensor:
     holds. Of an update of several images, decoys are no image of it.
 
     Returns:
-        bool (N,).
+        float64 (N,): 1, 0, or NaN for all images of a victim of whose scores one is no number.
 
     Raises:
         AttackError: A victim without a score, updates of several images that an attack cannot be
-            asked about, or a score that is no number.
+            asked about, or no victim whose scores are numbers.
     """
     if any(
         one.together is None and (one.score is None or one.images.shape[1] != 1) for one in found
@@ -239,12 +247,14 @@ def picked(found: Sequence[Reconstruction], truth: Truth) -> Tensor:
     ]
     hits = []
     for i, scores in enumerate(_scores(found, truth, orders)):
-        if not bool(scores.isfinite().all()):
-            victim = i // (len(truth.rows) // len(found))
-            raise AttackError(f"victim {victim} has scores that are no numbers.")
         own = orders[i] == 0
-        hits.append(scores[own].squeeze() > scores[~own].max())
-    return torch.stack(hits)
+        hit = (scores[own].squeeze() > scores[~own].max()).double()
+        hits.append(hit if bool(scores.isfinite().all()) else torch.full_like(hit, torch.nan))
+    victims = torch.stack(hits).view(len(found), -1)
+    lost = victims.isnan().any(dim=1, keepdim=True)
+    if bool(lost.all()):
+        raise AttackError("all victims have scores that are no numbers.")
+    return victims.masked_fill(lost, torch.nan).flatten()
 
 
 def _scores(
@@ -275,7 +285,7 @@ def rows_of(
     *,
     victims: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """One plain dict per image.
+    """One plain dict per image; of a victim with scores that are no numbers as of who is left out.
 
     Args:
         found: A reconstruction per victim.
@@ -287,11 +297,14 @@ def rows_of(
     figures = measured(images, truth, found[0].images.shape[1])
     per_victim = len(images) // len(found)
     if found[0].score is not None or found[0].together is not None:
-        figures["identified"] = picked(found, truth).double()
+        figures["identified"] = picked(found, truth)
     numbers = range(len(found)) if victims is None else victims
     rows = []
     for i in range(len(images)):
         place = i // per_victim
+        if bool(figures["identified"][i].isnan()):
+            rows.append(_guessed(i, truth, facts, numbers[place], _NO_NUMBERS))
+            continue
         label = None if facts.get("labels_granted") else int(labels[i])
         own = {"victim": numbers[place], "label_found": label, "left_out": None}
         rows.append(_row(i, truth, figures, {**facts, **own, "loss": number(found[place].loss)}))
@@ -314,9 +327,15 @@ def guessed_rows(
     rows = []
     for i in range(len(truth.rows)):
         victim = sorted(failed)[i // per_victim]
-        own = {"victim": victim, "label_found": None, "left_out": failed[victim], "loss": None}
-        rows.append(_row(i, truth, truth.floor_figures, {**facts, **own}))
+        rows.append(_guessed(i, truth, facts, victim, failed[victim]))
     return rows
+
+
+def _guessed(
+    i: int, truth: Truth, facts: dict[str, Any], victim: int, reason: str
+) -> dict[str, Any]:
+    own = {"victim": victim, "label_found": None, "left_out": reason, "loss": None}
+    return _row(i, truth, truth.floor_figures, {**facts, **own})
 
 
 def _row(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fedkl.attacks.arrangements import too_many
 from fedkl.audit.victims import Sent, Victims
 from fedkl.observation import Observation, ThreatModel
 
@@ -17,7 +18,8 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
     Labels are read off the gradient of a linear classifier by the attacks. Where it is private, or
     there is none (a convolution, say), or that of a batch lost its size or was altered on the way,
     they are granted, which may be more than the attacker has, so that attacks that need them run.
-    So they are where there is noise, for an attacker could try one after the other.
+    So they are where there is noise, for an attacker could try one after the other; and, all in the
+    order of their steps, where there are too many orders to try.
 
     Args:
         victims: The clients.
@@ -31,7 +33,8 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
     training = victims.training
     counted = training.images == 1 or (training.length is None and not training.altered)
     read_off = counted and not training.noise
-    told = threat.labels or not read_off or _tells_no_label(victims, model, secrets)
+    ordered = too_many(training, victims.audit.observations)
+    told = threat.labels or not read_off or ordered or _tells_no_label(victims, model, secrets)
     weights = victims.lock_weights() if threat.lock_weights else {}
     return [
         Observation(
@@ -44,7 +47,8 @@ def observe(victims: Victims, sent: Sequence[Sent], threat: ThreatModel) -> list
             threat=threat,
             secrets=secrets,
             known=known,
-            labels=_labels(victims, one) if told else None,
+            labels=_labels(victims, one, ordered=ordered) if told else None,
+            ordered=ordered,
             spec=spec,
             lock_weights=weights,
             lock_gradients=one.lock_gradients if threat.lock_gradients else (),
@@ -66,7 +70,10 @@ def _tells_no_label(victims: Victims, model: nn.Module, secrets: Sequence[str]) 
     return not linear or f"{linear[-1]}.weight".removeprefix(".") not in shared
 
 
-def _labels(victims: Victims, sent: Sent) -> Tensor:
-    """True labels (T, images); of an aggregate in ascending order, so not whose they are."""
+def _labels(victims: Victims, sent: Sent, *, ordered: bool) -> Tensor:
+    """True labels (T, images), ascending unless ``ordered``: not whose they are, nor of which step.
+
+    Whoever has to count them does not know more.
+    """
     found = torch.stack([victims.bundle.test.labels[rows] for rows in sent.rows])
-    return found.sort(dim=1).values if victims.training.clients > 1 else found
+    return found if ordered else found.sort(dim=1).values

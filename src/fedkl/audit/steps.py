@@ -22,13 +22,15 @@ class UpdateConfig:
         num_classes, channels, image_size: Of the model.
         batch_size, local_steps, lr, momentum, nesterov, weight_decay: Of the client's SGD; ``lr``
             may be left out for a single step without momentum and weight decay, where it only
-            scales the gradient.
+            scales the gradient: how large that is is then unknown, so gradients are compared at one
+            length, and labels of a batch, which are counted from it, have to be given.
         repeats: Every step saw the same batch.
         train_mode: Batch norms used the batch's own statistics.
         update_length: L2 norm at which updates are sent, if they are sent at one. Where it is not
             known any number above 0 will do: the update shows it.
         prune_ratio: Share of every tensor's entries that the client removed, in [0, 1).
-        labels: The true labels, if they are known.
+        labels: The true labels, if they are known, in the order of the steps: those of the first
+            batch, then those of the second. Within a batch their order makes no difference.
     """
 
     num_classes: int = 10

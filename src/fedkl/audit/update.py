@@ -144,7 +144,7 @@ def _of_one_gradient(config: UpdateConfig) -> UpdateConfig:
             f"a gradient is of one step; got {said}. Leave that out of the file of steps, or give "
             "the weights after those steps without --gradient."
         )
-    return replace(config, lr=None)
+    return replace(config, lr=1.0)
 
 
 def _observation(
@@ -155,12 +155,13 @@ def _observation(
     spec: LockSpec | None,
 ) -> Observation:
     labels = None if config.labels is None else torch.tensor([list(config.labels)])
-    # Without a rate a single step tells its gradient but for the scale.
     single = config.local_steps == 1 and not (config.momentum or config.weight_decay)
     training = config.training
-    if config.update_length is not None:
-        training = replace(training, length=length_of(change))  # which is there to be seen
-    elif config.lr is not None:
+    if config.update_length is not None or config.lr is None:
+        # Without a rate a single step tells its gradient but for the scale: as if sent at a length,
+        # which is there to be seen.
+        training = replace(training, length=length_of(change))
+    else:
         divided = {name: _divided(value, config.lr, name) for name, value in change.items()}
         change = divided if single else change
     return Observation(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from fedkl.audit.config import ALIKE, KEY_HOLDER
+from fedkl.defenses import parts_of
 from fedkl.metrics import mean_interval, proportion_interval
 from fedkl.observation import THREATS
 
@@ -21,6 +23,8 @@ IDENTIFIED_HOLDS_FEW, FEW = 0.06, 100
 FEWEST = 5  # victims: below, one lucky hit is a leak with 95 % confidence
 CHANCE = 0.01  # among 100 candidates, which the bounds on identification are for
 WORKS = 0.10
+LOCKS: Final = {"norm", "fedbn", "channel", "pad", "open-pad"}
+"""Defenses with a network of their own: that of ``none`` with norms put in where it has none."""
 
 CELL: Final = (
     "attack", "defense", "threat", "stage", "batch", "steps", "observations", "aggregated",
@@ -84,10 +88,12 @@ def summarize(
 
 
 def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
-    """Whether the same attack succeeds undefended or holding the key, per metric.
+    """Whether the same attack surely (95 %) succeeds where nothing is secret, per metric.
 
-    What a server gets by crafting weights does not show that an honest one's attack works, nor the
-    other way round.
+    That is in the hands of who holds the key of the same defense. Where nobody does, it is on the
+    same network: the ordinary norm if the defense has a lock, the undefended one if not. An attack
+    that gets through another network alone proves nothing. What a server gets by crafting weights
+    does not show that an honest one's attack works, nor the other way round.
     """
     same = [
         other
@@ -97,15 +103,15 @@ def works(entry: Row, entries: Sequence[Row]) -> dict[str, bool]:
             for name in ("attack", "stage", "batch", "steps", "observations", "aggregated")
         )
         and _crafted(other) == _crafted(entry)
-        and (
-            other["defense"] == "none"
-            or (other["defense"] == entry["defense"] and other["threat"] == KEY_HOLDER)
-        )
     ]
+    defense = str(entry["defense"])
+    holders = [o for o in same if o["defense"] == defense and o["threat"] == KEY_HOLDER]
+    network = "norm" if LOCKS & {*parts_of(defense)} else "none"
+    controls = holders or [o for o in same if o["defense"] == network]
     return {
-        "advantage": any((o["advantage"]["mean"] or 0.0) >= WORKS for o in same),
+        "advantage": any((o["advantage"]["low"] or 0.0) >= WORKS for o in controls),
         "identified": any(
-            o["identified"]["mean"] - o["floor_identified"]["mean"] >= WORKS for o in same
+            o["identified"]["low"] - o["floor_identified"]["mean"] >= WORKS for o in controls
         ),
     }
 
@@ -142,9 +148,9 @@ def judge(
     if missing := [name for name in counted if not entry["works"][name]]:
         what = {"advantage": "aligned SSIM", "identified": "identification"}
         return INCONCLUSIVE, (
-            f"the attack does not beat the floor by {WORKS} in "
-            f"{' or '.join(what[name] for name in missing)} undefended or with the key either, so "
-            "its failure says nothing."
+            f"the attack does not surely (95 %) beat the floor by {WORKS} in "
+            f"{' or '.join(what[name] for name in missing)} with the key either (where there is "
+            "none: on the same network in the open), so its failure says nothing."
         )
     few = not cheap and entry["n"] >= FEW
     bound = rise + (IDENTIFIED_HOLDS_FEW if few else IDENTIFIED_HOLDS)
@@ -306,30 +312,69 @@ def _by_victim(rows: Sequence[Row], values: Sequence[float]) -> list[float]:
 
 
 def _mean(rows: Sequence[Row], name: str) -> dict[str, float | None]:
-    """Mean over victims with Student's interval."""
+    """Mean over victims with Student's interval, over several federations the wider one."""
     known = [row for row in rows if row.get(name) is not None]
     if not known:
         return {"mean": None, "low": None, "high": None}
-    mean, half = mean_interval(_by_victim(known, [row[name] for row in known]))
+    values = [row[name] for row in known]
+    mean, half = mean_interval(_by_victim(known, values))
     if half is None:
         return {"mean": mean, "low": None, "high": None}
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    low, high = _wider(mean - half, mean + half, known, values)
+    return {"mean": mean, "low": low, "high": high}
+
+
+def _wider(
+    low: float, high: float, rows: Sequence[Row], values: Sequence[float]
+) -> tuple[float, float]:
+    """An interval over victims, or Student's over federations as far as that one is wider.
+
+    All victims of a federation are under its weights and keys: where those of several seeds
+    differ, victims alone do not tell by how much.
+    """
+    found: dict[Any, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        found.setdefault(row.get("seed"), []).append(value)
+    mean, half = mean_interval([sum(mine) / len(mine) for mine in found.values()])
+    return (low, high) if half is None else (min(low, mean - half), max(high, mean + half))
+
+
+def _labels_right(rows: Sequence[Row]) -> list[float]:
+    """Of every row the share of its update's labels that were found, in whatever order.
+
+    Rows stand in the order that fits their images, which is no matter of labels.
+    """
+    updates: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        updates.setdefault((row["victim"], row.get("seed")), []).append(i)
+    hits = [0.0] * len(rows)
+    for victim in updates.values():
+        size = max(1, len(victim) // rows[victim[0]]["observations"])
+        for at in range(0, len(victim), size):
+            mine = victim[at : at + size]
+            true = Counter(rows[i]["label"] for i in mine)
+            found = Counter(rows[i]["label_found"] for i in mine)
+            for i in mine:
+                hits[i] = (true & found).total() / len(mine)
+    return hits
 
 
 def _rate(rows: Sequence[Row], name: str) -> dict[str, float | None]:
     """Rate over victims with the interval of Clopper and Pearson; of labels that were granted none.
 
     A victim with several images or seeds counts as one trial, by its share: to the next victim
-    up for the upper bound and down for the lower one, so the interval is never too narrow.
+    up for the upper bound and down for the lower one, so the interval is never too narrow. Of
+    several federations it is at least as wide as Student's over these.
     """
     if name == "labels_right":
         if any(row.get("labels_granted") for row in rows):
             return {"mean": None, "low": None, "high": None}
-        hits = [float(row["label"] == row["label_found"]) for row in rows]
+        hits = _labels_right(rows)
     else:
         hits = [float(row[name]) for row in rows]
     shares = _by_victim(rows, hits)
     total = sum(shares)
     low, _ = proportion_interval(math.floor(total + 1e-9), len(shares))
     _, high = proportion_interval(math.ceil(total - 1e-9), len(shares))
-    return {"mean": total / len(shares), "low": low, "high": high}
+    low, high = _wider(low, high, rows, hits)
+    return {"mean": total / len(shares), "low": max(0.0, low), "high": min(1.0, high)}

@@ -122,6 +122,11 @@ def audit_update(
             tell=lambda done, of, loss: watch(Event("attack", "", done, of, loss)),
         )
     _show(result, out_folder)
+    if config.lr is None and config.update_length is None and not gradient:
+        print(
+            "lr is not given, so how large the gradient is is unknown: gradients were compared at "
+            "one length."
+        )
 
 
 def _possible(with_public: bool) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ def test_a_single_update_at_a_rate_of_zero_is_refused() -> None:
     seen = [replace(one, kind="update") for one in open_victims(2)]
     with pytest.raises(AttackError, match="learning rate of 0") as caught:
         run(replay(), seen)
-    assert caught.value.victims == (0, 1)
+    assert list(caught.value.victims) == [0, 1]
 
 
 def test_a_public_image_of_the_class_is_shown_and_the_victims_own_if_it_is_one() -> None:

@@ -205,7 +205,10 @@ def test_a_rate_of_zero_is_refused_in_words_that_help() -> None:
 def test_one_huge_update_costs_only_itself() -> None:
     seen = unlocked(network_of("model"))
     huge = {name: 1e25 * value for name, value in seen[-1].changes[0].items()}
-    assert rate(run(replay(), [*seen[:-1], replace(seen[-1], changes=(huge,))])) > 0.85
+    with pytest.raises(AttackError, match="too large") as caught:  # no match is no miss
+        run(replay(), [*seen[:-1], replace(seen[-1], changes=(huge,))])
+    assert list(caught.value.victims) == [len(seen) - 1]
+    assert rate(run(replay(), seen[:-1])) > 0.85
 
 
 def test_gradients_are_held_one_update_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

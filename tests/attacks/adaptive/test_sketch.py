@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedkl.attacks.adaptive.relations import SizedSketch
 from fedkl.attacks.adaptive.sketch import LinearSketch, Sketch
 from fedkl.errors import AttackError
 from fedkl.rng import derive
@@ -54,6 +55,45 @@ def test_how_much_an_example_was_missed_makes_no_difference() -> None:
     sketch = Sketch({n: v[0] for n, v in layers(1.0).items()}, 100, derive(0))
     for missed in (1e-2, 1e-4, 1e-8):
         torch.testing.assert_close(sketch(layers(missed)), sketch(layers(1.0)))
+
+
+@pytest.mark.parametrize("make", [Sketch, SizedSketch])
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_what_no_square_can_hold_is_sketched_as_well(make: type[Sketch], scale: float) -> None:
+    sketch = make({n: v[0] for n, v in layers(1.0).items()}, 100, derive(0))
+    found, wanted = sketch(layers(scale)), sketch(layers(1.0))
+    if make is SizedSketch:
+        apart = torch.full((2,), scale, dtype=torch.float64).log().float()
+        torch.testing.assert_close(found[:, 0] - wanted[:, 0], apart)
+        found, wanted = found[:, 1:], wanted[:, 1:]
+    torch.testing.assert_close(found, wanted)
+
+
+def test_sketches_of_ordinary_updates_are_what_they_were() -> None:
+    """The studies rest on them: written out as they were, before updates had length 1 first."""
+    generator = derive(0, "ordinary")
+    shared = {"c.weight": torch.zeros(4, 2, 3, 3), "f.weight": torch.zeros(3, 5)}
+    shared["f.bias"] = torch.zeros(3)
+    given = {n: torch.randn(6, *v.shape, generator=generator) for n, v in shared.items()}
+    given = {
+        n: v * 10 ** torch.linspace(-3, 2, 6).view(-1, *[1] * (v.ndim - 1))
+        for n, v in given.items()
+    }
+    sketch = Sketch(shared, 40, derive(0))
+    missed = given["f.bias"] / given["f.bias"].norm(dim=1, keepdim=True)
+    flat = [
+        given["c.weight"].flatten(1),
+        torch.einsum("nij,ni->nj", given["f.weight"], missed),
+        given["f.bias"],
+    ]
+    ones = torch.cat([row / row.norm(dim=1, keepdim=True) for row in flat], dim=1)
+    wanted = ones.new_zeros(6, 40).index_add_(1, sketch.places, ones * sketch.signs)
+    torch.testing.assert_close(sketch(given), wanted, atol=2e-6, rtol=1e-5)
+    sized = SizedSketch(shared, 40, derive(0))(given)
+    size = torch.stack([v.flatten(1).double().norm(dim=1) for v in given.values()]).norm(dim=0)
+    torch.testing.assert_close(sized[:, 0], size.log().float())
+    unit = wanted / wanted.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(sized[:, 1:], unit, atol=2e-6, rtol=1e-5)
 
 
 def test_what_is_noise_is_none_when_entries_are_standardized_later() -> None:

@@ -34,8 +34,7 @@ class SizedSketch(Sketch):
 
     def __call__(self, gradients: Tensors) -> Tensor:
         """(N, 1 + length) of gradients by name, each (N, *shape)."""
-        parts = [gradients[name].flatten(1).double().norm(dim=1) for name in self.names]
-        size = torch.stack(parts).norm(dim=0).clamp_min(_SMALLEST).log()
+        size = self.sizes(gradients).clamp_min(_SMALLEST).log()
         sketch = super().__call__(gradients)
         return torch.cat([size[:, None].to(sketch.dtype), normalize(sketch, dim=1)], dim=1)
 

@@ -19,7 +19,8 @@ from fedkl.attacks.adaptive.shadow_client import ShadowClient
 from fedkl.attacks.adaptive.shadow_decoder import RESTANDARDIZATIONS
 from fedkl.attacks.adaptive.sketch import LinearSketch, gradients_of
 from fedkl.attacks.adaptive.within import Within
-from fedkl.attacks.base import Progress, Reconstruction, Together
+from fedkl.attacks.base import Progress, Reconstruction, Together, each
+from fedkl.attacks.distances import check_size
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError, number_of
 from fedkl.observation import Observation
@@ -151,6 +152,7 @@ class Replay(Retrieval):
                 "is for those of one client."
             )
         self.public.check(first)
+        each(observations, lambda o: check_size(o, network.names))
         return first, network
 
     def _of_batches(

@@ -25,6 +25,7 @@ from fedkl.attacks.adaptive.sketch import Sketch, gradients_of
 from fedkl.attacks.adaptive.transport import Transport, directions
 from fedkl.attacks.base import Attack, Progress, Reconstruction, each
 from fedkl.attacks.closed_form import penultimate_features
+from fedkl.attacks.distances import check_size
 from fedkl.attacks.labels import classifier, infer_labels
 from fedkl.attacks.network import Network
 from fedkl.errors import AttackError, ConfigError, number_of, unknown
@@ -148,8 +149,8 @@ class Shadow(Attack):
         would tell of the images more than of the lock.
 
         Raises:
-            AttackError: Updates of more than one image or step, labels that nothing tells, or
-                public images of another shape or of classes that the model does not have.
+            AttackError: Updates of more than one image or step, or of zeros, labels that nothing
+                tells, or public images of another shape or of classes that the model does not have.
         """
         first, network = self._check(observations)
         found = each(observations, lambda o: infer_labels(o, network).reshape(-1))
@@ -217,7 +218,9 @@ class Shadow(Attack):
         for observation in observations:
             check_single(observation)
         self.public.check(first)
-        return first, Network.of(observations)
+        network = Network.of(observations)
+        each(observations, lambda o: check_size(o, network.names, squared=False))
+        return first, network
 
     def _client(
         self,

@@ -14,6 +14,8 @@ from fedkl.observation import Observation
 
 Tensors = Mapping[str, Tensor]
 
+_LEAST: Final = 1e-35  # a size that can still be divided by in single precision
+
 
 class Sketch:
     """Gradients of any size as vectors of one length, inner products kept on average.
@@ -44,13 +46,25 @@ class Sketch:
 
     def __call__(self, gradients: Tensors) -> Tensor:
         """(N, length) of gradients by name, each (N, *shape)."""
-        rows = self._flat(gradients)
+        sizes = self.sizes(gradients).clamp_min(_LEAST)
+        # At length 1 first: squares of what is very large or small are none in single precision.
+        rows = self._flat({name: _over(gradients[name], sizes) for name in self.names})
         norms = torch.stack([row.norm(dim=1) for row in rows])
         largest = norms.amax(dim=0)
         scale = 1 / torch.maximum(norms, largest * self.SMALL).clamp_min(1e-30)
         scale = torch.where(norms > largest * self.NOISE, scale, 0.0)
         flat = torch.cat([row * s[:, None] for row, s in zip(rows, scale, strict=True)], dim=1)
         return self._added_up(flat)
+
+    def sizes(self, gradients: Tensors) -> Tensor:
+        """How large gradients are, (N,) in double precision."""
+        found: Tensor = self._norms(gradients).norm(dim=0)
+        return found
+
+    def _norms(self, gradients: Tensors) -> Tensor:
+        """(names, N), in double precision, where squares do not overflow."""
+        rows = [gradients[name].flatten(1) for name in self.names]
+        return torch.stack([torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in rows])
 
     def _added_up(self, flat: Tensor) -> Tensor:
         if self.length == 0:
@@ -104,17 +118,17 @@ class LinearSketch(Sketch):
         rows = zip(scales.tolist(), shared.values(), strict=True)
         self.scales = torch.cat([torch.full((value.numel(),), scale) for scale, value in rows])
 
-    def _norms(self, gradients: Tensors) -> Tensor:
-        """(names, N), in double precision, where squares do not overflow."""
-        rows = self._flat(gradients)
-        return torch.stack([torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in rows])
-
     def __call__(self, gradients: Tensors) -> Tensor:
         """(N, length) of gradients by name, each (N, *shape)."""
         return self._added_up(torch.cat(self._flat(gradients), dim=1) * self.scales)
 
     def _flat(self, gradients: Tensors) -> list[Tensor]:
         return [gradients[name].flatten(1) for name in self.names]
+
+
+def _over(values: Tensor, sizes: Tensor) -> Tensor:
+    """Values (N, *shape) divided by sizes (N,)."""
+    return values * (1 / sizes).to(values.dtype).view(-1, *[1] * (values.ndim - 1))
 
 
 def _check(norms: Tensor) -> None:
