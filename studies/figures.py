@@ -40,10 +40,19 @@ POINTS = (
     ("pad, behind\nthe first convolution", "resnet20-iid", "pad", "resnet20, pad"),
     ("pad, behind stage 2", "resnet20-depth", "pad, behind stage 2", "resnet20-deep, pad"),
     ("pad of one\nkey for all", "resnet20-iid", "pad of one key", "resnet20, pad of one key"),
+    ("one key,\nsealed", "resnet20-tuned-iid", "sealed signs", "resnet20, sealed signs"),
     ("channel,\nown starts", "resnet20-iid", "channel of own starts",
      "resnet20, channel of own starts"),
     ("channel,\ncommon start", "resnet20-iid", "channel", "resnet20, channel"),
 )  # fmt: skip
+
+# Where names of points stand that would lie on others, in points of text.
+ASIDE: dict[str, tuple[tuple[int, int], str]] = {
+    "one key,\nsealed": ((10, -28), "left"),
+    "pad of one\nkey for all": ((62, 6), "left"),
+    "channel,\ncommon start": ((0, -32), "center"),
+    "pad, behind stage 2": ((-6, 6), "right"),
+}
 
 
 def found(one: dict[str, Any], who: str, images: str) -> float | None:
@@ -134,21 +143,21 @@ def frontier(replay: dict[str, Any], blocks: dict[str, Any]) -> Any:
 
     for label, block, arm, name in POINTS:
         mean, half = cost(block, arm)
+        one = "key" in label  # which every insider has
         at = {
             images: max(
                 statistics.fmean(curve(federations[name], who)[images])
-                for who in ("shadow", "insider")
+                for who in (("shadow",) if one else ("shadow", "insider"))
             )
             for images in (1, 1000)
         }
-        axes.plot([mean, mean], [at[1], at[1000]], color=BLUE, lw=1, alpha=0.6)
+        color = GREEN if one else BLUE
+        axes.plot([mean, mean], [at[1], at[1000]], color=color, lw=1, alpha=0.6)
         axes.errorbar(
-            mean, at[1000], xerr=half, fmt="o", color=BLUE, ms=6, capsize=3, lw=1.2, zorder=3
+            mean, at[1000], xerr=half, fmt="o", color=color, ms=6, capsize=3, lw=1.2, zorder=3
         )
-        axes.plot(mean, at[1], "o", mfc="white", color=BLUE, ms=6, zorder=3)
-        below = at[1000] > 0.9
-        aside = -30 if "one\nkey" in label else 34  # next to each other, at the top
-        offset, side = ((aside, -32), "center") if below else ((8, 6), "left")
+        axes.plot(mean, at[1], "o", mfc="white", color=color, ms=6, zorder=3)
+        offset, side = ASIDE.get(label, ((8, 6), "left"))
         axes.annotate(
             label, (mean, at[1000]), xytext=offset, textcoords="offset points", fontsize=9, ha=side
         )
@@ -165,9 +174,10 @@ def frontier(replay: dict[str, Any], blocks: dict[str, Any]) -> Any:
     axes.set_xlim(-4.2, 0.7)
     _percent(axes)
     axes.set_xlabel("accuracy against the same network with an ordinary norm, points")
-    axes.set_ylabel("images identified without the key, by the best of\noutsiders and insiders")
-    axes.plot([], [], "o", color=BLUE, label="1,000 images under one key")
-    axes.plot([], [], "o", mfc="white", color=BLUE, label="from one gradient")
+    axes.set_ylabel("images identified by replay without the key")
+    axes.plot([], [], "o", color=BLUE, label="1,000 images under one pad, outsiders and insiders")
+    axes.plot([], [], "o", color=GREEN, label="the same, the server alone: clients have the key")
+    axes.plot([], [], "o", mfc="white", color=GREY, label="from one gradient")
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     return figure
 
