@@ -33,7 +33,7 @@ from padarms import LENET
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = 2.5
-MULTIPLIERS = (0.0, 0.0003, 0.001, 0.003, 0.01)
+MULTIPLIERS = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 RATIOS = (0.9, 0.99, 0.999)
 ARMS: dict[str, dict[str, Any]] = {
     "norm": {"name": "norm"},
