@@ -24,8 +24,8 @@ vit-tuning, vit-iid, vit-depth
     A small vision transformer at 16x16, 3 clients x 4,000 images, 10 rounds: learning rates, the
     first lock behind the embedding of patches, and behind the first block, around all of which its
     residual stream would lead.
-clients
-    The same 18,000 images over 10 and 100 clients.
+clients, resnet20-clients
+    The same 18,000 images over 10 and 100 clients; 12,000 of ResNet-20, at the tuned rates.
 renewal
     Pads renewed every 3 rounds, all at once or staggered, with few or more lock-only steps.
 
@@ -62,6 +62,7 @@ from padarms import (
     LENET,
     LENGTHS,
     LONG,
+    MANY_CLIENTS,
     MANY_SEEDS,
     PAD,
     RENEWALS,
@@ -121,7 +122,8 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
         "vit-tuning": _vit_tuning,
         "vit-iid": lambda n: _vit("vit-iid", n, {}),
         "vit-depth": lambda n: _vit("vit-depth", n, BLOCK),
-        "clients": _clients,
+        "clients": lambda n: _clients("clients", n),
+        "resnet20-clients": lambda n: _clients("resnet20-clients", n),
         "renewal": _renewal,
     }
     return make[block](seeds)
@@ -130,7 +132,7 @@ def cells_of(block: str, seeds: int) -> list[Cell]:
 BLOCKS = (
     "tuning", "lenet-iid", "lenet-dirichlet", "clients", "renewal",
     "resnet20-frontier", "resnet20-iid", "resnet20-dirichlet", "resnet20-rates",
-    "resnet20-tuned-iid", "resnet20-tuned-dirichlet", "resnet20-long",
+    "resnet20-tuned-iid", "resnet20-tuned-dirichlet", "resnet20-clients", "resnet20-long",
     "resnet20-depth", "vit-tuning", "vit-iid", "vit-depth",
 )  # fmt: skip
 
@@ -157,27 +159,21 @@ def _lenet(block: str, seeds: int, over: dict[str, Any], arms: tuple[str, ...]) 
     ]
 
 
-def _clients(seeds: int) -> list[Cell]:
+def _clients(block: str, seeds: int) -> list[Cell]:
+    total, cost, arms = MANY_CLIENTS[block]
+
+    def settings(arm: str, clients: int) -> dict[str, Any]:
+        tuned = {"alone": BEST["norm"], **BEST}
+        lenet = block == "clients"
+        base = merged(LENET, _arm(arm, "lenet")) if lenet else _at_rate(arm, tuned[arm])
+        over = {"data": {"samples": total // clients}, "federation": {"clients": clients}}
+        return merged(base, over)
+
     return [
-        Cell(
-            "clients",
-            f"{arm}, {clients} clients",
-            seed,
-            merged(
-                LENET,
-                merged(
-                    _arm(arm, "lenet"),
-                    {
-                        "data": {"samples": 18_000 // clients},
-                        "federation": {"clients": clients},
-                    },
-                ),
-            ),
-            40.0,
-        )
+        Cell(block, f"{arm}, {clients} clients", seed, settings(arm, clients), cost)
         for seed in range(min(seeds, 1))
         for clients in (10, 100)
-        for arm in ("alone", "norm", "pad", "pad-open-head", ONE, SEALED)
+        for arm in arms
     ]
 
 

@@ -45,6 +45,10 @@ TUNED: dict[str, tuple[float, ...]] = {  # after all 10 rounds; the first is of 
 }
 BEST = {"norm": 0.1, "sealed signs": 0.07, "fedbn": 0.1, "pad": 0.05}  # fedbn takes norm's
 MANY_SEEDS = ("norm", "sealed signs")  # the comparison that is about one point
+MANY_CLIENTS = {  # images over all clients, seconds of a cell, arms
+    "clients": (18_000, 40.0, ("alone", "norm", "pad", "pad-open-head", "pad of one key", SEALED)),
+    "resnet20-clients": (12_000, 250.0, ("norm", "sealed signs", "pad", "alone")),
+}
 SAME_LENGTH = ("norm at one length", "pad at one length")
 CAUSES = ("no key", "hardly any pad", "channel", "channel of own starts")
 # Rates of norm and fedbn were chosen on validation by studies/accuracy.py, the pad's here.
