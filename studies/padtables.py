@@ -72,7 +72,7 @@ def _table(name: str, block: dict[str, Any]) -> str:
         return table(["renewal", *(f"r{i + 1}" for i in range(rounds)), "test"], rows)
     rows = []
     for arm, figures in block.items():
-        against = f"norm,{arm.partition(',')[2]}" if name == "clients" else "norm"
+        against = f"norm,{arm.partition(',')[2]}" if name.endswith("clients") else "norm"
         other = block.get(against)
         versus = "" if other is None or arm == against else paired(block, arm, against)[0]
         p95, validation = figures["wrong_key_p95"], [v[-1] for v in figures["validation"] if v]
