@@ -171,9 +171,10 @@ def _clients(block: str, seeds: int) -> list[Cell]:
 
     return [
         Cell(block, f"{arm}, {clients} clients", seed, settings(arm, clients), cost)
-        for seed in range(min(seeds, 1))
+        for seed in range(seeds)
         for clients in (10, 100)
         for arm in arms
+        if seed == 0 or (clients == 10 and arm in MANY_SEEDS and block != "clients")
     ]
 
 
